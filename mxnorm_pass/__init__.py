@@ -1,0 +1,50 @@
+"""MXNorm for ``torch.compile``: RMSNorm, MX cast and matmul rewritten to share one absmax.
+
+Public names are loaded on first use; importing the package touches neither Dynamo nor Inductor.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mxnorm_pass import functional as functional
+    from mxnorm_pass.backend import CalibrationWarning as CalibrationWarning
+    from mxnorm_pass.backend import MXNormWarning as MXNormWarning
+    from mxnorm_pass.config import MXNormConfig as MXNormConfig
+    from mxnorm_pass.tracing import explain as explain
+    from mxnorm_pass.recording import record as record
+    from mxnorm_pass.report import Graph as Graph
+    from mxnorm_pass.report import Report as Report
+    from mxnorm_pass.report import Site as Site
+    from mxnorm_pass.report import SkipReason as SkipReason
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CalibrationWarning": "backend",
+    "Graph": "report",
+    "MXNormConfig": "config",
+    "MXNormWarning": "backend",
+    "Report": "report",
+    "Site": "report",
+    "SkipReason": "report",
+    "explain": "tracing",
+    "record": "recording",
+}
+__all__ = sorted([*_HOME, "functional"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "functional":
+        return importlib.import_module("mxnorm_pass.functional")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"mxnorm_pass.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

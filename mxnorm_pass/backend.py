@@ -1,0 +1,398 @@
+"""``torch.compile(model, backend="mxnorm")``: options in, a compiled callable out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import ShortenTraceback
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from mxnorm_pass import recording
+from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
+from mxnorm_pass.graph_pass import DecomposeOps, MXNormPass, PassResult, source_digest
+from mxnorm_pass.graph_utils import aten, clean_module_path
+from mxnorm_pass.report import SkipReason
+
+log = logging.getLogger("mxnorm_pass")
+
+CompiledFunction = Callable[..., Any]
+
+
+class InvalidOptionsError(ValueError, ShortenTraceback):
+    """A ValueError that torch.compile hands to its caller as it is."""
+
+    def __init__(self, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+
+class MXNormWarning(UserWarning):
+    """Something that the user should know of a compile that went through."""
+
+
+class CalibrationWarning(MXNormWarning):
+    """An inference model runs on the uncalibrated estimate of the RMS."""
+
+
+def mxnorm(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> CompiledFunction:
+    """The backend behind the entry point ``torch_dynamo_backends``.
+
+    Args:
+        gm: the graph that Dynamo captured.
+        example_inputs: its inputs, as fake tensors.
+        mode: Inductor's mode.
+        options: fields of :class:`MXNormConfig` and Inductor config keys, in one flat dict.
+
+    Raises:
+        ValueError: an option is unknown or has a wrong value; the message names it.
+    """
+    job = CompileJob.of(gm, example_inputs, parse(options, mode))
+    key = job.report_key()
+    compiled = _INNER[job.config.inner](job)
+    if job.results:
+        result = job.results[-1]
+        recording.store(key, result)
+    else:
+        result = recording.load(key) or _retrace(job)
+    if result is not None:
+        _announce(job, result)
+    return compiled
+
+
+def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> ParsedOptions:
+    """`parse_options` with errors that torch.compile hands to its caller as they are."""
+    try:
+        parsed = parse_options(options, mode)
+    except ValueError as error:
+        raise InvalidOptionsError(str(error)) from None
+    if parsed.inductor.get("use_joint_graph_passes", True) is False:
+        raise InvalidOptionsError(
+            f"mode {mode!r} or options set use_joint_graph_passes=False, which turns off the "
+            "Inductor stage that backend='mxnorm' works in; use another mode, or inner='aot_eager'"
+        )
+    return parsed
+
+
+@dataclass
+class CompileJob:
+    """One call of the backend.
+
+    Attributes:
+        module_names: dotted names of the modules in the graph; ``modules`` selects by them.
+        tensor_subclass: name of a subclass that the inputs have, torchao's aside.
+        results: what each run of the pass did; empty after a warm cache.
+    """
+
+    gm: fx.GraphModule
+    example_inputs: Sequence[Any]
+    options: ParsedOptions
+    module_names: tuple[str, ...]
+    tensor_subclass: str | None
+    results: list[PassResult] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, gm: fx.GraphModule, example_inputs: Sequence[Any], options: ParsedOptions
+    ) -> CompileJob:
+        return cls(gm, example_inputs, options, _module_names(gm), _subclass(example_inputs))
+
+    @property
+    def config(self) -> MXNormConfig:
+        return self.options.config
+
+    def graph_pass(self, decompositions: dict[Any, Any]) -> MXNormPass:
+        return MXNormPass(
+            self.config,
+            salt=repr(self.module_names),
+            tensor_subclass=self.tensor_subclass,
+            on_result=self.results.append,
+            decompositions=decompositions,
+        )
+
+    def report_key(self) -> str:
+        """Hash of all that decides the result of the pass, computed before gm is consumed."""
+        parts = (
+            source_digest(),
+            self.config.fingerprint(),
+            sorted((k, repr(v)) for k, v in self.options.inductor.items()),
+            self.module_names,
+            self.tensor_subclass,
+            self.gm.print_readable(print_output=False),
+            [_describe(x) for x in self.example_inputs],
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES],
+            _torchao_version(),
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+_DEVICES = ("cpu", "cuda")
+
+
+def _torchao_version() -> str:
+    try:
+        return metadata.version("torchao")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _module_names(gm: fx.GraphModule) -> tuple[str, ...]:
+    stacks = (node.meta.get("nn_module_stack") or {} for node in gm.graph.nodes)
+    paths = dict.fromkeys(entry[0] for stack in stacks for entry in stack.values())
+    return tuple(sorted(filter(None, map(clean_module_path, paths))))
+
+
+def _subclass(example_inputs: Sequence[Any]) -> str | None:
+    for value in example_inputs:
+        if is_traceable_wrapper_subclass(value):
+            kind = type(value)
+            if kind.__module__.split(".")[0] != "torchao":
+                return kind.__name__
+    return None
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        layout = "" if is_traceable_wrapper_subclass(value) else tuple(value.stride())
+        kind = type(value).__name__
+        return (
+            f"{kind}{tuple(value.shape)}{layout}{value.dtype}{value.device}{value.requires_grad}"
+        )
+    return repr(value)
+
+
+def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
+    from torch._inductor import config as inductor_config
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    ours = {
+        "joint_custom_pre_pass": job.graph_pass(select_decomp_table()),
+        "post_grad_custom_pre_pass": DecomposeOps(),
+    }
+    patches = dict(job.options.inductor)
+    for name, graph_pass in ours.items():
+        users = patches.get(name, getattr(inductor_config, name))
+        patches[name] = PassSequence.of(users, graph_pass)
+    compiled: CompiledFunction = compile_fx(
+        job.gm,
+        job.example_inputs,  # type: ignore[arg-type]
+        inner_compile=_compile_fx_inner,
+        config_patches=patches,
+    )
+    return compiled
+
+
+def _compile_fx_inner(*args: Any, **kwargs: Any) -> Any:
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
+
+    with cpu_e8m0_support():
+        return compile_fx_inner(*args, **kwargs)
+
+
+class PassSequence(CustomGraphPass):
+    """A user's passes in an Inductor slot, then ours."""
+
+    def __init__(self, passes: Sequence[Callable[[fx.Graph], None]]) -> None:
+        self._passes = tuple(passes)
+
+    @classmethod
+    def of(cls, users: Any, ours: CustomGraphPass) -> CustomGraphPass:
+        if users is None:
+            return ours
+        passes = users if isinstance(users, (list, tuple)) else (users,)
+        return cls([*passes, ours])
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for graph_pass in self._passes:
+            graph_pass(graph)
+
+    def uuid(self) -> Any:
+        """None, which turns Inductor's cache off, if a user's pass cannot name itself."""
+        uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._passes]
+        return None if None in uuids else tuple(uuids)
+
+
+def _norm_decompositions() -> dict[Any, Any]:
+    """Fused norm ops, which the matcher reads in their parts."""
+    from torch._decomp import get_decompositions
+
+    names = ("_fused_rms_norm", "_fused_rms_norm_backward")
+    return get_decompositions([getattr(aten, n) for n in names if hasattr(aten, n)])
+
+
+def _compile_with_aot(
+    job: CompileJob, compiler: Callable[..., Any], decompositions: dict[Any, Any]
+) -> CompiledFunction:
+    graph_pass = job.graph_pass(decompositions)
+
+    def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
+        graph_pass(gm.graph)
+        gm.recompile()
+        return gm
+
+    def partition(gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        return min_cut_rematerialization_partition(rewritten(gm), joint_inputs, **kwargs)
+
+    def inference(gm: fx.GraphModule, inputs: Any) -> Any:
+        return compiler(rewritten(gm), inputs)
+
+    compiled: CompiledFunction = aot_autograd(
+        fw_compiler=compiler,
+        bw_compiler=compiler,
+        inference_compiler=inference,
+        partition_fn=partition,
+        decompositions=decompositions,
+        keep_inference_input_mutations=True,
+    )(job.gm, job.example_inputs)
+    return compiled
+
+
+def _compile_with_aot_eager(job: CompileJob) -> CompiledFunction:
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    return _compile_with_aot(job, boxed_nop, _norm_decompositions())
+
+
+def _compile_with_interpreter(job: CompileJob) -> CompiledFunction:
+    return _compile_with_aot(job, _interpreted, _norm_decompositions())
+
+
+def _interpreted(gm: fx.GraphModule, inputs: Any) -> CompiledFunction:
+    """Run node by node, so that an error names the node and the model's source line."""
+    interpreter = fx.Interpreter(gm)
+
+    def run(args: list[Any]) -> Any:
+        values = list(args)
+        args.clear()
+        return interpreter.run(*values)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+_INNER: dict[str, Callable[[CompileJob], CompiledFunction]] = {
+    "inductor": _compile_with_inductor,
+    "aot_eager": _compile_with_aot_eager,
+    "eager": _compile_with_interpreter,
+}
+
+
+def trace_only(job: CompileJob) -> None:
+    """Run AOTAutograd and the pass, with nothing compiled and no kernel run."""
+    if job.config.inner == "inductor":
+        from torch._inductor.decomposition import select_decomp_table
+
+        decompositions = select_decomp_table()
+    else:
+        decompositions = _norm_decompositions()
+    _compile_with_aot(job, lambda gm, inputs: _never_run, decompositions)
+
+
+def _never_run(*args: Any) -> Any:
+    raise AssertionError("a graph that was only traced must not run")
+
+
+def _retrace(job: CompileJob) -> PassResult | None:
+    """Recover the report of a compile that came from a cache that outlived it."""
+    log.debug("warm compile cache without a stored report: tracing again")
+    trace_only(job)
+    return job.results[-1] if job.results else None
+
+
+_warned: set[tuple[str, ...]] = set()
+_warned_lock = threading.Lock()
+
+
+def _announce(job: CompileJob, result: PassResult) -> None:
+    """Report, log and warn; the same after a cold and a warm compile."""
+    recording.publish(result)
+    fused = sum(site.status == "fused" for site in result.sites)
+    log.info(
+        "%s graph: %d norms, %d fused, %d skipped, pass took %.3f s",
+        result.graph.name,
+        len(result.sites),
+        fused,
+        len(result.sites) - fused,
+        result.seconds,
+    )
+    for site in result.sites:
+        log.debug("%s", site)
+    log.debug("before:\n%s\nafter:\n%s", result.graph.before, result.graph.after)
+    _warn_unmatched_patterns(job, result)
+    if not fused:
+        _warn_nothing_fused(job, result)
+    elif result.graph.name == "inference":
+        _warn_uncalibrated(job, result)
+
+
+def _warn_once(job: CompileJob, kind: str, message: str, category: type[MXNormWarning]) -> None:
+    key = (kind, message, job.config.fingerprint(), *job.module_names)
+    with _warned_lock:
+        if key in _warned:
+            return
+        _warned.add(key)
+    warnings.warn(message, category, stacklevel=2)
+
+
+def _warn_unmatched_patterns(job: CompileJob, result: PassResult) -> None:
+    consumers = [name for site in result.sites for name in site.consumers]
+    names = dict.fromkeys([*(s.norm for s in result.sites), *consumers, *result.matmul_modules])
+    for unmatched in job.config.unmatched_patterns(names):
+        nearest = ", ".join(unmatched.nearest) or "none"
+        _warn_once(
+            job,
+            "pattern",
+            f"mxnorm: the pattern {unmatched.pattern!r} in `modules` matches no norm and no "
+            f"linear of this graph; nearest names: {nearest}",
+            MXNormWarning,
+        )
+
+
+def _warn_nothing_fused(job: CompileJob, result: PassResult) -> None:
+    reasons = {site.reason for site in result.sites if site.reason is not None}
+    if reasons and reasons <= {SkipReason.DISABLED}:
+        return
+    if reasons:
+        why = "; ".join(sorted(f"{r.name}: {r.value}" for r in reasons))
+    else:
+        why = "it contains no RMSNorm"
+    _warn_once(
+        job, "nothing", f"mxnorm: nothing to rewrite in this graph: {why}", MXNormWarning
+    )
+
+
+def _warn_uncalibrated(job: CompileJob, result: PassResult) -> None:
+    estimated = [s for s in result.sites if s.status == "fused" and s.estimator == "mxnorm"]
+    if not estimated or job.config.calibration is not None:
+        return
+    _warn_once(
+        job,
+        "calibration",
+        f"mxnorm: {len(estimated)} norms estimate their RMS without calibration. A checkpoint "
+        "trained with RMSNorm has outlier channels that break the estimate and gives wrong "
+        "text; use estimator='exact' for it, or a calibration where this version has one. For "
+        "a model trained with MXNorm this is right: silence it with "
+        "warnings.simplefilter('ignore', mxnorm_pass.CalibrationWarning)",
+        CalibrationWarning,
+    )

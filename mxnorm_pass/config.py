@@ -1,0 +1,471 @@
+"""Options of the ``mxnorm`` backend: validation, per-module rules, and the split from Inductor's.
+
+This module is a leaf. It imports only the standard library and torch, and reads
+``torch._inductor.config`` only when an option has to be looked up there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import json
+import math
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, Union, get_args, get_origin
+
+import torch
+
+from mxnorm_pass.formats import ScaleMode
+
+__all__ = [
+    "Estimator",
+    "Gain",
+    "Gradient",
+    "Inner",
+    "MXNormConfig",
+    "ModuleConfig",
+    "ParsedOptions",
+    "Quantize",
+    "ScaleMode",
+    "UnmatchedPattern",
+    "parse_options",
+]
+
+Estimator = Literal["mxnorm", "exact"]
+Gain = Literal["auto", "fold", "activation"]
+Gradient = Literal["true", "orthogonal", "paper"]
+Quantize = Literal["norm-fed", "existing", "all"]
+Inner = Literal["inductor", "aot_eager", "eager"]
+
+_Validator = Callable[[str, object], Any]
+
+_REGEX_PREFIX = "re:"
+_HEAD_NAMES = frozenset({"lm_head", "output"})
+_ELEM_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_OVERRIDABLE = ("estimator", "p", "gain", "gradient", "elem_dtype", "scale_mode")
+# Enough for an own field to win a near-tie against one of Inductor's ~600 keys, and no more.
+_OWN_FIELD_BONUS = 0.1
+
+
+@dataclass(frozen=True)
+class UnmatchedPattern:
+    """A key of ``MXNormConfig.modules`` that matched no module name.
+
+    Attributes:
+        pattern: the key, as given.
+        nearest: up to three of the names it was tried on, best first; empty only if there
+            were no names.
+    """
+
+    pattern: str
+    nearest: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """What applies to one module.
+
+    Attributes:
+        enabled: whether the module may be rewritten at all.
+        config: the base config with the winning rule's overrides applied. Meaningful only where
+            ``enabled`` is true.
+    """
+
+    enabled: bool
+    config: MXNormConfig
+
+
+@dataclass(frozen=True)
+class ParsedOptions:
+    """``torch.compile``'s options, split by owner.
+
+    Attributes:
+        config: the fields of this package.
+        inductor: overrides for ``torch._inductor.config``, under Inductor's own spelling
+            ("max_autotune", "triton.cudagraphs"); pass them on as ``config_patches``.
+    """
+
+    config: MXNormConfig
+    inductor: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MXNormConfig:
+    """Every choice the backend makes, validated and immutable.
+
+    The source of names and defaults is the contract table of the design document. Configs are
+    equal, and hash alike, when their fields are equal and ``modules`` has the same order.
+
+    Attributes:
+        estimator: "mxnorm" (RMS estimated from the block scales) or "exact" (fused RMSNorm and
+            cast with the true RMS).
+        p: exponent of the estimator's power mean; any finite int or float above 0, kept as float.
+        gain: "auto", "fold" or "activation": where the norm's weight is applied.
+        gradient: "true", "orthogonal" or "paper".
+        quantize: "norm-fed" (plain linears fed by a norm), "existing" (only casts already in the
+            graph) or "all" (every linear).
+        elem_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``, for casts that the backend
+            inserts.
+        scale_mode: "rceil", "floor", "ceil" or "even", for casts that the backend inserts.
+        modules: name pattern to False, True or a dict of overrides of estimator, p, gain,
+            gradient, elem_dtype and scale_mode. A pattern is a glob, or a regular expression
+            after "re:"; see ``resolve``. Copied, so later changes to the caller's dict are unseen.
+        calibration: None; calibration files are not supported by this version.
+        inner: "inductor", "aot_eager" or "eager": what compiles the rewritten graph.
+        freezing: Inductor's meaning: inference weights are folded and cast once.
+
+    Raises:
+        ValueError: a field has a wrong type or value. The message names the field, the value and
+            what is allowed; for an override it also names the pattern.
+    """
+
+    estimator: Estimator = "mxnorm"
+    p: float = 2.0
+    gain: Gain = "auto"
+    gradient: Gradient = "true"
+    quantize: Quantize = "norm-fed"
+    elem_dtype: torch.dtype = torch.float8_e4m3fn
+    scale_mode: ScaleMode = "rceil"
+    modules: Mapping[str, bool | Mapping[str, Any]] = field(default_factory=dict)
+    calibration: None = None
+    inner: Inner = "inductor"
+    freezing: bool = False
+
+    def __post_init__(self) -> None:
+        for name, validate in _VALIDATORS.items():
+            object.__setattr__(self, name, validate(name, getattr(self, name)))
+
+    def resolve(self, name: str) -> ModuleConfig:
+        """Return what applies to the module of that full dotted name.
+
+        Every rule of ``modules`` is tried on the whole name, in order, and the last that matches
+        wins entirely: overrides of earlier matches do not add up. False disables; True and a dict
+        enable. Without a match the base config applies, enabled.
+
+        A name whose last component is ``lm_head`` or ``output`` is disabled unless the winning
+        pattern's text contains that component: "*" does not enable it, "*lm_head" does.
+        """
+        resolved = self._resolved.get(name)
+        if resolved is None:
+            resolved = self._resolved[name] = self._resolve_uncached(name)
+        return resolved
+
+    def unmatched_patterns(self, names: Iterable[str]) -> list[UnmatchedPattern]:
+        """Return the patterns of ``modules`` that match none of ``names``, in rule order.
+
+        A pattern that matches but always loses to a later one is not listed.
+        """
+        known = list(dict.fromkeys(names))
+        return [
+            UnmatchedPattern(rule.pattern, _nearest_names(rule.pattern, known))
+            for rule in self._rules
+            if not any(rule.matches(name) for name in known)
+        ]
+
+    def fingerprint(self) -> str:
+        """Return a hex SHA-256 of all fields, the same in every process for equal configs."""
+        return self._fingerprint
+
+    def __eq__(self, other: object) -> bool:
+        # Comparing the fields would call two orders of `modules` equal, and order decides there.
+        if not isinstance(other, MXNormConfig):
+            return NotImplemented
+        return self._fingerprint == other._fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self._fingerprint)
+
+    def __reduce__(self) -> tuple[Callable[..., MXNormConfig], tuple[dict[str, Any]]]:
+        # A mappingproxy can be neither pickled nor deep-copied.
+        values = {name: getattr(self, name) for name in _VALIDATORS}
+        return _rebuild, ({**values, "modules": _thaw_modules(self.modules)},)
+
+    def _resolve_uncached(self, name: str) -> ModuleConfig:
+        winner = next((rule for rule in reversed(self._rules) if rule.matches(name)), None)
+        enabled = winner is None or winner.enabled
+        component = name.rpartition(".")[2]
+        if component in _HEAD_NAMES:
+            enabled = enabled and winner is not None and component in winner.pattern
+        return ModuleConfig(enabled, self if winner is None else winner.config)
+
+    @cached_property
+    def _resolved(self) -> dict[str, ModuleConfig]:
+        return {}
+
+    @cached_property
+    def _rules(self) -> tuple[_Rule, ...]:
+        return tuple(_make_rule(self, pattern, value) for pattern, value in self.modules.items())
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        values: dict[str, object] = {name: getattr(self, name) for name in _VALIDATORS}
+        # A list, because the order of the rules is part of their meaning.
+        values["modules"] = list(_thaw_modules(self.modules).items())
+        text = json.dumps(values, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Rule:
+    pattern: str
+    regex: re.Pattern[str]
+    enabled: bool
+    config: MXNormConfig
+
+    def matches(self, name: str) -> bool:
+        return self.regex.fullmatch(name) is not None
+
+
+def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> ParsedOptions:
+    """Split ``torch.compile``'s flat options into this package's and Inductor's.
+
+    Args:
+        options: any field of ``MXNormConfig``, and any key of ``torch._inductor.config`` (nested
+            ones as "triton.cudagraphs"; "-" and "_" are the same, as in torch). None is {}.
+        mode: a name of ``torch._inductor.list_mode_options()``, or None. Explicit options win
+            over the mode's.
+
+    Returns:
+        The config and Inductor's overrides. ``freezing`` belongs to both; it is among Inductor's
+        only when True.
+
+    Raises:
+        ValueError: ``options`` is not a mapping; a key belongs to neither (the message names the
+            nearest valid one); a value is wrong for its field or Inductor key; unknown ``mode``.
+    """
+    own: dict[str, Any] = {}
+    inductor: dict[str, Any] = {}
+    for key, value in [*_mode_options(mode).items(), *_as_mapping(options).items()]:
+        if isinstance(key, str) and key in _VALIDATORS:
+            own[key] = value
+        else:
+            inductor_key = _inductor_key(key)
+            _check_inductor_value(key, inductor_key, value)
+            inductor[inductor_key] = value
+    config = MXNormConfig(**own)
+    if config.freezing:
+        inductor["freezing"] = True
+    return ParsedOptions(config, inductor)
+
+
+def _invalid(label: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"{label}={value!r} is not valid: expected {allowed}")
+
+
+def _one_of(values: Iterable[object]) -> str:
+    return "one of " + ", ".join(map(str, values))
+
+
+def _choice(alias: Any) -> _Validator:
+    allowed: tuple[str, ...] = get_args(alias)
+
+    def validate(label: str, value: object) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise _invalid(label, value, _one_of(map(repr, allowed)))
+        return value
+
+    return validate
+
+
+def _validate_p(label: str, value: object) -> float:
+    allowed = "a finite int or float greater than 0"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _invalid(label, value, allowed)
+    try:
+        p = float(value)
+    except OverflowError:
+        raise _invalid(label, value, allowed) from None
+    if not math.isfinite(p) or p <= 0:
+        raise _invalid(label, value, allowed)
+    return p
+
+
+def _validate_elem_dtype(label: str, value: object) -> torch.dtype:
+    if not isinstance(value, torch.dtype) or value not in _ELEM_DTYPES:
+        raise _invalid(label, value, _one_of(_ELEM_DTYPES))
+    return value
+
+
+def _validate_bool(label: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _invalid(label, value, "True or False")
+    return value
+
+
+def _validate_calibration(label: str, value: object) -> None:
+    if value is not None:
+        reason = "calibration files are not supported by this version; leave it None"
+        raise _invalid(label, value, f"None: {reason}")
+
+
+def _validate_modules(label: str, value: object) -> Mapping[str, bool | Mapping[str, Any]]:
+    if not isinstance(value, Mapping):
+        raise _invalid(label, value, "a mapping from name pattern to True, False or a dict")
+    rules: dict[str, bool | Mapping[str, Any]] = {}
+    for pattern, rule in value.items():
+        _check_pattern(label, pattern)
+        rules[pattern] = _validate_rule(f"{label}[{pattern!r}]", rule)
+    return types.MappingProxyType(rules)
+
+
+def _check_pattern(label: str, pattern: object) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError(
+            f"{label} has the key {pattern!r}, which is not valid: expected a non-empty str, "
+            f"a glob or a regular expression after {_REGEX_PREFIX!r}"
+        )
+    try:
+        _compile_pattern(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{label} has the key {pattern!r}, which is not valid: expected a regular expression "
+            f"after {_REGEX_PREFIX!r}, but it does not compile: {error}"
+        ) from error
+
+
+def _validate_rule(label: str, rule: object) -> bool | Mapping[str, Any]:
+    if isinstance(rule, bool):
+        return rule
+    if not isinstance(rule, Mapping):
+        allowed = f"True, False or a dict of overrides, with keys {_one_of(_OVERRIDABLE)}"
+        raise _invalid(label, rule, allowed)
+    return types.MappingProxyType(
+        {name: _validate_override(label, name, value) for name, value in rule.items()}
+    )
+
+
+def _validate_override(label: str, name: object, value: object) -> Any:
+    if not isinstance(name, str) or name not in _OVERRIDABLE:
+        raise ValueError(
+            f"{label} overrides {name!r} (with {value!r}), which cannot be set per module: "
+            f"expected {_one_of(_OVERRIDABLE)}"
+        )
+    return _VALIDATORS[name](f"{label}[{name!r}]", value)
+
+
+_VALIDATORS: dict[str, _Validator] = {
+    "estimator": _choice(Estimator),
+    "p": _validate_p,
+    "gain": _choice(Gain),
+    "gradient": _choice(Gradient),
+    "quantize": _choice(Quantize),
+    "elem_dtype": _validate_elem_dtype,
+    "scale_mode": _choice(ScaleMode),
+    "modules": _validate_modules,
+    "calibration": _validate_calibration,
+    "inner": _choice(Inner),
+    "freezing": _validate_bool,
+}
+
+
+def _rebuild(values: dict[str, Any]) -> MXNormConfig:
+    return MXNormConfig(**values)
+
+
+def _thaw_modules(
+    modules: Mapping[str, bool | Mapping[str, Any]],
+) -> dict[str, bool | dict[str, Any]]:
+    return {
+        pattern: rule if isinstance(rule, bool) else dict(rule) for pattern, rule in modules.items()
+    }
+
+
+def _compile_pattern(pattern: str) -> re.Pattern[str]:
+    if pattern.startswith(_REGEX_PREFIX):
+        return re.compile(pattern.removeprefix(_REGEX_PREFIX))
+    return re.compile(fnmatch.translate(pattern))
+
+
+def _make_rule(base: MXNormConfig, pattern: str, value: bool | Mapping[str, Any]) -> _Rule:
+    overrides = {} if isinstance(value, bool) else value
+    config = replace(base, **overrides) if overrides else base
+    return _Rule(pattern, _compile_pattern(pattern), value is not False, config)
+
+
+def _nearest_names(pattern: str, names: list[str]) -> tuple[str, ...]:
+    # A regex's escapes would count against every name.
+    text = pattern.removeprefix(_REGEX_PREFIX).replace("\\", "")
+    close = difflib.get_close_matches(text, names, n=3)
+    return tuple(close or difflib.get_close_matches(text, names, n=1, cutoff=0.0))
+
+
+def _as_mapping(options: object) -> Mapping[Any, Any]:
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise _invalid("options", options, "a mapping from option name to value, or None")
+    return options
+
+
+def _mode_options(mode: object) -> dict[str, Any]:
+    if mode is None:
+        return {}
+    from torch._inductor import list_mode_options
+
+    modes = list_mode_options()
+    if not isinstance(mode, str) or mode not in modes:
+        raise _invalid("mode", mode, _one_of(map(repr, modes)) + ", or None")
+    return dict(modes[mode])
+
+
+def _inductor_keys() -> list[str]:
+    from torch._inductor import config
+
+    return list(config.get_config_copy())
+
+
+def _inductor_key(key: object) -> str:
+    keys = _inductor_keys()
+    if isinstance(key, str):
+        attribute = key.replace("-", "_")
+        if attribute in keys:
+            return attribute
+    nearest = _nearest_option(str(key), keys)
+    raise ValueError(
+        f"options has the key {key!r}, which is neither a field of MXNormConfig nor an Inductor "
+        f"config key; the nearest valid one is {nearest!r} "
+        f"(fields of MXNormConfig: {', '.join(_VALIDATORS)})"
+    )
+
+
+def _nearest_option(key: str, inductor_keys: Iterable[str]) -> str:
+    matcher = difflib.SequenceMatcher(b=key.lower().replace("-", "_"))
+
+    def similarity(candidate: str) -> float:
+        matcher.set_seq1(candidate)
+        return matcher.ratio() + (_OWN_FIELD_BONUS if candidate in _VALIDATORS else 0.0)
+
+    return max([*_VALIDATORS, *inductor_keys], key=similarity)
+
+
+def _check_inductor_value(given_key: str, key: str, value: object) -> None:
+    from torch._inductor import config
+
+    expected = _checkable_types(config.get_type(key))  # type: ignore[attr-defined]
+    if not expected or isinstance(value, expected):
+        return
+    if float in expected and isinstance(value, int) and not isinstance(value, bool):
+        return
+    names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in expected)
+    got = type(value).__name__
+    raise _invalid(f"options[{given_key!r}]", value, f"{names} for this Inductor key, not {got}")
+
+
+def _checkable_types(declared: Any) -> tuple[type, ...]:
+    """Return the classes an Inductor value may have; () where that cannot be told."""
+    members: tuple[Any, ...] = (declared,)
+    if get_origin(declared) in (Union, types.UnionType):
+        members = get_args(declared)
+    elif get_origin(declared) is Literal:
+        members = tuple(dict.fromkeys(type(value) for value in get_args(declared)))
+    # Inductor infers NoneType for a key that has no annotation and defaults to None; such a key
+    # takes other values too.
+    if members == (types.NoneType,):
+        return ()
+    known = (bool, int, float, str, list, tuple, types.NoneType)
+    return members if all(member in known for member in members) else ()

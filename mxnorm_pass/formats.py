@@ -1,0 +1,151 @@
+"""Block formats: how a block's absmax becomes a shared E8M0 scale, and elements are cast under it.
+
+The formats are those of the OCP Microscaling (MX) specification v1.0. The scale modes, special
+values and saturation follow torchao 0.18 (``torchao/prototype/mx_formats/mx_tensor.py::to_mx``)
+bit for bit, so that a cast written there can be replaced by the one written here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+import torch
+from torch import Tensor
+
+ScaleMode = Literal["rceil", "floor", "ceil", "even"]
+SCALE_MODES: Final[tuple[ScaleMode, ...]] = get_args(ScaleMode)
+
+E8M0_BIAS: Final = 127
+E8M0_NAN: Final = 255
+F32_MANTISSA_BITS: Final = 23
+F32_SMALLEST_NORMAL: Final = 2.0**-126
+
+
+@dataclass(frozen=True)
+class ElementFormat:
+    """The element type of an MX format (OCP MX specification, section 5.3).
+
+    Attributes:
+        dtype: torch's name for it.
+        max: largest finite value.
+        max_exponent: exponent of the largest finite value, floor(log2(max)).
+        mantissa_bits: explicit mantissa bits.
+    """
+
+    dtype: torch.dtype
+    max: float
+    max_exponent: int
+    mantissa_bits: int
+
+
+ELEMENT_FORMATS: Final = {
+    torch.float8_e4m3fn: ElementFormat(torch.float8_e4m3fn, 448.0, 8, 3),
+    torch.float8_e5m2: ElementFormat(torch.float8_e5m2, 57344.0, 15, 2),
+}
+
+
+@dataclass(frozen=True)
+class MXFormat:
+    """A block format with its scale mode: everything that names one MX cast.
+
+    Attributes:
+        elem_dtype: element type, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        scale_mode: "rceil", "floor", "ceil" or "even".
+        block_size: elements that share one scale; 32 in MXFP8.
+    """
+
+    elem_dtype: torch.dtype = torch.float8_e4m3fn
+    scale_mode: ScaleMode = "rceil"
+    block_size: int = 32
+
+    def __str__(self) -> str:
+        elem = str(self.elem_dtype).removeprefix("torch.float8_")
+        return f"mxfp8 {elem} {self.scale_mode} block {self.block_size}"
+
+
+def element_format(dtype: torch.dtype) -> ElementFormat:
+    """The element format of ``dtype``; a ValueError names the dtypes that are allowed."""
+    if dtype not in ELEMENT_FORMATS:
+        allowed = ", ".join(str(d) for d in ELEMENT_FORMATS)
+        raise ValueError(f"elem_dtype is {dtype}; allowed: {allowed}")
+    return ELEMENT_FORMATS[dtype]
+
+
+def e8m0_exponent(absmax: Tensor, elem_dtype: torch.dtype, scale_mode: ScaleMode) -> Tensor:
+    """Biased E8M0 exponent of each block's shared scale.
+
+    Args:
+        absmax: float32, non-negative or NaN, any shape.
+        elem_dtype: element type that the scale must fit.
+        scale_mode: "floor" (OCP MX v1.0 section 6.3), "ceil", "even" (absmax rounded to the
+            element's mantissa first), or "rceil" (cuBLAS block scaling: round absmax / max up).
+
+    Returns:
+        uint8 of ``absmax``'s shape; 255 encodes NaN.
+    """
+    elem = element_format(elem_dtype)
+    if scale_mode == "rceil":
+        return _rceil_exponent(absmax / elem.max)
+    if scale_mode not in SCALE_MODES:
+        raise ValueError(f"scale_mode is {scale_mode!r}; allowed: {', '.join(SCALE_MODES)}")
+    bits = absmax.view(torch.int32)
+    if scale_mode == "even":
+        half_ulp = 1 << (F32_MANTISSA_BITS - elem.mantissa_bits - 1)
+        bits = (bits + half_ulp) & (0x1FF << F32_MANTISSA_BITS)
+    exponent = ((bits >> F32_MANTISSA_BITS) & 0xFF) - E8M0_BIAS
+    if scale_mode == "ceil":
+        exponent = exponent + ((bits & 0x7FFFFF) > 0).to(torch.int32)
+    unbiased = (exponent - elem.max_exponent).clamp(-E8M0_BIAS, E8M0_BIAS + 1)
+    return torch.where(torch.isnan(absmax), E8M0_NAN, (unbiased + E8M0_BIAS).to(torch.uint8))
+
+
+def _rceil_exponent(descale: Tensor) -> Tensor:
+    finite = torch.ceil(torch.log2(descale)).clamp(-E8M0_BIAS, E8M0_BIAS) + E8M0_BIAS
+    special = torch.where(torch.isinf(descale), 254, finite.to(torch.uint8))
+    return torch.where(torch.isnan(descale), E8M0_NAN, special)
+
+
+def cast_elements(
+    x: Tensor, exponent: Tensor, elem_dtype: torch.dtype, scale_mode: ScaleMode
+) -> Tensor:
+    """Divide by the shared scale, saturate, and round to the element type.
+
+    Args:
+        x: float32, blocks along the last dimension.
+        exponent: uint8 biased E8M0 exponents, broadcastable to ``x``.
+        elem_dtype: target element type.
+        scale_mode: the mode that made ``exponent`` (it decides how the smallest and largest
+            scales, which float32 cannot divide by exactly, are treated).
+
+    Returns:
+        ``elem_dtype`` tensor of ``x``'s shape. Finite values saturate; NaN stays NaN.
+    """
+    limit = element_format(elem_dtype).max
+    if scale_mode == "rceil":
+        scaled = x * _rceil_reciprocal(exponent)
+    else:
+        scale = (exponent.to(torch.int32) << F32_MANTISSA_BITS).view(torch.float32)
+        scaled = x / scale.clamp(min=F32_SMALLEST_NORMAL)
+    # Clamp first: float32 -> float8_e4m3fn overflows to NaN on CPU before torch 2.13.
+    return scaled.clamp(-limit, limit).to(elem_dtype)
+
+
+def _rceil_reciprocal(exponent: Tensor) -> Tensor:
+    # 2**(127 - exponent), built from its bits: exact on every backend, unlike exp2.
+    reciprocal = ((254 - exponent.to(torch.int32)) << F32_MANTISSA_BITS).view(torch.float32)
+    reciprocal = torch.where(exponent == 0, 1.0, reciprocal)
+    reciprocal = torch.where(exponent == 254, 2.0**-127, reciprocal)
+    return torch.where(exponent == E8M0_NAN, float("nan"), reciprocal)
+
+
+def e8m0_to_float(scales: Tensor) -> Tensor:
+    """Value of E8M0 scales: 2**(byte - 127) in float32, NaN for 255 (OCP MX section 5.4.1).
+
+    Args:
+        scales: ``torch.float8_e8m0fnu`` of any shape.
+    """
+    exponent = scales.view(torch.uint8).to(torch.int32)
+    # 2**-127 is subnormal in float32 and has no exponent bits: its pattern is 1 << 22.
+    bits = torch.where(exponent == 0, 1 << 22, exponent << F32_MANTISSA_BITS)
+    return torch.where(exponent == E8M0_NAN, float("nan"), bits.view(torch.float32))

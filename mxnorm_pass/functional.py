@@ -1,0 +1,461 @@
+"""Eager, differentiable reference of MXNorm and MX casts; the one definition of the math.
+
+The graph rewrite traces these functions and grafts them in, and every kernel is tested against
+them. Source: McLean et al. 2026, "MXNorm", arXiv 2603.13180; OCP Microscaling specification v1.0.
+
+Shapes: ``T`` rows of ``D`` elements, cut into ``K = D / block_size`` blocks of ``B`` elements.
+Leading dimensions are free; blocks lie along the last one.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import mpmath
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mxnorm_pass.config import Estimator, Gradient
+from mxnorm_pass.formats import ScaleMode, cast_elements, e8m0_exponent, e8m0_to_float
+
+__all__ = [
+    "inverse_rms",
+    "inverse_rms_vjp",
+    "mx_cast",
+    "mx_dequantize",
+    "mx_linear",
+    "mxnorm",
+    "mxnorm_cast",
+    "mxnorm_vjp",
+    "normalize",
+    "rms_constant",
+    "rms_estimate",
+]
+
+
+@lru_cache(maxsize=256)
+def rms_constant(p: float, block_size: int) -> float:
+    """The constant c(p, B) that turns a generalised mean of block absmaxes into an RMS.
+
+    For i.i.d. Gaussian elements G_p / RMS tends to c(p, B) almost surely as K grows, with
+    c(p, B)^p = E[max_b |z_b|^p] = integral over t > 0 of p t^(p-1) (1 - erf(t / sqrt 2)^B).
+
+    Args:
+        p: exponent of the generalised mean, > 0.
+        block_size: elements per block, B >= 1.
+
+    Raises:
+        ValueError: ``p`` is not a positive finite number or ``block_size`` is below 1.
+    """
+    if not (math.isfinite(p) and p > 0):
+        raise ValueError(f"p is {p}; it must be a finite number > 0")
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; it must be at least 1")
+
+    def integrand(t: Any) -> Any:
+        # 1 - erf(t)^B without cancellation where erf(t) is next to 1.
+        tail = -mpmath.expm1(block_size * mpmath.log1p(-mpmath.erfc(t / mpmath.sqrt(2))))
+        return p * t ** (p - 1) * tail
+
+    with mpmath.workdps(30):
+        peak = mpmath.sqrt(max(p, 1.0))
+        knots = [0, 0.5, 1, 2, 3, 4, 6, 4 + peak, 6 + peak, 8 + 2 * peak, mpmath.inf]
+        moment = mpmath.quad(integrand, sorted(set(knots)))
+        return float(moment ** (mpmath.mpf(1) / p))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _blocks(x: Tensor, block_size: int) -> Tensor:
+    if x.ndim == 0 or x.shape[-1] % block_size != 0:
+        raise ValueError(
+            f"the last dimension of shape {tuple(x.shape)} is not divisible by "
+            f"block_size {block_size}"
+        )
+    return x.reshape(*x.shape[:-1], x.shape[-1] // block_size, block_size)
+
+
+def _block_absmax(x: Tensor, block_size: int) -> Tensor:
+    return _blocks(x, block_size).abs().amax(-1)
+
+
+def _mean_square_from_absmax(absmax: Tensor, p: float, block_size: int) -> Tensor:
+    """rms~^2 from block absmaxes [..., K] -> [..., 1]; p = 2 needs no root."""
+    c = rms_constant(p, block_size)
+    if p == 2:
+        return absmax.square().mean(-1, keepdim=True) / c**2
+    if p == 1:
+        return (absmax.mean(-1, keepdim=True) / c).square()
+    # m^p leaves float32's range long before m^2 does, so take the largest block out.
+    largest = absmax.amax(-1, keepdim=True).detach()
+    largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    ratio = absmax / largest
+    # The derivative of 0^p is infinite for p < 1 and would turn 0 * inf into NaN.
+    powers = torch.where(ratio > 0, torch.where(ratio > 0, ratio, 1.0).pow(p), ratio)
+    mean = powers.mean(-1, keepdim=True)
+    root = torch.where(mean > 0, torch.where(mean > 0, mean, 1.0).pow(1 / p), mean)
+    return (largest * root / c).square()
+
+
+def rms_estimate(x: Tensor, *, p: float = 2.0, block_size: int = 32) -> Tensor:
+    """RMS of each row, estimated from its block absmaxes: G_p / c(p, B) (paper, section 3).
+
+    Args:
+        x: [..., D], D divisible by ``block_size``; floating point.
+        p: exponent of the generalised mean, > 0.
+        block_size: elements per block.
+
+    Returns:
+        [..., 1], float32 (float64 for float64 input), differentiable.
+    """
+    absmax = _block_absmax(x.to(_compute_dtype(x)), block_size)
+    return _mean_square_from_absmax(absmax, p, block_size).sqrt()
+
+
+def _mean_square(x: Tensor, estimator: Estimator, p: float, block_size: int) -> Tensor:
+    if estimator == "exact":
+        return x.pow(2).mean(-1, keepdim=True)
+    return _mean_square_from_absmax(_block_absmax(x, block_size), p, block_size)
+
+
+def inverse_rms_vjp(
+    x: Tensor,
+    rho: Tensor,
+    grad_rho: Tensor,
+    *,
+    eps: float,
+    estimator: Estimator = "mxnorm",
+    gradient: Gradient = "true",
+    p: float = 2.0,
+    block_size: int = 32,
+) -> Tensor:
+    """Contribution of the (estimated) inverse RMS to the gradient of ``x``.
+
+    Args:
+        x: [..., D], float32 or float64.
+        rho: [..., 1], the inverse RMS that the forward used.
+        grad_rho: [..., 1], its cotangent, sum_i g_i x_i.
+        gradient: "true", the derivative of the estimate itself; "orthogonal",
+            -rho~ rho^2 x / D with the exact rho, which keeps dx orthogonal to x;
+            "paper", -rho~^3 x / D, RMSNorm's derivative with rho~ in place of rho.
+
+    Returns:
+        [..., D], ``grad_rho * d rho / d x``.
+    """
+    if gradient == "true" or estimator == "exact":
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            again = torch.rsqrt(_mean_square(leaf, estimator, p, block_size) + eps)
+            (grad_x,) = torch.autograd.grad(again, leaf, grad_rho)
+        return grad_x
+    width = x.shape[-1]
+    if gradient == "orthogonal":
+        exact_rho = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        return x * (-rho * exact_rho.square() * grad_rho / width)
+    if gradient == "paper":
+        return x * (-rho.pow(3) * grad_rho / width)
+    raise ValueError(f"gradient is {gradient!r}; allowed: true, orthogonal, paper")
+
+
+class _InverseRMS(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, options: dict[str, Any]) -> Tensor:
+        mean_square = _mean_square(x, options["estimator"], options["p"], options["block_size"])
+        rho = torch.rsqrt(mean_square + options["eps"])
+        ctx.save_for_backward(x, rho)
+        ctx.options = options
+        return rho
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, rho = ctx.saved_tensors
+        return inverse_rms_vjp(x, rho, grads[0], **ctx.options), None
+
+
+def inverse_rms(
+    x: Tensor,
+    *,
+    eps: float,
+    estimator: Estimator = "mxnorm",
+    gradient: Gradient = "true",
+    p: float = 2.0,
+    block_size: int = 32,
+) -> Tensor:
+    """1 / sqrt(rms~^2 + eps) of each row; a zero row stays finite, as in RMSNorm.
+
+    Args:
+        x: [..., D], floating point; D divisible by ``block_size`` unless ``estimator="exact"``.
+        estimator: "mxnorm" (block absmaxes) or "exact" (mean of squares).
+        gradient: see :func:`inverse_rms_vjp`.
+
+    Returns:
+        [..., 1], float32 (float64 for float64 input), differentiable once.
+    """
+    if estimator not in ("mxnorm", "exact"):
+        raise ValueError(f"estimator is {estimator!r}; allowed: mxnorm, exact")
+    options = {
+        "eps": eps, "estimator": estimator, "gradient": gradient, "p": p, "block_size": block_size
+    }  # fmt: skip
+    rho: Tensor = _InverseRMS.apply(x.to(_compute_dtype(x)), options)
+    return rho
+
+
+def normalize(
+    x: Tensor,
+    rho: Tensor,
+    weight: Tensor | None,
+    norm_dtype: torch.dtype | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """x * rho * weight, rounded where the norm rounds; the arguments are those of `mxnorm`."""
+    normalized = x.to(_compute_dtype(x)) * rho
+    if norm_dtype is not None:
+        normalized = normalized.to(norm_dtype)
+    if weight is not None:
+        normalized = normalized * weight
+    return normalized.to(out_dtype)
+
+
+def mxnorm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float,
+    p: float = 2.0,
+    block_size: int = 32,
+    estimator: Estimator = "mxnorm",
+    gradient: Gradient = "true",
+    norm_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """RMSNorm with the RMS estimated from block absmaxes; high-precision output.
+
+    Args:
+        x: [..., D], floating point.
+        weight: [D], the gain; None for a norm without one.
+        eps: added to the mean square.
+        norm_dtype: dtype to which x / rms is rounded before the gain (HuggingFace's RMSNorm
+            rounds to the input's dtype there); None keeps float32.
+        out_dtype: dtype of the result; None: that of ``x``.
+
+    Returns:
+        [..., D]; differentiable once in ``x`` and ``weight``.
+    """
+    rho = inverse_rms(
+        x, eps=eps, estimator=estimator, gradient=gradient, p=p, block_size=block_size
+    )
+    return normalize(x, rho, weight, norm_dtype, out_dtype or x.dtype)
+
+
+def mxnorm_vjp(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rho: Tensor,
+    *,
+    eps: float,
+    p: float = 2.0,
+    block_size: int = 32,
+    estimator: Estimator = "mxnorm",
+    gradient: Gradient = "true",
+    norm_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Backward of :func:`mxnorm` from the saved ``x`` and ``rho``.
+
+    Args:
+        grad: [..., D], cotangent of the norm's output.
+        rho: [..., 1], the inverse RMS that the forward computed.
+
+    Returns:
+        Gradients of ``x`` (its shape and dtype) and of ``weight`` (None without one).
+    """
+    with torch.enable_grad():
+        x_leaf = x.detach().to(_compute_dtype(x)).requires_grad_()
+        rho_leaf = rho.detach().requires_grad_()
+        leaves = [x_leaf, rho_leaf]
+        weight_leaf = None
+        if weight is not None:
+            weight_leaf = weight.detach().requires_grad_()
+            leaves.append(weight_leaf)
+        y = normalize(x_leaf, rho_leaf, weight_leaf, norm_dtype, out_dtype or x.dtype)
+        grads = torch.autograd.grad(y, leaves, grad)
+    through_rho = inverse_rms_vjp(
+        x_leaf.detach(),
+        rho,
+        grads[1],
+        eps=eps,
+        estimator=estimator,
+        gradient=gradient,
+        p=p,
+        block_size=block_size,
+    )
+    grad_x = (grads[0] + through_rho).to(x.dtype)
+    return grad_x, grads[2] if weight is not None else None
+
+
+@torch.no_grad()
+def mx_cast(
+    x: Tensor,
+    *,
+    elem_dtype: torch.dtype = torch.float8_e4m3fn,
+    scale_mode: ScaleMode = "rceil",
+    block_size: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """Cast to an MX format along the last dimension.
+
+    Args:
+        x: [..., D], float32, bfloat16 or float16.
+
+    Returns:
+        values [..., D] of ``elem_dtype`` and scales [..., K] of ``torch.float8_e8m0fnu``.
+        Equal to torchao's ``to_mx`` bit for bit, but for the sign of NaN.
+    """
+    blocks = _blocks(x, block_size)
+    absmax = blocks.abs().amax(-1, keepdim=True).to(torch.float32)
+    return _cast_blocks(x, blocks.to(torch.float32), absmax, elem_dtype, scale_mode)
+
+
+def _cast_blocks(
+    like: Tensor, blocks: Tensor, absmax: Tensor, elem_dtype: torch.dtype, mode: ScaleMode
+) -> tuple[Tensor, Tensor]:
+    exponent = e8m0_exponent(absmax, elem_dtype, mode)
+    values = cast_elements(blocks, exponent, elem_dtype, mode).reshape(like.shape)
+    return values, exponent.squeeze(-1).view(torch.float8_e8m0fnu)
+
+
+@torch.no_grad()
+def mx_dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """values * scales in ``dtype``.
+
+    Args:
+        values: [..., D], float8.
+        scales: [..., K], ``torch.float8_e8m0fnu``; the block size is D / K.
+        dtype: bfloat16 holds every e4m3 value times a power of two exactly, within its range.
+
+    Returns:
+        [..., D] of ``dtype``; blocks whose scale is NaN are NaN.
+    """
+    blocks = values.to(dtype).reshape(*scales.shape, values.shape[-1] // scales.shape[-1])
+    return (blocks * e8m0_to_float(scales).to(dtype).unsqueeze(-1)).reshape(values.shape)
+
+
+@torch.no_grad()
+def mxnorm_cast(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float,
+    p: float = 2.0,
+    block_size: int = 32,
+    estimator: Estimator = "mxnorm",
+    elem_dtype: torch.dtype = torch.float8_e4m3fn,
+    scale_mode: ScaleMode = "rceil",
+    norm_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm and MX cast in one: the op that the rewritten graph calls.
+
+    With ``estimator="mxnorm"`` the block absmaxes of ``x`` give rho~, those of x * weight times
+    rho~ give the scales, and elements go to ``elem_dtype`` with no rounding in between;
+    ``norm_dtype`` and ``out_dtype`` play no part. Without ``weight`` both absmaxes are one.
+    With "exact" the norm is rounded to ``norm_dtype`` and ``out_dtype`` as in :func:`mxnorm`,
+    then cast, so that it equals the two steps bit for bit.
+
+    Args:
+        x: [..., D], float32, bfloat16 or float16.
+        weight: [D] or None.
+
+    Returns:
+        values [..., D], scales [..., K], rho [..., 1] (float32); none carries a gradient.
+    """
+    x32 = x.to(torch.float32)
+    if estimator == "exact":
+        rho = torch.rsqrt(_mean_square(x32, estimator, p, block_size) + eps)
+        y = normalize(x32, rho, weight, norm_dtype, out_dtype or x.dtype)
+        values, scales = mx_cast(
+            y, elem_dtype=elem_dtype, scale_mode=scale_mode, block_size=block_size
+        )
+        return values, scales, rho
+    absmax = _block_absmax(x32, block_size)
+    rho = torch.rsqrt(_mean_square_from_absmax(absmax, p, block_size) + eps)
+    scaled = x32
+    if weight is not None:
+        scaled = x32 * weight.to(torch.float32)
+        absmax = _block_absmax(scaled, block_size)
+    blocks = _blocks(scaled * rho, block_size)
+    values, scales = _cast_blocks(
+        x, blocks, (absmax * rho).unsqueeze(-1), elem_dtype, scale_mode
+    )
+    return values, scales, rho
+
+
+class _MXLinear(torch.autograd.Function):
+    """Forward from the casts; backward straight through them, in high precision."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        quantized_x: tuple[Tensor, Tensor],
+        quantized_weight: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        activation = mx_dequantize(*quantized_x, x.dtype)
+        return F.linear(activation, mx_dequantize(*quantized_weight, weight.dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_x = (grad @ weight).reshape(x.shape)
+        grad_weight = grad.t() @ x.reshape(-1, x.shape[-1])
+        grad_bias = grad.sum(0) if ctx.has_bias else None
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def mx_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    quantized: tuple[Tensor, Tensor] | None = None,
+    gain: Tensor | None = None,
+    elem_dtype: torch.dtype = torch.float8_e4m3fn,
+    scale_mode: ScaleMode = "rceil",
+    block_size: int = 32,
+) -> Tensor:
+    """Linear layer on MX-cast operands; the backward's matmuls stay in high precision.
+
+    Args:
+        x: [..., D], the high-precision activation; the backward reads it.
+        weight: [N, D], the high-precision weight.
+        bias: [N] or None.
+        quantized: (values, scales) of the activation where they come from somewhere else than
+            the cast of ``x``, above all from :func:`mxnorm_cast`.
+        gain: [D], the norm's gain to fold into the weight before its cast (paper, section 3:
+            H = MXNorm(X) MXCast(W diag gain)^T). ``x`` must then include the gain and
+            ``quantized`` must not.
+
+    Returns:
+        [..., N] of ``x``'s dtype; differentiable once in x, weight and bias.
+    """
+    options: dict[str, Any] = {
+        "elem_dtype": elem_dtype, "scale_mode": scale_mode, "block_size": block_size
+    }  # fmt: skip
+    source = weight.detach()
+    if gain is not None:
+        source = source.to(torch.float32) * gain.detach().to(torch.float32)
+    activation = quantized if quantized is not None else mx_cast(x, **options)
+    y: Tensor = _MXLinear.apply(x, weight, bias, activation, mx_cast(source, **options))
+    return y

@@ -1,0 +1,166 @@
+"""The pass over one joint (or inference) graph: norms -> casts -> sites -> rewrite -> report."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from mxnorm_pass import ops
+from mxnorm_pass.config import MXNormConfig
+from mxnorm_pass.graph_utils import SubgraphCache, is_backward, module_path
+from mxnorm_pass.insert import insert_casts
+from mxnorm_pass.match import Fusion, find_sites
+from mxnorm_pass.match.linear import is_matmul
+from mxnorm_pass.match.norm import find_norms
+from mxnorm_pass.report import Graph, Site, count_ops
+from mxnorm_pass.rewrite import rewrite
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one run of the pass did.
+
+    Attributes:
+        graph: code, op counts and sites, named "inference" or "training".
+        matmul_modules: dotted names of the modules that multiply matrices in the forward graph.
+        seconds: time the pass took, the report included.
+    """
+
+    graph: Graph
+    matmul_modules: tuple[str, ...]
+    seconds: float
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.graph.sites
+
+
+def run_pass(
+    graph: fx.Graph,
+    config: MXNormConfig,
+    *,
+    tensor_subclass: str | None = None,
+    decompositions: dict[Any, Any] | None = None,
+) -> PassResult:
+    """Rewrite ``graph`` in place; a graph without anything to rewrite is left untouched.
+
+    Args:
+        graph: functional ATen graph with fake tensors in ``meta["val"]``; a joint graph marks
+            its backward nodes with ``meta["partitioner_tag"]``.
+        tensor_subclass: name of a tensor subclass on whose inner tensors the graph works.
+        decompositions: for traced replacements; those that the graph itself was traced with.
+    """
+    start = time.perf_counter()
+    before, ops_before = _code(graph), _op_counts(graph)
+    modules = _matmul_modules(graph)
+    norms = find_norms(graph)
+    inserted = insert_casts(graph, norms, config) if tensor_subclass is None else 0
+    found = find_sites(graph, norms, config, tensor_subclass)
+    fusions = [site for site in found if isinstance(site, Fusion)]
+    subgraphs = SubgraphCache(decompositions)
+    for fusion in fusions:
+        rewrite(graph, fusion, subgraphs)
+    changed = bool(fusions) or inserted > 0
+    if changed:
+        graph.eliminate_dead_code()
+        graph.lint()
+    result = Graph(
+        name="training" if any(map(is_backward, graph.nodes)) else "inference",
+        before=before,
+        after=_code(graph) if changed else before,
+        ops_before=ops_before,
+        ops_after=_op_counts(graph) if changed else ops_before,
+        sites=tuple(site.site() for site in found),
+    )
+    return PassResult(result, modules, time.perf_counter() - start)
+
+
+def _code(graph: fx.Graph) -> str:
+    return str(graph.python_code("self", verbose=False).src)
+
+
+def _op_counts(graph: fx.Graph) -> dict[str, int]:
+    return count_ops([str(n.target) for n in graph.nodes if n.op == "call_function"])
+
+
+def _matmul_modules(graph: fx.Graph) -> tuple[str, ...]:
+    names = (module_path(n) for n in graph.nodes if is_matmul(n) and not is_backward(n))
+    return tuple(dict.fromkeys(filter(None, names)))
+
+
+class MXNormPass(CustomGraphPass):
+    """The pass as Inductor's ``joint_custom_pre_pass``.
+
+    Args:
+        config: options of this compile.
+        salt: what else decides the result of the pass: the graph's module names, by which
+            ``config.modules`` selects, are no part of Inductor's cache key.
+        tensor_subclass: see :func:`run_pass`.
+        on_result: called with the result of every run.
+    """
+
+    def __init__(
+        self,
+        config: MXNormConfig,
+        *,
+        salt: str = "",
+        tensor_subclass: str | None = None,
+        on_result: Callable[[PassResult], None] | None = None,
+        decompositions: dict[Any, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self._salt = salt
+        self._tensor_subclass = tensor_subclass
+        self._on_result = on_result
+        self._decompositions = decompositions
+        self._lock = threading.Lock()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        with self._lock:
+            result = run_pass(
+                graph,
+                self.config,
+                tensor_subclass=self._tensor_subclass,
+                decompositions=self._decompositions,
+            )
+        if self._on_result is not None:
+            self._on_result(result)
+
+    def uuid(self) -> str:
+        parts = (source_digest(), self.config.fingerprint(), self._salt, self._tensor_subclass)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+class DecomposeOps(CustomGraphPass):
+    """Inductor's ``post_grad_custom_pre_pass`` that gives it the insides of this package's ops."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        from torch._inductor.decomposition import select_decomp_table
+
+        ops.decompose(graph, select_decomp_table())
+
+    def uuid(self) -> str:
+        return source_digest()
+
+
+@lru_cache(maxsize=1)
+def source_digest() -> str:
+    """Hash of this package's sources and of torch's version, for cache keys."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

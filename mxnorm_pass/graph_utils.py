@@ -1,0 +1,280 @@
+"""What the passes ask of FX graphs: who is a view, which module made a node, grafting."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+# Ops that keep the elements and their row-major order.
+_VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten._reshape_alias.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.expand.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.clone.default,
+        aten.lift_fresh_copy.default,
+        aten.contiguous.default,
+    }
+)
+_TRANSPOSES = frozenset({aten.permute.default, aten.t.default, aten.transpose.int})
+_DTYPE_CASTS = frozenset(
+    {prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype}
+)
+_ORIGIN_KEYS = (
+    "nn_module_stack",
+    "fwd_nn_module_stack",
+    "stack_trace",
+    "source_fn_stack",
+    "from_node",
+    "partitioner_tag",
+    "recompute",
+    "ac_graph_id",
+    "custom",
+    "autograd_backward",
+)
+
+
+def tensor_of(node: fx.Node) -> Tensor | None:
+    """The fake tensor that stands for the node's value, None if it is no tensor."""
+    value = node.meta.get("val")
+    return value if isinstance(value, Tensor) else None
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Equality of sizes that never adds a guard on a symbolic one."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return str(a) == str(b)
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
+def is_call(node: Any, targets: Iterable[Any]) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def is_backward(node: fx.Node) -> bool:
+    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+
+
+def forward_users(node: fx.Node) -> list[fx.Node]:
+    return [user for user in node.users if not is_backward(user)]
+
+
+def is_view(node: fx.Node) -> bool:
+    """Does the node hold its first operand's elements in the same row-major order?"""
+    if not is_call(node, _VIEWS):
+        return False
+    if node.target is not aten.expand.default:
+        return True
+    source, result = tensor_of(node.args[0]), tensor_of(node)  # type: ignore[arg-type]
+    return source is not None and result is not None and same_size(source.numel(), result.numel())
+
+
+def is_transpose(node: fx.Node) -> bool:
+    """Does the node swap the dimensions of a matrix?"""
+    value = tensor_of(node)
+    if value is None or value.ndim != 2 or not is_call(node, _TRANSPOSES):
+        return False
+    if node.target is aten.permute.default:
+        order = [int(d) % 2 for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+        return order == [1, 0]
+    if node.target is aten.transpose.int:
+        return int(node.args[1]) % 2 != int(node.args[2]) % 2  # type: ignore[arg-type]
+    return True
+
+
+def is_dtype_cast(node: fx.Node) -> bool:
+    """Does the node only change the floating-point dtype of its first operand?"""
+    if not is_call(node, _DTYPE_CASTS):
+        return False
+    source, result = tensor_of(node.args[0]), tensor_of(node)  # type: ignore[arg-type]
+    return (
+        source is not None
+        and result is not None
+        and source.device == result.device
+        and source.dtype.is_floating_point
+        and result.dtype.is_floating_point
+    )
+
+
+def strip(node: fx.Node, *through: Callable[[fx.Node], bool]) -> fx.Node:
+    """The first ancestor along first operands that none of the predicates sees through."""
+    while any(see(node) for see in through):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+_STACK_PREFIX = re.compile(r"^[LG]\['[^']*'\]\.?")
+_MODULES_ITEM = re.compile(r"\._modules\['([^']+)'\]")
+_GETATTR = re.compile(r"getattr\((.+?), ['\"]([^'\"]+)['\"]\)")
+_ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
+
+
+def clean_module_path(path: str) -> str:
+    """``L['self'].model.layers.0.mlp`` and its other spellings -> ``model.layers.0.mlp``."""
+    while (found := _GETATTR.search(path)) is not None:
+        path = f"{path[: found.start()]}{found[1]}.{found[2]}{path[found.end() :]}"
+    path = _STACK_PREFIX.sub("", path)
+    path = _MODULES_ITEM.sub(r".\1", path)
+    return _ITEM.sub(r".\1", path).strip(".")
+
+
+def module_path(node: fx.Node) -> str:
+    """Dotted name of the innermost module that made the node, "" outside of any."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    return clean_module_path(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def seq_nr(node: fx.Node) -> int | None:
+    """Number that autograd gives to an op; the op's forward and backward nodes share it."""
+    number = node.meta.get("seq_nr")
+    return number if isinstance(number, int) else None
+
+
+def copy_origin(source: fx.Node, target: fx.Node) -> None:
+    """Say of ``target`` that it comes from where ``source`` comes from."""
+    for key in _ORIGIN_KEYS:
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
+
+
+def call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """Add a call at the graph's insertion point, with a fake value and ``like``'s origin."""
+    node = graph.call_function(target, args)
+    copy_origin(like, node)
+    _run_fake(node, _fake_mode(like))
+    return node
+
+
+def outputs_of(graph: fx.Graph, like: fx.Node, node: fx.Node) -> tuple[fx.Node, ...]:
+    """One getitem node per output of a multi-output call."""
+    return tuple(
+        call(graph, like, operator.getitem, node, i) for i in range(len(node.meta["val"]))
+    )
+
+
+class SubgraphCache:
+    """Traces functions to ATen once per signature and grafts the copies into a graph.
+
+    Args:
+        decompositions: for ``make_fx``; empty keeps the ops that the function calls.
+    """
+
+    def __init__(self, decompositions: Mapping[Any, Any] | None = None) -> None:
+        self._decompositions = dict(decompositions or {})
+        self._traced: dict[Any, fx.GraphModule] = {}
+
+    def graft(
+        self,
+        graph: fx.Graph,
+        before: fx.Node,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        origin: fx.Node | None = None,
+    ) -> Any:
+        """Copy ``function(*args)`` in before a node and return its output node(s).
+
+        Args:
+            args: nodes, and constants that are passed through.
+            origin: the node from which the copies say they come; None: ``before``.
+        """
+        like = origin or before
+        traced = self._trace(function, args)
+        inputs = iter([a for a in args if isinstance(a, fx.Node)])
+        env: dict[fx.Node, fx.Node] = {}
+        mode = _fake_mode(like, *[a for a in args if isinstance(a, fx.Node)])
+        with graph.inserting_before(before):
+            for node in traced.graph.nodes:
+                if node.op == "placeholder":
+                    env[node] = next(inputs)
+                elif node.op == "output":
+                    return fx.map_arg(node.args[0], lambda n: env[n])
+                elif node.op == "get_attr":
+                    env[node] = _inline_constant(graph, like, getattr(traced, node.target), mode)
+                else:
+                    copy = graph.node_copy(node, lambda n: env[n])
+                    copy.meta = {}
+                    copy_origin(like, copy)
+                    _run_fake(copy, mode)
+                    env[node] = copy
+        raise AssertionError("a traced graph ends in an output node")
+
+    def _trace(self, function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
+        key = (function, tuple(map(_signature, args)))
+        if key not in self._traced:
+            nodes = [a for a in args if isinstance(a, fx.Node)]
+
+            def on_tensors(*tensors: Tensor) -> Any:
+                it = iter(tensors)
+                return function(*[next(it) if isinstance(a, fx.Node) else a for a in args])
+
+            values = [n.meta["val"] for n in nodes]
+            with _fake_mode(*nodes), torch.autocast("cpu", enabled=False):
+                traced = make_fx(on_tensors, decomposition_table=self._decompositions)(*values)
+            traced.graph.eliminate_dead_code()
+            self._traced[key] = traced
+        return self._traced[key]
+
+
+def _signature(arg: Any) -> Any:
+    value = arg.meta["val"] if isinstance(arg, fx.Node) else arg
+    if isinstance(value, Tensor):
+        sizes = (str(tuple(value.shape)), str(value.stride()))
+        return ("tensor", value.dtype, value.device, *sizes)
+    return (type(value).__name__, str(value))
+
+
+def _inline_constant(graph: fx.Graph, like: fx.Node, value: Any, mode: Any) -> fx.Node:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise AssertionError(f"a traced function holds a constant that is no scalar: {value}")
+    node = graph.call_function(
+        aten.full.default,
+        (list(value.shape), value.item()),
+        {"dtype": value.dtype, "device": value.device, "pin_memory": False},
+    )
+    copy_origin(like, node)
+    _run_fake(node, mode)
+    return node
+
+
+def _fake_mode(*nodes: fx.Node) -> Any:
+    for node in nodes:
+        for value in _tensors(node.meta.get("val")):
+            mode = getattr(value, "fake_mode", None)
+            if mode is not None:
+                return mode
+    raise AssertionError(f"no fake tensor among {nodes}")
+
+
+def _tensors(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Tensor):
+        yield value
+
+
+def _run_fake(node: fx.Node, mode: Any) -> None:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with mode, torch.no_grad():
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]

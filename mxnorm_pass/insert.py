@@ -1,0 +1,119 @@
+"""Write MX casts into the graph for plain bf16 and fp32 linears.
+
+Before::
+
+    activation -----------------------------> mm -> y
+    weight -> permute ----------------------> mm
+
+After::
+
+    activation -> cast -> dequantize -------> mm -> y
+    weight ----> cast -> dequantize -> permute -> mm
+
+Only the forward matmul changes: the backward keeps the high-precision operands, so the casts are
+passed straight through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import fx
+
+from mxnorm_pass import ops
+from mxnorm_pass.config import MXNormConfig
+from mxnorm_pass.formats import MXFormat
+from mxnorm_pass.graph_utils import (
+    aten,
+    call,
+    is_backward,
+    is_transpose,
+    is_view,
+    outputs_of,
+    strip,
+    tensor_of,
+)
+from mxnorm_pass.match.linear import CastIndex, PlainLinear, plain_linear, readers
+from mxnorm_pass.match.norm import Norm
+
+MX_BLOCK_SIZE = 32
+_LINEAR_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def insert_casts(graph: fx.Graph, norms: Iterable[Norm], config: MXNormConfig) -> int:
+    """Quantise the linears that ``config.quantize`` names; returns how many."""
+    if config.quantize == "existing":
+        return 0
+    linears = _all_linears(graph) if config.quantize == "all" else _norm_fed(norms)
+    activations: dict[tuple[fx.Node, str, MXFormat], fx.Node] = {}
+    inserted = 0
+    for linear in linears:
+        resolved = config.resolve(linear.name)
+        if not resolved.enabled or not _can_quantize(linear):
+            continue
+        fmt = MXFormat(resolved.config.elem_dtype, resolved.config.scale_mode, MX_BLOCK_SIZE)
+        _quantize(graph, linear, fmt, activations)
+        inserted += 1
+    return inserted
+
+
+def _norm_fed(norms: Iterable[Norm]) -> Iterator[PlainLinear]:
+    none = CastIndex.of(())
+    seen: set[fx.Node] = set()
+    for norm in norms:
+        if norm.problem is not None:
+            continue
+        for reader in readers(norm.output, none):
+            linear = plain_linear(reader.node)
+            end = reader.path[-1] if reader.path else norm.output
+            if linear is not None and linear.activation is end and linear.matmul not in seen:
+                seen.add(linear.matmul)
+                yield linear
+
+
+def _all_linears(graph: fx.Graph) -> Iterator[PlainLinear]:
+    for node in list(graph.nodes):
+        linear = plain_linear(node) if not is_backward(node) else None
+        if linear is not None:
+            yield linear
+
+
+def _can_quantize(linear: PlainLinear) -> bool:
+    activation, weight = tensor_of(linear.activation), tensor_of(linear.weight)
+    if activation is None or weight is None or activation.dtype != weight.dtype:
+        return False
+    width = weight.shape[0]
+    divisible = isinstance(width, int) and width % MX_BLOCK_SIZE == 0
+    return divisible and activation.dtype in _LINEAR_DTYPES
+
+
+def _quantize(
+    graph: fx.Graph,
+    linear: PlainLinear,
+    fmt: MXFormat,
+    activations: dict[tuple[fx.Node, str, MXFormat], fx.Node],
+) -> None:
+    matmul = linear.matmul
+    shape = tensor_of(linear.activation).shape  # type: ignore[union-attr]
+    # q, k and v read one tensor through a view each; they share one cast.
+    key = (strip(linear.activation, is_view), str(tuple(shape)), fmt)
+    with graph.inserting_before(matmul):
+        if key not in activations:
+            activations[key] = _fake_quantize(graph, matmul, linear.activation, fmt)
+        if is_transpose(linear.weight):
+            weight: fx.Node = linear.weight.args[0]  # type: ignore[assignment]
+        else:
+            weight = call(graph, matmul, aten.permute.default, linear.weight, [1, 0])
+        quantized = _fake_quantize(graph, matmul, weight, fmt)
+        transposed = call(graph, matmul, aten.permute.default, quantized, [1, 0])
+    activation_position, weight_position = linear.operand_positions
+    matmul.update_arg(activation_position, activations[key])
+    matmul.update_arg(weight_position, transposed)
+
+
+def _fake_quantize(graph: fx.Graph, like: fx.Node, source: fx.Node, fmt: MXFormat) -> fx.Node:
+    cast = call(graph, like, ops.cast, source, fmt.block_size, fmt.elem_dtype, fmt.scale_mode)
+    values, scales = outputs_of(graph, like, cast)
+    dtype = tensor_of(source).dtype  # type: ignore[union-attr]
+    return call(graph, like, ops.dequantize, values, scales, dtype)

@@ -1,0 +1,181 @@
+"""Find a norm's part of the joint graph's backward.
+
+Autograd numbers its ops; the forward and backward nodes of one op share the number
+(``meta["seq_nr"]``). The backward nodes that carry the numbers of a norm's forward nodes are its
+VJP, whatever they spell. It is entered by one tensor, the cotangent of the norm's output, and left
+by at most three kinds of nodes::
+
+    cotangent [.., D] -> { VJP } -> gradient(s) of x [.., D], gradient of the gain [D]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from mxnorm_pass.graph_utils import (
+    aten,
+    is_backward,
+    is_call,
+    is_dtype_cast,
+    is_view,
+    same_shape,
+    same_size,
+    seq_nr,
+    tensor_of,
+)
+from mxnorm_pass.match.norm import Norm
+from mxnorm_pass.match.skip import Skip
+from mxnorm_pass.report import SkipReason
+
+
+@dataclass(frozen=True)
+class NormBackward:
+    """The VJP of one norm.
+
+    Attributes:
+        cotangent: gradient of the norm's output.
+        nodes: the VJP's nodes.
+        x_grads: nodes that add up to the gradient of ``norm.x``.
+        gain_grads: nodes that add up to the gradient of ``norm.gain``.
+    """
+
+    cotangent: fx.Node
+    nodes: frozenset[fx.Node]
+    x_grads: tuple[fx.Node, ...]
+    gain_grads: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class BackwardIndex:
+    """Backward nodes by autograd number, in graph order; empty for an inference graph."""
+
+    by_seq_nr: Mapping[int, tuple[fx.Node, ...]]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> BackwardIndex:
+        by_seq_nr: dict[int, list[fx.Node]] = {}
+        for node in graph.nodes:
+            number = seq_nr(node)
+            if number is not None and node.op == "call_function" and is_backward(node):
+                by_seq_nr.setdefault(number, []).append(node)
+        return cls({k: tuple(v) for k, v in by_seq_nr.items()})
+
+    def nodes(self, seq_nrs: Iterable[int]) -> list[fx.Node]:
+        return [node for n in sorted(seq_nrs) for node in self.by_seq_nr.get(n, ())]
+
+
+def norm_backward(norm: Norm, index: BackwardIndex) -> NormBackward | Skip | None:
+    """The norm's VJP; None where the graph has none (inference, or nothing to train before)."""
+    region = {n for n in index.nodes(norm.seq_nrs) if _same_module(n, norm)}
+    _add_accumulations(region)
+    if not region:
+        return None
+    entries = {
+        i for node in region for i in node.all_input_nodes if is_backward(i) and i not in region
+    }
+    exits = [n for n in sorted(region) if any(u not in region for u in n.users)]
+    output = tensor_of(norm.output)
+    if len(entries) != 1 or output is None:
+        names = ", ".join(sorted(e.name for e in entries)) or "nothing"
+        return _skip(norm, f"the norm's backward reads {names}, not one cotangent")
+    cotangent = entries.pop()
+    value = tensor_of(cotangent)
+    if value is None or not same_shape(value.shape, output.shape):
+        return _skip(norm, f"the cotangent {cotangent.name} has not the shape of the output")
+    x_grads, gain_grads = [], []
+    for node in exits:
+        if _has_shape_of(node, norm.x):
+            x_grads.append(node)
+        elif norm.gain is not None and _has_size_of(node, norm.gain):
+            gain_grads.append(node)
+        else:
+            return _skip(norm, f"{node.name} leaves the norm's backward and is no gradient of it")
+    return NormBackward(cotangent, frozenset(region), tuple(x_grads), tuple(gain_grads))
+
+
+def _skip(norm: Norm, detail: str) -> Skip:
+    return Skip(SkipReason.BACKWARD, detail, norm.output)
+
+
+def _same_module(node: fx.Node, norm: Norm) -> bool:
+    """Numbers also fall on the ops next to non-differentiable ones; the module tells them apart."""
+    return _stack(node, "fwd_nn_module_stack") == _stack(norm.anchor, "nn_module_stack")
+
+
+def _stack(node: fx.Node, key: str) -> tuple[str, ...]:
+    stack = node.meta.get(key) or node.meta.get("nn_module_stack") or {}
+    return tuple(entry[0] for entry in stack.values())
+
+
+def _add_accumulations(region: set[fx.Node]) -> None:
+    """Autograd's sums of gradients have numbers of their own; take in those within the region."""
+    pending = list(region)
+    while pending:
+        for user in pending.pop().users:
+            inside = all(i in region for i in user.all_input_nodes)
+            if user not in region and inside and is_call(user, (aten.add.Tensor,)):
+                region.add(user)
+                pending.append(user)
+
+
+def _has_shape_of(node: fx.Node, other: fx.Node) -> bool:
+    a, b = tensor_of(node), tensor_of(other)
+    return a is not None and b is not None and same_shape(a.shape, b.shape)
+
+
+def _has_size_of(node: fx.Node, other: fx.Node) -> bool:
+    a, b = tensor_of(node), tensor_of(other)
+    return a is not None and b is not None and same_size(a.numel(), b.numel())
+
+
+@dataclass(frozen=True)
+class CotangentSplit:
+    """A cotangent as the sum of what fused consumers and all other readers contribute.
+
+    Each term holds the cotangent's elements in row-major order, maybe in another shape and dtype.
+    """
+
+    fused: tuple[fx.Node, ...]
+    rest: tuple[fx.Node, ...]
+
+
+def split_cotangent(
+    cotangent: fx.Node, fused: frozenset[int], shared: frozenset[int]
+) -> CotangentSplit:
+    """Take apart autograd's sum of gradients by the autograd numbers of its terms.
+
+    Args:
+        fused: numbers of ops that serve fused consumers alone.
+        shared: numbers of views and dtype casts that serve fused and other readers.
+    """
+    of_fused: list[fx.Node] = []
+    rest: list[fx.Node] = []
+    pending = [cotangent]
+    while pending:
+        node = pending.pop()
+        own = seq_nr(node)
+        if own in shared and is_backward(node) and (is_view(node) or is_dtype_cast(node)):
+            pending.append(node.args[0])  # type: ignore[arg-type]
+        elif own in fused:
+            of_fused.append(node)
+        elif is_call(node, (aten.add.Tensor,)) and is_backward(node) and not node.kwargs:
+            pending += [a for a in reversed(node.args[:2]) if isinstance(a, fx.Node)]
+        else:
+            rest.append(node)
+    return CotangentSplit(tuple(of_fused), tuple(rest))
+
+
+def backward_readers(
+    path: Iterable[fx.Node], seq_nrs: frozenset[int]
+) -> list[tuple[fx.Node, fx.Node]]:
+    """(node read, reader): backward nodes with one of the numbers that read a node of ``path``."""
+    found = []
+    for node in path:
+        for user in node.users:
+            if is_backward(user) and seq_nr(user) in seq_nrs:
+                found.append((node, user))
+    return found
+

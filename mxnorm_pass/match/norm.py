@@ -1,0 +1,394 @@
+"""Find every RMSNorm of a graph by what it computes.
+
+From each sum of squares the statistic is followed forward as (scale * sum(x^2) + eps) ^ power,
+whatever ops spell it, until it multiplies or divides the very x it was taken from. The walk then
+goes on through the gain and the dtype casts to the norm's output::
+
+    x -> float32 -> square -> mean -> + eps -> rsqrt -> * x -> dtype -> * gain -> dtype -> output
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from mxnorm_pass.graph_utils import (
+    aten,
+    forward_users,
+    is_backward,
+    is_call,
+    is_dtype_cast,
+    is_view,
+    module_path,
+    same_shape,
+    same_size,
+    seq_nr,
+    strip,
+    tensor_of,
+)
+from mxnorm_pass.match.skip import Skip
+from mxnorm_pass.report import SkipReason
+
+_MEANS = frozenset({aten.mean.dim})
+_SUMS = frozenset({aten.sum.dim_IntList})
+_VECTOR_NORMS = frozenset({aten.linalg_vector_norm.default})
+_ADDS = frozenset({aten.add.Tensor, aten.add.Scalar})
+_MULS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
+_DIVS = frozenset({aten.div.Tensor, aten.div.Scalar})
+_POWER_OF = {
+    aten.sqrt.default: 0.5,
+    aten.rsqrt.default: -0.5,
+    aten.reciprocal.default: -1.0,
+}
+_SUPPORTED_INPUTS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Where the norm leaves float32: before the gain, and at the output (see ``functional``)."""
+
+    norm_dtype: torch.dtype | None
+    out_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm: output = x / sqrt(mean(x^2) + eps) * gain.
+
+    Attributes:
+        name: dotted module name; the anchor's node name outside of any module.
+        anchor: the reduction it was found by.
+        x: [..., D], before any upcast.
+        output: [..., D], after gain and dtype casts.
+        rho: the node that holds 1 / rms exactly as ``functional.inverse_rms`` would, else None.
+        gain: a node of D elements, None for a norm without one.
+        rounding: None where the norm rounds in a way that the fused op cannot repeat.
+        nodes: the forward nodes from x (excluded) to output (included).
+        problem: why the norm cannot be rewritten, whoever reads it.
+    """
+
+    name: str
+    anchor: fx.Node
+    x: fx.Node
+    output: fx.Node
+    width: int
+    eps: float
+    rho: fx.Node | None
+    gain: fx.Node | None
+    rounding: Rounding | None
+    nodes: frozenset[fx.Node]
+    problem: Skip | None = None
+
+    @property
+    def seq_nrs(self) -> frozenset[int]:
+        return frozenset(n for n in map(seq_nr, self.nodes) if n is not None)
+
+
+@dataclass(frozen=True)
+class _Statistic:
+    """A node that holds (scale * sum(x^2) + eps) ^ power, one number per row."""
+
+    node: fx.Node
+    scale: float
+    eps: float
+    power: float
+    trail: tuple[fx.Node, ...]
+    eps_outside_root: bool = False
+    rounded: bool = False
+
+
+@dataclass(frozen=True)
+class _SumOfSquares:
+    """The reduction that a norm starts from."""
+
+    statistic: _Statistic
+    squared: fx.Node
+    squares: fx.Node | None
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Normalization:
+    """The node that divides x by its RMS."""
+
+    node: fx.Node
+    statistic: _Statistic
+    x: fx.Node
+
+
+def find_norms(graph: fx.Graph) -> list[Norm]:
+    """All RMSNorms of the forward graph, in graph order."""
+    norms = []
+    for node in graph.nodes:
+        if node.op != "call_function" or is_backward(node):
+            continue
+        start = _sum_of_squares(node)
+        found = _normalization(start) if start is not None else None
+        if start is not None and found is not None:
+            norms.append(_norm(start, found))
+    return norms
+
+
+def _sum_of_squares(node: fx.Node) -> _SumOfSquares | None:
+    if not is_call(node, _MEANS | _SUMS | _VECTOR_NORMS) or tensor_of(node) is None:
+        return None
+    reduced = node.args[0]
+    dims_position = 2 if node.target in _VECTOR_NORMS else 1
+    dims = node.args[dims_position] if len(node.args) > dims_position else None
+    source = tensor_of(reduced) if isinstance(reduced, fx.Node) else None
+    if source is None or not isinstance(dims, (list, tuple)) or not dims:
+        return None
+    dims = tuple(sorted(int(d) % source.ndim for d in dims))  # type: ignore[arg-type]
+    count = math.prod(s for s in (source.shape[d] for d in dims) if isinstance(s, int))
+    if node.target in _VECTOR_NORMS:
+        order = node.args[1] if len(node.args) > 1 else 2
+        squared = reduced if order == 2 else None
+        squares = None
+    else:
+        squares = strip(reduced, is_view)  # type: ignore[arg-type]
+        squared = _squared(squares)
+    if not isinstance(squared, fx.Node):
+        return None
+    statistic = _Statistic(
+        node,
+        scale=1 / count if node.target in _MEANS else 1.0,
+        eps=0.0,
+        power=0.5 if node.target in _VECTOR_NORMS else 1.0,
+        trail=(node,),
+    )
+    return _SumOfSquares(statistic, squared, squares, dims)
+
+
+def _squared(node: fx.Node) -> fx.Node | None:
+    """z where the node is z^2."""
+    if is_call(node, (aten.pow.Tensor_Scalar,)) and node.args[1] in (2, 2.0):
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    if is_call(node, (aten.square.default,)):
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    if is_call(node, (aten.mul.Tensor,)) and node.args[0] is node.args[1]:
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    return None
+
+
+def _normalization(start: _SumOfSquares) -> _Normalization | None:
+    """Follow the statistic to the node that scales x by 1 / rms."""
+    root = strip(start.squared, is_view, is_dtype_cast)
+    pending = [start.statistic]
+    seen: set[fx.Node] = set()
+    while pending:
+        statistic = pending.pop()
+        if statistic.node in seen:
+            continue
+        seen.add(statistic.node)
+        for user in forward_users(statistic.node):
+            scaled = _scaled_by(user, statistic)
+            if scaled is not None and strip(scaled, is_view, is_dtype_cast) is root:
+                return _Normalization(user, statistic, scaled)
+            pending += _next_statistic(statistic, user)
+    return None
+
+
+def _scaled_by(user: fx.Node, statistic: _Statistic) -> fx.Node | None:
+    """The tensor that ``user`` multiplies by 1 / rms, given the statistic."""
+    if len(user.args) < 2 or not all(isinstance(a, fx.Node) for a in user.args[:2]):
+        return None
+    first, second = user.args[:2]
+    if user.target is aten.mul.Tensor and math.isclose(statistic.power, -0.5):
+        return second if first is statistic.node else first  # type: ignore[return-value]
+    if user.target is aten.div.Tensor and math.isclose(statistic.power, 0.5):
+        return first if second is statistic.node else None  # type: ignore[return-value]
+    return None
+
+
+def _next_statistic(s: _Statistic, user: fx.Node) -> Iterator[_Statistic]:
+    onward = replace(s, node=user, trail=(*s.trail, user))
+    if is_view(user) or is_call(user, (aten.expand.default,)):
+        yield onward
+    elif is_dtype_cast(user):
+        yield replace(onward, rounded=s.rounded or _is_narrowing(user))
+    elif user.target in _POWER_OF:
+        yield replace(onward, power=s.power * _POWER_OF[user.target])
+    elif is_call(user, (aten.pow.Tensor_Scalar,)) and isinstance(user.args[1], (int, float)):
+        yield replace(onward, power=s.power * user.args[1])
+    elif is_call(user, _ADDS | _MULS | _DIVS):
+        yield from _arithmetic(s, user, onward)
+
+
+def _arithmetic(s: _Statistic, user: fx.Node, onward: _Statistic) -> Iterator[_Statistic]:
+    first, second = user.args[:2]
+    constant = _constant(second if first is s.node else first)
+    if constant is None or user.kwargs.get("alpha", 1) != 1:
+        return
+    if user.target in _ADDS:
+        if s.power == 1.0:
+            yield replace(onward, eps=s.eps + constant)
+        elif constant != 0:
+            yield replace(onward, eps_outside_root=True)
+        return
+    if user.target in _DIVS and first is not s.node:
+        onward = replace(onward, power=-s.power)
+    elif user.target in _DIVS:
+        constant = 1 / constant if constant else 0.0
+    if constant > 0:
+        factor = constant ** (1 / onward.power)
+        yield replace(onward, scale=s.scale * factor, eps=s.eps * factor)
+
+
+def _constant(arg: object) -> float | None:
+    if isinstance(arg, (int, float)) and not isinstance(arg, bool):
+        return float(arg)
+    if isinstance(arg, fx.Node):
+        if is_call(arg, (aten.full.default,)) and isinstance(arg.args[1], (int, float)):
+            return float(arg.args[1])
+        if is_call(arg, (aten.scalar_tensor.default,)) and isinstance(arg.args[0], (int, float)):
+            return float(arg.args[0])
+    return None
+
+
+def _is_narrowing(cast: fx.Node) -> bool:
+    source, result = tensor_of(cast.args[0]), tensor_of(cast)  # type: ignore[arg-type]
+    assert source is not None and result is not None
+    return torch.finfo(result.dtype).bits < torch.finfo(source.dtype).bits
+
+
+def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
+    value = tensor_of(start.squared)
+    assert value is not None
+    width = value.shape[-1]
+    upcasts = _exclusive_upcasts(start, found)
+    x = strip(start.squared, is_dtype_cast) if upcasts else start.squared
+    tail = _follow_output(found.node, width)
+    statistic = found.statistic
+    canonical = (
+        start.squared is found.x
+        and start.statistic.node.target in _MEANS
+        and statistic.node.target is aten.rsqrt.default
+        and [n.target in _ADDS for n in statistic.trail].count(True) <= 1
+        and len(statistic.trail) <= 3
+    )
+    nodes = {found.node, *upcasts, *statistic.trail, *tail.nodes}
+    if start.squares is not None:
+        nodes.add(start.squares)
+    anchor = start.statistic.node
+    return Norm(
+        name=module_path(anchor) or anchor.name,
+        anchor=anchor,
+        x=x,
+        output=tail.output,
+        width=width if isinstance(width, int) else -1,
+        eps=statistic.eps,
+        rho=statistic.node if canonical else None,
+        gain=tail.gain,
+        rounding=None if statistic.rounded or not canonical else tail.rounding,
+        nodes=frozenset(nodes),
+        problem=_problem(start, found, x, tail),
+    )
+
+
+def _exclusive_upcasts(start: _SumOfSquares, found: _Normalization) -> tuple[fx.Node, ...]:
+    """The casts of x to float32, if they serve the norm alone and lose nothing."""
+    casts = tuple(dict.fromkeys((start.squared, found.x)))
+    readers = {found.node, start.squares, start.statistic.node}
+    for cast in casts:
+        if not is_dtype_cast(cast) or _is_narrowing(cast):
+            return ()
+        if not readers.issuperset(forward_users(cast)):
+            return ()
+    sources = {cast.args[0] for cast in casts}
+    return casts if len(sources) == 1 else ()
+
+
+@dataclass(frozen=True)
+class _Tail:
+    output: fx.Node
+    gain: fx.Node | None
+    rounding: Rounding | None
+    nodes: tuple[fx.Node, ...]
+    odd_gain: fx.Node | None
+
+
+def _follow_output(normalized: fx.Node, width: object) -> _Tail:
+    """Walk through dtype casts and one gain to the tensor that readers see."""
+    node, gain, odd_gain = normalized, None, None
+    before: list[torch.dtype] = []
+    after: list[torch.dtype] = []
+    nodes: list[fx.Node] = []
+    while True:
+        users = forward_users(node)
+        if len(users) != 1:
+            break
+        user = users[0]
+        if is_dtype_cast(user):
+            (before if gain is None else after).append(tensor_of(user).dtype)  # type: ignore[union-attr]
+        elif is_call(user, (aten.alias.default, aten.detach.default)):
+            pass
+        elif gain is None and is_call(user, (aten.mul.Tensor,)):
+            factor = user.args[1] if user.args[0] is node else user.args[0]
+            if not isinstance(factor, fx.Node) or not _is_gain(factor, width):
+                odd_gain = _odd_gain(factor, user, node)
+                break
+            gain = factor
+        else:
+            break
+        nodes.append(user)
+        node = user
+    return _Tail(node, gain, _rounding(normalized, before, after, node), tuple(nodes), odd_gain)
+
+
+def _is_gain(factor: fx.Node, width: object) -> bool:
+    value = tensor_of(factor)
+    if value is None or value.ndim == 0 or not same_size(value.shape[-1], width):
+        return False
+    return all(isinstance(s, int) and s == 1 for s in value.shape[:-1])
+
+
+def _odd_gain(factor: object, user: fx.Node, node: fx.Node) -> fx.Node | None:
+    """A parameter that scales the norm without having one element per channel."""
+    if isinstance(factor, fx.Node) and strip(factor, is_view, is_dtype_cast).op != "call_function":
+        own, result = tensor_of(node), tensor_of(user)
+        if own is not None and result is not None and same_shape(own.shape, result.shape):
+            return factor
+    return None
+
+
+def _rounding(
+    normalized: fx.Node, before: list[torch.dtype], after: list[torch.dtype], output: fx.Node
+) -> Rounding | None:
+    value, result = tensor_of(normalized), tensor_of(output)
+    if value is None or result is None or value.dtype != torch.float32:
+        return None
+    narrow_before = {d for d in before if d != torch.float32}
+    narrow_after = {d for d in after[:-1] if d != torch.float32}
+    if len(narrow_before) > 1 or narrow_after:
+        return None
+    return Rounding(next(iter(narrow_before), None), result.dtype)
+
+
+def _problem(
+    start: _SumOfSquares, found: _Normalization, x: fx.Node, tail: _Tail
+) -> Skip | None:
+    value = tensor_of(start.squared)
+    assert value is not None
+    statistic = found.statistic
+    if start.dims != (value.ndim - 1,):
+        dims = ", ".join(map(str, start.dims))
+        return Skip(SkipReason.NORM_DIMENSION, f"mean over dim {dims} of {value.ndim}", found.node)
+    width = value.shape[-1]
+    if not isinstance(width, int):
+        return Skip(SkipReason.WIDTH, f"width {width} is not static", found.node)
+    if statistic.eps_outside_root:
+        return Skip(SkipReason.NORM_FORM, "eps is added outside the root", found.node)
+    if not math.isclose(statistic.scale * width, 1.0, rel_tol=1e-5):
+        detail = f"sum(x^2) is scaled by {statistic.scale:g}, not by 1/{width}"
+        return Skip(SkipReason.NORM_FORM, detail, found.node)
+    dtype = tensor_of(x).dtype  # type: ignore[union-attr]
+    if dtype not in _SUPPORTED_INPUTS:
+        return Skip(SkipReason.DTYPE, f"the norm reads {dtype}", x)
+    if tail.odd_gain is not None:
+        shape = tuple(tensor_of(tail.odd_gain).shape)  # type: ignore[union-attr]
+        return Skip(SkipReason.GAIN_SHAPE, f"gain of shape {shape}, width {width}", tail.odd_gain)
+    return None

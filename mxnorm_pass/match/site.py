@@ -1,0 +1,300 @@
+"""Decide for every norm of a graph whether it is fused, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+from torch import fx
+
+from mxnorm_pass.config import Estimator, Gradient, MXNormConfig
+from mxnorm_pass.formats import MXFormat
+from mxnorm_pass.match.backward import (
+    BackwardIndex,
+    CotangentSplit,
+    NormBackward,
+    backward_readers,
+    norm_backward,
+    split_cotangent,
+)
+from mxnorm_pass.match.cast import Cast, UnknownCast, find_casts
+from mxnorm_pass.match.linear import (
+    CastIndex,
+    Consumer,
+    Reader,
+    cast_use,
+    forward_seq_nrs,
+    readers,
+    weight_cast,
+)
+from mxnorm_pass.match.norm import Norm
+from mxnorm_pass.match.skip import Skip
+from mxnorm_pass.report import Site, SkipReason
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A norm to rewrite, with all that the rewrite needs to know.
+
+    Attributes:
+        norm: the RMSNorm.
+        consumers: the linears that will read the fused cast.
+        config: the options that hold for this norm.
+        gain: "fold" or "activation"; None for a norm without a gain.
+        exclusive: nobody but the consumers reads the norm's output.
+        backward: the norm's VJP, None in inference.
+        cotangent: terms of the output's cotangent, given where ``exclusive`` is False.
+        backward_reads: (node read, backward reader) of the consumers, such as weight gradients.
+    """
+
+    norm: Norm
+    consumers: tuple[Consumer, ...]
+    config: MXNormConfig
+    gain: str | None
+    exclusive: bool
+    backward: NormBackward | None = None
+    cotangent: CotangentSplit | None = None
+    backward_reads: tuple[tuple[fx.Node, fx.Node], ...] = ()
+
+    @property
+    def estimator(self) -> Estimator:
+        return self.config.estimator
+
+    @property
+    def gradient(self) -> Gradient:
+        return self.config.gradient
+
+    @property
+    def formats(self) -> tuple[MXFormat, ...]:
+        return tuple(dict.fromkeys(c.cast.format for c in self.consumers))
+
+    def site(self) -> Site:
+        return Site(
+            norm=self.norm.name,
+            consumers=tuple(dict.fromkeys(c.name for c in self.consumers)),
+            status="fused",
+            estimator=self.estimator,
+            gain=self.gain,
+            format=str(self.formats[0]),
+        )
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A norm that stays as it is."""
+
+    norm: Norm
+    skip: Skip
+    consumers: tuple[str, ...] = ()
+
+    def site(self) -> Site:
+        return Site(
+            norm=self.norm.name,
+            consumers=self.consumers,
+            reason=self.skip.reason,
+            detail=self.skip.detail,
+        )
+
+
+@dataclass(frozen=True)
+class _Context:
+    casts: CastIndex
+    unknown: dict[fx.Node, UnknownCast]
+    backward: BackwardIndex
+    config: MXNormConfig
+    subclass: str | None
+
+
+def find_sites(
+    graph: fx.Graph,
+    norms: Sequence[Norm],
+    config: MXNormConfig,
+    tensor_subclass: str | None = None,
+) -> list[Fusion | Refusal]:
+    """One fusion or refusal per norm, in the norms' order. Changes nothing.
+
+    Args:
+        tensor_subclass: name of a tensor subclass on whose inner tensors the graph works.
+    """
+    casts = find_casts(graph)
+    known = [c for c in casts if isinstance(c, Cast)]
+    context = _Context(
+        casts=CastIndex.of(known),
+        unknown={c.source: c for c in casts if isinstance(c, UnknownCast)},
+        backward=BackwardIndex.of(graph),
+        config=config,
+        subclass=tensor_subclass,
+    )
+    return [_find_site(norm, context) for norm in norms]
+
+
+def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
+    resolved = context.config.resolve(norm.name)
+    read_by = readers(norm.output, context.casts)
+    found = _consumers(read_by, context)
+    enabled = tuple(c for c in found.consumers if context.config.resolve(c.name).enabled)
+    skip = _legality(norm, context, found, enabled, resolved.enabled)
+    names = tuple(dict.fromkeys(c.name for c in found.consumers))
+    if skip is not None:
+        return Refusal(norm, skip, names)
+    gain = _gain_mode(norm, enabled, resolved.config)
+    if isinstance(gain, Skip):
+        return Refusal(norm, gain, names)
+    fusion = Fusion(
+        norm=norm,
+        consumers=enabled,
+        config=resolved.config,
+        gain=gain,
+        exclusive=_is_exclusive(read_by, enabled),
+    )
+    if fusion.estimator == "exact":
+        return fusion
+    complete = _with_backward(fusion, read_by, context)
+    return complete if isinstance(complete, Fusion) else Refusal(norm, complete, names)
+
+
+@dataclass
+class _Consumers:
+    consumers: list[Consumer] = field(default_factory=list)
+    escapes: list[fx.Node] = field(default_factory=list)
+
+
+def _consumers(read_by: Sequence[Reader], context: _Context) -> _Consumers:
+    found = _Consumers()
+    for reader in read_by:
+        if reader.cast is None:
+            continue
+        use = cast_use(reader.cast)
+        if use.escape is not None:
+            found.escapes.append(use.escape)
+        for matmul in use.matmuls:
+            own = forward_seq_nrs([*reader.path, *matmul.slice, matmul.matmul])
+            weight = weight_cast(matmul, context.casts)
+            found.consumers.append(Consumer(matmul, reader, reader.cast, weight, own))
+    return found
+
+
+def _legality(
+    norm: Norm,
+    context: _Context,
+    found: _Consumers,
+    enabled: tuple[Consumer, ...],
+    norm_enabled: bool,
+) -> Skip | None:
+    """The first reason against a rewrite, the most general one first."""
+    if context.subclass is not None:
+        return Skip(SkipReason.DTENSOR, context.subclass, norm.anchor)
+    if not norm_enabled:
+        return Skip(SkipReason.DISABLED, f"modules turns {norm.name!r} off", norm.anchor)
+    if norm.problem is not None:
+        return norm.problem
+    if found.escapes:
+        node = found.escapes[0]
+        return Skip(SkipReason.CAST_ESCAPES, f"{node.name} ({node.target})", node)
+    if not found.consumers:
+        return _no_cast(norm, context)
+    if not enabled:
+        names = ", ".join(dict.fromkeys(c.name for c in found.consumers))
+        return Skip(SkipReason.DISABLED, f"every consumer is off: {names}", norm.output)
+    for consumer in enabled:
+        block_size = consumer.cast.format.block_size
+        if norm.width % block_size:
+            return Skip(SkipReason.WIDTH, f"width {norm.width}, block size {block_size}")
+    if context.config.resolve(norm.name).config.estimator == "exact" and norm.rounding is None:
+        return Skip(SkipReason.ROUNDING, "", norm.output)
+    return None
+
+
+def _no_cast(norm: Norm, context: _Context) -> Skip:
+    pending = [norm.output]
+    for reader in readers(norm.output, CastIndex.of(())):
+        pending += [*reader.path, reader.node]
+    for node in pending:
+        if node in context.unknown:
+            unknown = context.unknown[node]
+            return Skip(SkipReason.CAST_NOT_RECOGNIZED, unknown.detail, unknown.source)
+    if norm.width % 32:
+        return Skip(SkipReason.WIDTH, f"width {norm.width}, block size 32", norm.output)
+    return Skip(SkipReason.NO_MX_CAST, "", norm.output)
+
+
+def _gain_mode(
+    norm: Norm, consumers: tuple[Consumer, ...], config: MXNormConfig
+) -> str | Skip | None:
+    if norm.gain is None:
+        return None
+    # The exact estimator promises to change no bit, and folding rounds differently.
+    if config.gain == "activation" or config.estimator == "exact":
+        return "activation"
+    missing = [c.name for c in consumers if c.weight is None]
+    if not missing:
+        return "fold"
+    if config.gain == "fold":
+        detail = f"weights that arrive quantised: {', '.join(missing)}"
+        return Skip(SkipReason.NO_WEIGHT_CAST, detail, norm.gain)
+    return "activation"
+
+
+def _is_exclusive(read_by: Sequence[Reader], enabled: tuple[Consumer, ...]) -> bool:
+    fused = {c.linear.matmul for c in enabled}
+    for reader in read_by:
+        if reader.cast is None:
+            return False
+        if any(m.matmul not in fused for m in cast_use(reader.cast).matmuls):
+            return False
+    return True
+
+
+def _with_backward(
+    fusion: Fusion, read_by: Sequence[Reader], context: _Context
+) -> Fusion | Skip:
+    """Add what the joint graph's backward asks for; a Skip if it cannot be told apart."""
+    if not context.backward.by_seq_nr:
+        return fusion
+    shared_cast = _shared_cast(fusion)
+    if shared_cast is not None:
+        detail = f"{shared_cast.values.name} feeds fused and other linears"
+        return Skip(SkipReason.BACKWARD, detail, shared_cast.values)
+    backward = norm_backward(fusion.norm, context.backward)
+    if isinstance(backward, Skip):
+        return backward
+    own, shared = _seq_nrs(fusion, read_by)
+    split = None
+    if backward is not None and not fusion.exclusive:
+        split = split_cotangent(backward.cotangent, own, shared)
+    paths = {fusion.norm.output, *chain.from_iterable(c.reader.path for c in fusion.consumers)}
+    reads = backward_readers(sorted(paths), own)
+    return Fusion(
+        norm=fusion.norm,
+        consumers=fusion.consumers,
+        config=fusion.config,
+        gain=fusion.gain,
+        exclusive=fusion.exclusive,
+        backward=backward,
+        cotangent=split,
+        backward_reads=tuple(reads),
+    )
+
+
+def _shared_cast(fusion: Fusion) -> Cast | None:
+    fused = {c.linear.matmul for c in fusion.consumers}
+    for consumer in fusion.consumers:
+        if any(m.matmul not in fused for m in cast_use(consumer.cast).matmuls):
+            return consumer.cast
+    return None
+
+
+def _seq_nrs(
+    fusion: Fusion, read_by: Sequence[Reader]
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Autograd numbers of the consumers' ops, and of those that other readers share."""
+    fused = frozenset().union(*(c.seq_nrs for c in fusion.consumers))
+    casts = {c.cast for c in fusion.consumers}
+    others: set[int] = set()
+    if not fusion.exclusive:
+        for reader in read_by:
+            if reader.cast not in casts:
+                others |= forward_seq_nrs([*reader.path, reader.node])
+    shared = fused & others
+    return fused - shared, shared

@@ -1,0 +1,169 @@
+"""What the pass says of a graph: one Site per norm, with a reason where it was not fused."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+from typing import Any, Literal
+
+
+class SkipReason(Enum):
+    """Why a norm was left as it is; the value is one sentence for people."""
+
+    NO_MX_CAST = "no linear that reads this norm has an MX cast"
+    DISABLED = "turned off through `modules`"
+    CAST_NOT_RECOGNIZED = "a float8 cast reads this norm, but it computes no known MX cast"
+    CAST_ESCAPES = "the cast's values or scales are read by something that is no matmul"
+    NORM_DIMENSION = "the mean is not over the last dimension alone"
+    NORM_FORM = "not 1 / sqrt(mean(x^2) + eps)"
+    WIDTH = "the width is not a multiple of the block size"
+    DTYPE = "the dtype is not supported"
+    GAIN_SHAPE = "the gain does not have one element per channel"
+    ROUNDING = "estimator='exact' cannot reproduce where this norm rounds"
+    NO_WEIGHT_CAST = "gain='fold' needs the cast of the high-precision weight in the graph"
+    BACKWARD = "the norm's part of the backward graph could not be told apart"
+    DTENSOR = "the graph works on DTensors or another tensor subclass"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One RMSNorm of a graph and what became of it.
+
+    Attributes:
+        norm: dotted module name, "model.layers.0.input_layernorm".
+        consumers: names of the linears that read the fused cast.
+        status: "fused" or "skipped".
+        reason: None where fused.
+        detail: what exactly was found, for people.
+        estimator: "mxnorm" or "exact"; None where skipped.
+        gain: "fold" or "activation"; None where skipped or where the norm has no gain.
+        format: the MX format of the fused cast, "mxfp8 e4m3fn rceil block 32".
+    """
+
+    norm: str
+    consumers: tuple[str, ...] = ()
+    status: Literal["fused", "skipped"] = "skipped"
+    reason: SkipReason | None = None
+    detail: str = ""
+    estimator: str | None = None
+    gain: str | None = None
+    format: str | None = None
+
+    def __str__(self) -> str:
+        if self.status == "fused":
+            how = ", ".join(filter(None, [self.estimator, self.gain, self.format]))
+            return f"fused    {self.norm} -> {', '.join(self.consumers)} ({how})"
+        why = f"{self.reason.name}: {self.reason.value}" if self.reason else ""
+        return f"skipped  {self.norm}: {why}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A compiled graph before and after the pass.
+
+    Attributes:
+        name: "inference_0", "training_1"; counted within one report.
+        before, after: readable code; equal where nothing was rewritten.
+        ops_before, ops_after: how often each op is called.
+        sites: what became of this graph's norms.
+    """
+
+    name: str
+    before: str
+    after: str
+    ops_before: dict[str, int] = field(default_factory=dict)
+    ops_after: dict[str, int] = field(default_factory=dict)
+    sites: tuple[Site, ...] = ()
+
+
+@dataclass
+class Report:
+    """What the pass did to every graph that was compiled, in order."""
+
+    graphs: list[Graph] = field(default_factory=list)
+
+    @property
+    def sites(self) -> list[Site]:
+        """One Site per norm and graph."""
+        return [site for graph in self.graphs for site in graph.sites]
+
+    @property
+    def fused(self) -> list[Site]:
+        return [site for site in self.sites if site.status == "fused"]
+
+    @property
+    def skipped(self) -> list[Site]:
+        return [site for site in self.sites if site.status == "skipped"]
+
+    def add(self, graph: Graph) -> None:
+        """Append a graph, its name numbered by its place in this report."""
+        self.graphs.append(replace(graph, name=f"{graph.name}_{len(self.graphs)}"))
+
+    def __str__(self) -> str:
+        if not self.graphs:
+            return "mxnorm: no graph was compiled"
+        lines = []
+        for graph in self.graphs:
+            fused = sum(site.status == "fused" for site in graph.sites)
+            lines.append(
+                f"mxnorm: {graph.name}: {len(graph.sites)} norms, {fused} fused, "
+                f"{len(graph.sites) - fused} skipped"
+            )
+            lines += [f"  {site}" for site in graph.sites]
+            lines += [f"  ops {changes}" for changes in [_op_changes(graph)] if changes]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The whole report as JSON; :meth:`from_json` reads it back."""
+        return json.dumps([_graph_to_dict(graph) for graph in self.graphs], indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        return cls([_graph_from_dict(entry) for entry in json.loads(text)])
+
+    def save_html(self, path: str) -> None:
+        """Write the report as one self-contained HTML page.
+
+        Raises:
+            NotImplementedError: always, in this version; use ``str()`` or :meth:`to_json`.
+        """
+        raise NotImplementedError(
+            "Report.save_html is not available in this version; use str(report) or "
+            "report.to_json()"
+        )
+
+
+def _op_changes(graph: Graph) -> str:
+    names = sorted(graph.ops_before.keys() | graph.ops_after.keys())
+    changes = {
+        name: graph.ops_after.get(name, 0) - graph.ops_before.get(name, 0) for name in names
+    }
+    return ", ".join(f"{name} {change:+d}" for name, change in changes.items() if change)
+
+
+def _graph_to_dict(graph: Graph) -> dict[str, Any]:
+    entry = asdict(graph)
+    for site in entry["sites"]:
+        site["reason"] = site["reason"].name if site["reason"] else None
+    return entry
+
+
+def _graph_from_dict(entry: dict[str, Any]) -> Graph:
+    sites = tuple(
+        Site(
+            **{
+                **site,
+                "consumers": tuple(site["consumers"]),
+                "reason": SkipReason[site["reason"]] if site["reason"] else None,
+            }
+        )
+        for site in entry["sites"]
+    )
+    return Graph(**{**entry, "sites": sites})
+
+
+def count_ops(targets: list[str]) -> dict[str, int]:
+    """How often each op is called, by name."""
+    return dict(sorted(Counter(targets).items()))

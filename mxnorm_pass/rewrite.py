@@ -1,0 +1,312 @@
+"""Turn a matched norm into MXNorm. Never declines: what is legal was decided in ``match``.
+
+Forward, for each norm and MX format::
+
+    x -> norm -> cast -> values, scales          x -> norm_cast -> values, scales, rho
+                  |                        =>
+                  +-> high-precision readers      x, rho -> norm output (only if it is read)
+
+Backward: the norm's VJP gives way to the traced VJP of ``functional.mxnorm`` on the part of the
+cotangent that comes from the fused consumers. All other readers keep the exact norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.pattern_matcher import stable_topological_sort
+
+from mxnorm_pass import functional, ops
+from mxnorm_pass.formats import MXFormat
+from mxnorm_pass.graph_utils import (
+    SubgraphCache,
+    aten,
+    call,
+    is_call,
+    outputs_of,
+    prims,
+    same_shape,
+    tensor_of,
+)
+from mxnorm_pass.match import Fusion
+from mxnorm_pass.match.backward import CotangentSplit, NormBackward
+from mxnorm_pass.match.linear import Consumer, WeightCast, cast_use
+from mxnorm_pass.match.norm import Norm, Rounding
+
+
+def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
+    """Edit one fusion into the graph; dead nodes are left for the caller to remove."""
+    rhos = [_fuse_casts(graph, fusion, fmt) for fmt in fusion.formats]
+    if fusion.gain == "fold":
+        _fold_gain(graph, fusion)
+    if fusion.backward_reads:
+        _serve_backward_reads(graph, fusion, rhos[0], subgraphs)
+    if fusion.backward is not None:
+        _replace_backward(graph, fusion, fusion.backward, rhos[0], subgraphs)
+
+
+def _fuse_casts(graph: fx.Graph, fusion: Fusion, fmt: MXFormat) -> fx.Node:
+    """Insert the fused op after the norm, hand its results to the consumers; returns rho."""
+    norm = fusion.norm
+    rounding = norm.rounding or Rounding(None, tensor_of(norm.output).dtype)  # type: ignore[union-attr]
+    consumers = [c for c in fusion.consumers if c.cast.format == fmt]
+    out_dtype = consumers[0].cast.source_dtype
+    origin = norm.output
+    with graph.inserting_before(norm.output.next):
+        op = call(
+            graph,
+            origin,
+            ops.norm_cast,
+            norm.x,
+            norm.gain if fusion.gain == "activation" else None,
+            norm.eps,
+            fusion.estimator,
+            fusion.config.p,
+            fmt.block_size,
+            fmt.elem_dtype,
+            fmt.scale_mode,
+            rounding.norm_dtype,
+            out_dtype,
+        )
+        values, scales, rho = outputs_of(graph, origin, op)
+        _redirect_casts(graph, origin, consumers, values, scales)
+    return rho
+
+
+def _redirect_casts(
+    graph: fx.Graph, at: fx.Node, consumers: Sequence[Consumer], values: fx.Node, scales: fx.Node
+) -> None:
+    matmuls = {c.linear.matmul for c in consumers}
+    for cast in dict.fromkeys(c.cast for c in consumers):
+        new_values = reshape_like(graph, at, values, cast.values)
+        new_scales = reshape_like(graph, at, scales, cast.scales)
+        if tensor_of(cast.scales).dtype == torch.uint8:  # type: ignore[union-attr]
+            new_scales = call(graph, at, aten.view.dtype, new_scales, torch.uint8)
+        use = cast_use(cast)
+        if all(m.matmul in matmuls for m in use.matmuls):
+            cast.values.replace_all_uses_with(new_values)
+            cast.scales.replace_all_uses_with(new_scales)
+            continue
+        replaced = {cast.values: new_values, cast.scales: new_scales}
+        for matmul in use.matmuls:
+            if matmul.matmul in matmuls:
+                _clone_dequantization(graph, matmul.slice, matmul.matmul, replaced)
+
+
+def _clone_dequantization(
+    graph: fx.Graph,
+    nodes: Iterable[fx.Node],
+    matmul: fx.Node,
+    replaced: dict[fx.Node, fx.Node],
+) -> None:
+    """Give one matmul a copy of a dequantisation that it shared with others."""
+    env = dict(replaced)
+    with graph.inserting_before(matmul):
+        for node in nodes:
+            env[node] = graph.node_copy(node, lambda n: env.get(n, n))
+    for old, new in env.items():
+        matmul.replace_input_with(old, new)
+
+
+def _fold_gain(graph: fx.Graph, fusion: Fusion) -> None:
+    """weight -> cast becomes (weight * gain) -> cast, the product in float32."""
+    gain = fusion.norm.gain
+    assert gain is not None
+    for consumer in fusion.consumers:
+        weight = consumer.weight
+        assert weight is not None
+        matmul = consumer.linear.matmul
+        at = weight.cast.values
+        with graph.inserting_before(at):
+            values, scales = _cast_scaled_weight(graph, at, weight, gain)
+            new_values = reshape_like(graph, at, values, weight.cast.values)
+            new_scales = reshape_like(graph, at, scales, weight.cast.scales)
+        if gain > at:
+            stable_topological_sort(graph)
+        use = cast_use(weight.cast)
+        if all(m.matmul is matmul for m in use.matmuls):
+            weight.cast.values.replace_all_uses_with(new_values)
+            weight.cast.scales.replace_all_uses_with(new_scales)
+            continue
+        replaced = {weight.cast.values: new_values, weight.cast.scales: new_scales}
+        for other in use.matmuls:
+            if other.matmul is matmul:
+                _clone_dequantization(graph, other.slice, matmul, replaced)
+
+
+def _cast_scaled_weight(
+    graph: fx.Graph, at: fx.Node, weight: WeightCast, gain: fx.Node
+) -> tuple[fx.Node, ...]:
+    fmt = weight.cast.format
+    weight32 = _to_dtype(graph, at, weight.weight, torch.float32)
+    scaled = call(
+        graph, at, aten.mul.Tensor, weight32, _to_dtype(graph, at, gain, torch.float32)
+    )
+    cast = call(graph, at, ops.cast, scaled, fmt.block_size, fmt.elem_dtype, fmt.scale_mode)
+    return outputs_of(graph, at, cast)
+
+
+def _serve_backward_reads(
+    graph: fx.Graph, fusion: Fusion, rho: fx.Node, subgraphs: SubgraphCache
+) -> None:
+    """Let weight gradients see the high-precision output that belongs to the fused cast."""
+    norm = fusion.norm
+    after_rho = rho.next
+    args = (norm.x, rho, norm.gain, *_rounding_of(norm))
+    output = subgraphs.graft(graph, after_rho, functional.normalize, args, origin=norm.output)
+    renewed: dict[fx.Node, fx.Node] = {}
+    with graph.inserting_before(after_rho):
+        renewed[norm.output] = reshape_like(graph, norm.output, output, norm.output)
+        for consumer in fusion.consumers:
+            for node in consumer.reader.path:
+                if node not in renewed:
+                    renewed[node] = graph.node_copy(node, lambda n: renewed[n])
+    for read, reader in fusion.backward_reads:
+        reader.replace_input_with(read, renewed[read])
+
+
+def _rounding_of(norm: Norm) -> tuple[torch.dtype | None, torch.dtype]:
+    if norm.rounding is not None:
+        return norm.rounding.norm_dtype, norm.rounding.out_dtype
+    return None, tensor_of(norm.output).dtype  # type: ignore[union-attr]
+
+
+def _replace_backward(
+    graph: fx.Graph,
+    fusion: Fusion,
+    backward: NormBackward,
+    rho: fx.Node,
+    subgraphs: SubgraphCache,
+) -> None:
+    norm = fusion.norm
+    at = min(backward.nodes)
+    with graph.inserting_before(at):
+        cotangent = _fused_cotangent(graph, at, fusion, backward)
+        if cotangent is None:
+            return
+        cotangent = reshape_like(graph, at, cotangent, norm.x)
+    grad_x, grad_gain = subgraphs.graft(
+        graph, at, _mxnorm_vjp, (cotangent, norm.x, norm.gain, rho, *_vjp_options(fusion))
+    )
+    _replace_gradients(graph, at, backward.x_grads, grad_x, fusion.exclusive)
+    if grad_gain is not None:
+        _replace_gradients(graph, at, backward.gain_grads, grad_gain, fusion.exclusive)
+
+
+def _vjp_options(fusion: Fusion) -> tuple[object, ...]:
+    return (
+        fusion.norm.eps,
+        fusion.config.p,
+        fusion.formats[0].block_size,
+        fusion.gradient,
+        *_rounding_of(fusion.norm),
+    )
+
+
+def _mxnorm_vjp(
+    grad: Tensor,
+    x: Tensor,
+    gain: Tensor | None,
+    rho: Tensor,
+    eps: float,
+    p: float,
+    block_size: int,
+    gradient: functional.Gradient,
+    norm_dtype: torch.dtype | None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    return functional.mxnorm_vjp(
+        grad,
+        x,
+        gain,
+        rho,
+        eps=eps,
+        p=p,
+        block_size=block_size,
+        gradient=gradient,
+        norm_dtype=norm_dtype,
+        out_dtype=out_dtype,
+    )
+
+
+def _fused_cotangent(
+    graph: fx.Graph, at: fx.Node, fusion: Fusion, backward: NormBackward
+) -> fx.Node | None:
+    """The fused consumers' share of the cotangent; the exact norm's VJP keeps the rest."""
+    split = fusion.cotangent
+    if split is None:
+        return backward.cotangent
+    if not split.fused:
+        return None
+    like = backward.cotangent
+    rest = _sum(graph, at, split.rest, like)
+    for node in backward.nodes:
+        node.replace_input_with(like, rest)
+    return _sum(graph, at, split.fused, like)
+
+
+def _sum(graph: fx.Graph, at: fx.Node, terms: Sequence[fx.Node], like: fx.Node) -> fx.Node:
+    if not terms:
+        return call(graph, at, aten.zeros_like.default, like)
+    dtype = tensor_of(like).dtype  # type: ignore[union-attr]
+    shaped = [_to_dtype(graph, at, reshape_like(graph, at, t, like), dtype) for t in terms]
+    return reduce(lambda a, b: call(graph, at, aten.add.Tensor, a, b), shaped)
+
+
+def _replace_gradients(
+    graph: fx.Graph, at: fx.Node, old: Sequence[fx.Node], new: fx.Node, exclusive: bool
+) -> None:
+    """Put ``new`` in the place of the gradients ``old``, or add it to them.
+
+    Autograd may leave several partial gradients that are added up elsewhere: the first is
+    replaced, the others drop out of their sums.
+    """
+    if not old:
+        return
+    first, *others = old
+    with graph.inserting_before(first.next):
+        shaped = reshape_like(graph, at, new, first)
+        new = _to_dtype(graph, at, shaped, tensor_of(first).dtype)  # type: ignore[union-attr]
+        if not exclusive:
+            new = call(graph, at, aten.add.Tensor, first, new)
+    total = new
+    first.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    if exclusive:
+        for node in others:
+            _drop_term(graph, node)
+
+
+def _drop_term(graph: fx.Graph, term: fx.Node) -> None:
+    for user in list(term.users):
+        if is_call(user, (aten.add.Tensor,)) and not user.kwargs:
+            first, second = user.args
+            user.replace_all_uses_with(second if first is term else first)  # type: ignore[arg-type]
+        else:
+            with graph.inserting_before(user):
+                zeros = call(graph, term, aten.zeros_like.default, term)
+            user.replace_input_with(term, zeros)
+
+
+def reshape_like(graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node) -> fx.Node:
+    """View ``node`` in the shape of ``like``, which has as many elements."""
+    own, target = tensor_of(node), tensor_of(like)
+    assert own is not None and target is not None
+    if same_shape(own.shape, target.shape):
+        return node
+    sizes: list[object] = list(target.shape)
+    symbolic = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
+    if len(symbolic) == 1:
+        sizes[symbolic[0]] = -1
+    else:
+        for i in symbolic:
+            sizes[i] = call(graph, at, aten.sym_size.int, like, i)
+    return call(graph, at, aten.reshape.default, node, sizes)
+
+
+def _to_dtype(graph: fx.Graph, at: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if tensor_of(node).dtype == dtype:  # type: ignore[union-attr]
+        return node
+    return call(graph, at, prims.convert_element_type.default, node, dtype)
