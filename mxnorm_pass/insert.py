@@ -29,9 +29,7 @@ from mxnorm_pass.graph_utils import (
     call,
     is_backward,
     is_transpose,
-    is_view,
     outputs_of,
-    strip,
     tensor_of,
 )
 from mxnorm_pass.match.linear import CastIndex, PlainLinear, plain_linear, readers
@@ -46,14 +44,13 @@ def insert_casts(graph: fx.Graph, norms: Iterable[Norm], config: MXNormConfig) -
     if config.quantize == "existing":
         return 0
     linears = _all_linears(graph) if config.quantize == "all" else _norm_fed(norms)
-    activations: dict[tuple[fx.Node, str, MXFormat], fx.Node] = {}
     inserted = 0
     for linear in linears:
         resolved = config.resolve(linear.name)
         if not resolved.enabled or not _can_quantize(linear):
             continue
         fmt = MXFormat(resolved.config.elem_dtype, resolved.config.scale_mode, MX_BLOCK_SIZE)
-        _quantize(graph, linear, fmt, activations)
+        _quantize(graph, linear, fmt)
         inserted += 1
     return inserted
 
@@ -88,19 +85,10 @@ def _can_quantize(linear: PlainLinear) -> bool:
     return divisible and activation.dtype in _LINEAR_DTYPES
 
 
-def _quantize(
-    graph: fx.Graph,
-    linear: PlainLinear,
-    fmt: MXFormat,
-    activations: dict[tuple[fx.Node, str, MXFormat], fx.Node],
-) -> None:
+def _quantize(graph: fx.Graph, linear: PlainLinear, fmt: MXFormat) -> None:
     matmul = linear.matmul
-    shape = tensor_of(linear.activation).shape  # type: ignore[union-attr]
-    # q, k and v read one tensor through a view each; they share one cast.
-    key = (strip(linear.activation, is_view), str(tuple(shape)), fmt)
     with graph.inserting_before(matmul):
-        if key not in activations:
-            activations[key] = _fake_quantize(graph, matmul, linear.activation, fmt)
+        activation = _fake_quantize(graph, matmul, linear.activation, fmt)
         if is_transpose(linear.weight):
             weight: fx.Node = linear.weight.args[0]  # type: ignore[assignment]
         else:
@@ -108,7 +96,7 @@ def _quantize(
         quantized = _fake_quantize(graph, matmul, weight, fmt)
         transposed = call(graph, matmul, aten.permute.default, quantized, [1, 0])
     activation_position, weight_position = linear.operand_positions
-    matmul.update_arg(activation_position, activations[key])
+    matmul.update_arg(activation_position, activation)
     matmul.update_arg(weight_position, transposed)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch._inductor.pattern_matcher import stable_topological_sort
 
 from mxnorm_pass import functional, ops
+from mxnorm_pass.canonicalize import merge_equal
 from mxnorm_pass.formats import MXFormat
 from mxnorm_pass.graph_utils import (
     SubgraphCache,
@@ -40,6 +41,7 @@ from mxnorm_pass.match.norm import Norm, Rounding
 def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
     """Edit one fusion into the graph; dead nodes are left for the caller to remove."""
     rhos = [_fuse_casts(graph, fusion, fmt) for fmt in fusion.formats]
+    merge_equal(sorted({node for c in fusion.consumers for node in c.linear.slice}))
     if fusion.gain == "fold":
         _fold_gain(graph, fusion)
     if fusion.backward_reads:

@@ -10,14 +10,17 @@ the special values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mxnorm_pass import functional, ops
@@ -165,6 +168,8 @@ def _collect_region(values: fx.Node) -> _Region | None:
                 if blocks is not None:
                     return None
                 blocks = child
+            elif child.op == "get_attr":
+                order[child] = None
             elif child.op != "call_function" or len(visited) > _MAX_REGION:
                 return None
             else:
@@ -221,7 +226,7 @@ def _leak(region: _Region, scales: _Scales) -> fx.Node | None:
     """A node of the region that the graph reads past values and scales."""
     inside = {*region.nodes, *scales.nodes}
     for node in region.nodes[:-1]:
-        if node.target in _CONSTANTS or node is scales.node:
+        if node.op == "get_attr" or node.target in _CONSTANTS or node is scales.node:
             continue
         if any(user not in inside for user in node.users):
             return node
@@ -298,6 +303,8 @@ def _step(node: fx.Node, index: dict[fx.Node, int]) -> _Step | None:
             return tuple(map(encode, arg))
         return arg
 
+    if node.op == "get_attr":
+        return _attribute_step(node)
     if is_view(node) or is_call(node, (aten.expand.default,)):
         return _Step(_identity, (encode(node.args[0]),), ())
     if node.target in _CONSTANTS:
@@ -305,7 +312,7 @@ def _step(node: fx.Node, index: dict[fx.Node, int]) -> _Step | None:
         fill = node.args[0 if node.target is aten.scalar_tensor.default else 1]
         if value is None or not isinstance(fill, (int, float, bool)):
             return None
-        return _Step(torch.tensor, (fill,), (("dtype", value.dtype),))
+        return _constant_step(fill, value.dtype)
     if node.target in _REDUCTIONS:
         return _block_reduction(node, encode)
     tags = getattr(node.target, "tags", ())
@@ -314,6 +321,28 @@ def _step(node: fx.Node, index: dict[fx.Node, int]) -> _Step | None:
     kwargs = {k: v for k, v in node.kwargs.items() if k in ("dtype", "alpha", "rounding_mode")}
     encoded = tuple((k, encode(v)) for k, v in sorted(kwargs.items()))
     return _Step(node.target, tuple(map(encode, node.args)), encoded)
+
+
+def _attribute_step(node: fx.Node) -> _Step | None:
+    owner = node.graph.owning_module
+    value = operator.attrgetter(str(node.target))(owner) if owner is not None else None
+    if not isinstance(value, Tensor) or value.numel() != 1 or is_fake(value):
+        return None
+    with _real_tensors():
+        return _constant_step(value.item(), value.dtype)
+
+
+@contextmanager
+def _real_tensors() -> Iterator[None]:
+    """Leave the fake mode under which graphs are compiled."""
+    with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
+        yield
+
+
+def _constant_step(value: float, dtype: torch.dtype) -> _Step:
+    # One NaN object, so that equal programs compare equal.
+    value = math.nan if value != value else value
+    return _Step(torch.tensor, (value,), (("dtype", dtype),))
 
 
 def _block_reduction(node: fx.Node, encode: Callable[[Any], Any]) -> _Step | None:
@@ -334,7 +363,7 @@ def _classify(
     program: _Program, source: torch.dtype, elem: torch.dtype, block_size: int
 ) -> MXFormat | None:
     """Run the program on the probe and find the scale mode that gives the same bits."""
-    with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
+    with _real_tensors():
         probe = _probe(source, block_size)
         try:
             values, scales = _evaluate(program, probe)

@@ -263,8 +263,8 @@ def _with_backward(
     split = None
     if backward is not None and not fusion.exclusive:
         split = split_cotangent(backward.cotangent, own, shared)
-    paths = {fusion.norm.output, *chain.from_iterable(c.reader.path for c in fusion.consumers)}
-    reads = backward_readers(sorted(paths), own)
+    paths = chain.from_iterable(c.reader.path for c in fusion.consumers)
+    reads = backward_readers(dict.fromkeys((fusion.norm.output, *paths)), own)
     return Fusion(
         norm=fusion.norm,
         consumers=fusion.consumers,

@@ -1,0 +1,37 @@
+"""Merge equal nodes.
+
+The joint graph is not CSE'd: q, k and v each carry their own dequantisation of the same cast.
+Matching sees through that; after a rewrite the copies are merged, which nothing later does for an
+inference graph::
+
+    values, scales -> dequantize -> mm (q)          values, scales -> dequantize -> mm (q)
+                   -> dequantize -> mm (k)    =>                                 -> mm (k)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx
+
+
+def merge_equal(nodes: Iterable[fx.Node]) -> None:
+    """Let equal calls among ``nodes`` (in graph order) be one; the others are left dead."""
+    first: dict[Any, fx.Node] = {}
+    for node in nodes:
+        key = (node.target, _hashable(node.args), _hashable(node.kwargs))
+        kept = first.setdefault(key, node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return ("sequence", *map(_hashable, value))
+    if isinstance(value, dict):
+        return ("mapping", *((k, _hashable(v)) for k, v in sorted(value.items())))
+    if isinstance(value, slice):
+        return ("slice", value.start, value.stop, value.step)
+    # 1, 1.0 and True are equal but not the same argument.
+    return (type(value).__name__, value)

@@ -1,0 +1,194 @@
+"""Eager Llamas put together from ``mxnorm_pass.functional`` alone, and the models under test.
+
+A reference norm returns the exact output and hands the fused one to its linears as an attribute of
+it, which HuggingFace's Llama passes on untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.prototype.moe_training.mxfp8_linear import MXFP8Linear
+from torchao.prototype.mx_formats.config import ScaleCalculationMode
+from torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
+from torchao.quantization import quantize_
+from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from mxnorm_pass import functional
+
+NORM_FED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+def build_llama(
+    dtype: torch.dtype = torch.float32, layers: int = 2, hidden: int = 64, **overrides: Any
+) -> LlamaForCausalLM:
+    """A small Llama with seeded weights and gains away from 1."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=64,
+        **overrides,
+    )
+    model = LlamaForCausalLM(config)
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model.to(dtype)
+
+
+def token_ids(batch: int = 2, length: int = 16) -> Tensor:
+    return torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def quantize_with_torchao(model: nn.Module, mode: str = "rceil") -> nn.Module:
+    """torchao's MXFP8 inference: weights quantised once, activations cast in the forward."""
+    config = MXDynamicActivationMXWeightConfig(
+        kernel_preference=KernelPreference.EMULATED, scaling_mode=ScaleCalculationMode[mode.upper()]
+    )
+    quantize_(model, config, filter_fn=_is_converted)
+    return model
+
+
+def _is_converted(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and "lm_head" not in name
+
+
+def convert_to_mxfp8_training(
+    model: nn.Module, mode: str = "rceil", wgrad_with_hp: bool = False
+) -> nn.Module:
+    """torchao's MXFP8 training linears in the place of every nn.Linear but lm_head."""
+    for name, module in list(model.named_modules()):
+        if not _is_converted(module, name):
+            continue
+        linear = MXFP8Linear(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            dtype=module.weight.dtype,
+            kernel_preference=KernelPreference.EMULATED,
+            scale_calculation_mode=ScaleCalculationMode[mode.upper()],
+            wgrad_with_hp=wgrad_with_hp,
+        )
+        linear.weight, linear.bias = module.weight, module.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear)
+    return model
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a reference model computes.
+
+    Attributes:
+        norm: keyword arguments of ``functional.mxnorm``.
+        cast: keyword arguments of ``functional.mx_cast``.
+        gain: "fold" or "activation".
+        every_linear: all linears are cast, not only those that a norm feeds.
+        off: last name components of linears that stay plain and read the exact norm.
+        backward: "high-precision", or "mx": torchao's MXFP8 training backward, or "mx-hp-wgrad".
+    """
+
+    norm: dict[str, Any] = field(default_factory=dict)
+    cast: dict[str, Any] = field(default_factory=dict)
+    gain: str = "fold"
+    every_linear: bool = False
+    off: tuple[str, ...] = ()
+    backward: str = "high-precision"
+
+
+def reference_of(model: LlamaForCausalLM, recipe: Recipe) -> LlamaForCausalLM:
+    """A deep copy of ``model`` whose layer norms and linears are those of the recipe."""
+    reference = copy.deepcopy(model)
+    for name, module in list(reference.named_modules()):
+        parent, _, child = name.rpartition(".")
+        owner = reference.get_submodule(parent)
+        if isinstance(module, LlamaRMSNorm) and name != "model.norm":
+            setattr(owner, child, _Norm(module, recipe))
+        elif isinstance(module, nn.Linear) and child not in ("lm_head", *recipe.off):
+            if recipe.every_linear or child in NORM_FED:
+                setattr(owner, child, _Linear(module, recipe))
+    return reference
+
+
+class _Norm(nn.Module):
+    def __init__(self, norm: LlamaRMSNorm, recipe: Recipe) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.eps = norm.variance_epsilon
+        self.recipe = recipe
+
+    def forward(self, x: Tensor) -> Tensor:
+        forward = {k: v for k, v in self.recipe.norm.items() if k != "gradient"}
+        # HuggingFace rounds to the input's dtype before the gain.
+        rounding = {
+            "norm_dtype": x.dtype,
+            "out_dtype": torch.promote_types(x.dtype, self.weight.dtype),
+        }
+        y = functional.mxnorm(x, self.weight, eps=self.eps, **self.recipe.norm, **rounding)
+        in_cast = self.weight if self.recipe.gain == "activation" else None
+        options = {**forward, **self.recipe.cast, **rounding}
+        values, scales, _ = functional.mxnorm_cast(x, in_cast, eps=self.eps, **options)
+        gain = self.weight if self.recipe.gain == "fold" else None
+        exact = functional.mxnorm(x, self.weight, eps=self.eps, estimator="exact", **rounding)
+        exact.fused = _Fused(y, (values, scales), gain)
+        return exact
+
+
+@dataclass(frozen=True)
+class _Fused:
+    output: Tensor
+    quantized: tuple[Tensor, Tensor]
+    gain: Tensor | None
+
+
+class _Linear(nn.Module):
+    def __init__(self, linear: nn.Linear, recipe: Recipe) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.recipe = recipe
+
+    def forward(self, x: Tensor) -> Tensor:
+        options = dict(self.recipe.cast)
+        fused = getattr(x, "fused", None)
+        if fused is not None:
+            x = fused.output
+            options |= {"quantized": fused.quantized, "gain": fused.gain}
+        if self.recipe.backward == "high-precision":
+            return functional.mx_linear(x, self.weight, self.bias, **options)
+        return _MXBackward.apply(x, self.weight, self.recipe, options)
+
+
+class _MXBackward(torch.autograd.Function):
+    """The backward of torchao's ``mx_mm`` (moe_training/mxfp8_linear.py) in functional casts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Recipe, options: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.recipe = recipe
+        return functional.mx_linear(x, weight, **options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+
+        def rounded(t: Tensor) -> Tensor:
+            values, scales = functional.mx_cast(t.contiguous(), **ctx.recipe.cast)
+            return functional.mx_dequantize(values, scales, t.dtype)
+
+        grad2, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        grad_x = (rounded(grad2) @ rounded(weight.t()).t()).reshape(x.shape)
+        if ctx.recipe.backward == "mx-hp-wgrad":
+            grad_weight = grad2.t() @ x2
+        else:
+            grad_weight = rounded(grad2.t()) @ rounded(x2.t()).t()
+        return grad_x, grad_weight, None, None
