@@ -247,10 +247,12 @@ def mxnorm(
     Returns:
         [..., D]; differentiable once in ``x`` and ``weight``.
     """
+    # One upcast for both uses, so that their gradients are added before they are rounded.
+    x32 = x.to(_compute_dtype(x))
     rho = inverse_rms(
-        x, eps=eps, estimator=estimator, gradient=gradient, p=p, block_size=block_size
+        x32, eps=eps, estimator=estimator, gradient=gradient, p=p, block_size=block_size
     )
-    return normalize(x, rho, weight, norm_dtype, out_dtype or x.dtype)
+    return normalize(x32, rho, weight, norm_dtype, out_dtype or x.dtype)
 
 
 def mxnorm_vjp(

@@ -18,6 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from mxnorm_pass import ops
 from mxnorm_pass.config import MXNormConfig
+from mxnorm_pass.graph_code import graph_code
 from mxnorm_pass.graph_utils import SubgraphCache, is_backward, module_path
 from mxnorm_pass.insert import insert_casts
 from mxnorm_pass.match import Fusion, find_sites
@@ -64,7 +65,7 @@ def run_pass(
         decompositions: for traced replacements; those that the graph itself was traced with.
     """
     start = time.perf_counter()
-    before, ops_before = _code(graph), _op_counts(graph)
+    before, ops_before = graph_code(graph), _op_counts(graph)
     modules = _matmul_modules(graph)
     norms = find_norms(graph)
     inserted = insert_casts(graph, norms, config) if tensor_subclass is None else 0
@@ -80,16 +81,12 @@ def run_pass(
     result = Graph(
         name="training" if any(map(is_backward, graph.nodes)) else "inference",
         before=before,
-        after=_code(graph) if changed else before,
+        after=graph_code(graph) if changed else before,
         ops_before=ops_before,
         ops_after=_op_counts(graph) if changed else ops_before,
         sites=tuple(site.site() for site in found),
     )
     return PassResult(result, modules, time.perf_counter() - start)
-
-
-def _code(graph: fx.Graph) -> str:
-    return str(graph.python_code("self", verbose=False).src)
 
 
 def _op_counts(graph: fx.Graph) -> dict[str, int]:

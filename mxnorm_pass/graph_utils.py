@@ -5,11 +5,15 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -130,6 +134,7 @@ _GETATTR = re.compile(r"getattr\((.+?), ['\"]([^'\"]+)['\"]\)")
 _ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
 
 
+@lru_cache(maxsize=4096)
 def clean_module_path(path: str) -> str:
     """``L['self'].model.layers.0.mlp`` and its other spellings -> ``model.layers.0.mlp``."""
     while (found := _GETATTR.search(path)) is not None:
@@ -220,7 +225,7 @@ class SubgraphCache:
         raise AssertionError("a traced graph ends in an output node")
 
     def _trace(self, function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
-        key = (function, tuple(map(_signature, args)))
+        key = (function, _signature(args))
         if key not in self._traced:
             nodes = [a for a in args if isinstance(a, fx.Node)]
 
@@ -239,9 +244,17 @@ class SubgraphCache:
 def _signature(arg: Any) -> Any:
     value = arg.meta["val"] if isinstance(arg, fx.Node) else arg
     if isinstance(value, Tensor):
-        sizes = (str(tuple(value.shape)), str(value.stride()))
-        return ("tensor", value.dtype, value.device, *sizes)
-    return (type(value).__name__, str(value))
+        # Sizes may be symbolic, which must not be compared: that would add guards.
+        return (value.dtype, value.device, *map(_size, value.shape), *map(_size, value.stride()))
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_signature, value))
+    if isinstance(value, dict):
+        return tuple((k, _signature(v)) for k, v in value.items())
+    return (type(value).__name__, value if isinstance(value, (int, float)) else str(value))
+
+
+def _size(size: Any) -> Any:
+    return size if isinstance(size, int) else str(size)
 
 
 def _inline_constant(graph: fx.Graph, like: fx.Node, value: Any, mode: Any) -> fx.Node:
@@ -275,6 +288,38 @@ def _tensors(value: Any) -> Iterator[Any]:
 
 
 def _run_fake(node: fx.Node, mode: Any) -> None:
+    if node.target is operator.getitem:
+        node.meta["val"] = node.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr, index]
+        return
+    if _may_alias(node.target):
+        node.meta["val"] = _evaluate(node, mode)
+        return
+    # The layers of a model repeat the same calls; dispatching each to fake tensors would be most
+    # of the pass's time.
+    templates = _templates.setdefault(mode, {})
+    key = (node.target, _signature(node.args), _signature(node.kwargs))
+    if key in templates:
+        node.meta["val"] = pytree.tree_map_only(Tensor, partial(_fresh, mode), templates[key])
+    else:
+        node.meta["val"] = templates[key] = _evaluate(node, mode)
+
+
+_templates: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def _may_alias(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is None or any(r.alias_info is not None for r in schema.returns)
+
+
+def _evaluate(node: fx.Node, mode: Any) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with mode, torch.no_grad():
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _fresh(mode: Any, like: Tensor) -> Tensor:
+    """A fake tensor like ``like`` with a storage of its own: storages tell what aliases what."""
+    with in_kernel_invocation_manager(mode):
+        meta = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+    return FakeTensor(mode, meta, like.device)

@@ -82,11 +82,10 @@ def _redirect_casts(
     graph: fx.Graph, at: fx.Node, consumers: Sequence[Consumer], values: fx.Node, scales: fx.Node
 ) -> None:
     matmuls = {c.linear.matmul for c in consumers}
+    views: dict[object, fx.Node] = {}
     for cast in dict.fromkeys(c.cast for c in consumers):
-        new_values = reshape_like(graph, at, values, cast.values)
-        new_scales = reshape_like(graph, at, scales, cast.scales)
-        if tensor_of(cast.scales).dtype == torch.uint8:  # type: ignore[union-attr]
-            new_scales = call(graph, at, aten.view.dtype, new_scales, torch.uint8)
+        new_values = _shared_view(graph, at, values, cast.values, views)
+        new_scales = _shared_view(graph, at, scales, cast.scales, views)
         use = cast_use(cast)
         if all(m.matmul in matmuls for m in use.matmuls):
             cast.values.replace_all_uses_with(new_values)
@@ -96,6 +95,21 @@ def _redirect_casts(
         for matmul in use.matmuls:
             if matmul.matmul in matmuls:
                 _clone_dequantization(graph, matmul.slice, matmul.matmul, replaced)
+
+
+def _shared_view(
+    graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node, views: dict[object, fx.Node]
+) -> fx.Node:
+    """``node`` in the shape and byte type of ``like``, made once for all who ask for it."""
+    target = tensor_of(like)
+    assert target is not None
+    key = (node, str(tuple(target.shape)), target.dtype)
+    if key not in views:
+        view = reshape_like(graph, at, node, like)
+        if target.dtype == torch.uint8:
+            view = call(graph, at, aten.view.dtype, view, torch.uint8)
+        views[key] = view
+    return views[key]
 
 
 def _clone_dequantization(

@@ -1,0 +1,72 @@
+"""Print a graph as code for people: one call per line, typed, under the module that made it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._dtype_abbrs import dtype_abbrs
+
+from mxnorm_pass.graph_utils import is_backward, module_path
+
+
+def graph_code(graph: fx.Graph) -> str:
+    """The graph as Python, such as ``rsqrt: "f32[2, 16, 1]" = torch.ops.aten.rsqrt.default(add)``.
+
+    A comment names the module, and the pass (forward or backward), of the lines below it.
+    """
+    inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
+    lines = [f"def forward({', '.join(inputs)}):"]
+    origin = ""
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            lines.append(f"    # {node.name}: {_type(node)}")
+            continue
+        if node.op != "output":
+            new_origin = f"{module_path(node)}{' (backward)' if is_backward(node) else ''}"
+            if new_origin != origin:
+                origin = new_origin
+                lines.append(f"    # {origin or '-'}")
+        lines.append(f"    {_statement(node)}")
+    return "\n".join(lines) + "\n"
+
+
+def _statement(node: fx.Node) -> str:
+    if node.op == "output":
+        return f"return {_text(node.args[0])}"
+    if node.op == "get_attr":
+        return f"{node.name}{_annotation(node)} = self.{node.target}"
+    arguments = [_text(a) for a in node.args]
+    arguments += [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
+    return f"{node.name}{_annotation(node)} = {_target(node.target)}({', '.join(arguments)})"
+
+
+def _target(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return f"torch.ops.{target}"
+    return str(getattr(target, "__name__", target))
+
+
+def _annotation(node: fx.Node) -> str:
+    kind = _type(node)
+    return f': "{kind}"' if kind else ""
+
+
+def _type(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return f"{dtype_abbrs[value.dtype]}[{', '.join(map(str, value.shape))}]"
+    return ""
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, (torch.dtype, torch.device)) or value is None:
+        return str(value)
+    return repr(value)

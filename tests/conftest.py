@@ -1,0 +1,24 @@
+"""Each test compiles from nothing, and a compile's warnings do not hide a later test's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import mxnorm_pass
+from mxnorm_pass import backend
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(tmp_path, monkeypatch) -> Iterator[None]:
+    """Own compile caches, and warnings that speak again."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    torch._dynamo.reset()
+    backend._warned.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mxnorm_pass.CalibrationWarning)
+        yield
+    torch._dynamo.reset()

@@ -1,0 +1,280 @@
+"""The main job: an unmodified HuggingFace Llama, against an eager model of functional alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from reference import (
+    NORM_FED,
+    Recipe,
+    build_llama,
+    convert_to_mxfp8_training,
+    quantize_with_torchao,
+    reference_of,
+    token_ids,
+)
+from torch import Tensor, nn
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+import mxnorm_pass
+from mxnorm_pass import SkipReason
+from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
+
+IDS = token_ids()
+DTYPES = [torch.float32, torch.bfloat16]
+# Relative norm. Sums of gradients in another order differ by float32's last bit; bf16 keeps 8.
+GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+Gradients = dict[str, Tensor]
+
+
+def infer(model: Callable[..., Any]) -> Tensor:
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+def train(model: Callable[..., Any], parameters: nn.Module) -> tuple[Tensor, Gradients]:
+    parameters.zero_grad()
+    output = model(IDS, labels=IDS, use_cache=False)
+    output.loss.backward()
+    gradients = {n: p.grad.clone() for n, p in parameters.named_parameters()}
+    return output.logits.detach(), gradients
+
+
+def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="mxnorm", options={"inner": "aot_eager", **options})
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def worst_gradient(a: Gradients, b: Gradients) -> tuple[str, float]:
+    errors = {name: relative_error(a[name], b[name]) for name in b}
+    return max(errors.items(), key=lambda item: item[1])
+
+
+def assert_gradients_close(a: Gradients, b: Gradients, tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    name, error = worst_gradient(a, b)
+    assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def expected_sites(layers: int) -> list[tuple[str, tuple[str, ...]]]:
+    sites = []
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        attention = tuple(f"{layer}.self_attn.{n}_proj" for n in "qkv")
+        mlp = (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
+        sites += [(f"{layer}.input_layernorm", attention)]
+        sites += [(f"{layer}.post_attention_layernorm", mlp)]
+    return sites
+
+
+MODELS = {
+    "plain": lambda model: model,
+    "torchao": quantize_with_torchao,
+    "torchao-training": convert_to_mxfp8_training,
+}
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_two_norms_per_layer_are_fused(kind, dtype, training, layers) -> None:
+    if kind == "torchao" and (training or dtype != torch.bfloat16):
+        # torchao's inference weights take no gradient and no dtype but bf16.
+        training, dtype = False, torch.bfloat16
+    model = MODELS[kind](build_llama(dtype, layers=layers))
+    with torch.set_grad_enabled(training):
+        labels = {"labels": IDS} if training else {}
+        report = mxnorm_pass.explain(model, IDS, use_cache=False, **labels)
+    assert [(s.norm, s.consumers) for s in report.fused] == expected_sites(layers)
+    (skipped,) = report.skipped
+    assert (skipped.norm, skipped.reason) == ("model.norm", SkipReason.NO_MX_CAST)
+    assert len(report.graphs) == 1
+    assert report.graphs[0].name == ("training_0" if training else "inference_0")
+
+
+@pytest.mark.parametrize("gain", ["fold", "activation"])
+@pytest.mark.parametrize("p", [1, 2, 3.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_plain_logits_and_gradients_are_those_of_functional(dtype, p, gain) -> None:
+    model = build_llama(dtype)
+    reference = reference_of(model, Recipe(norm={"p": p}, gain=gain))
+    want, want_gradients = train(reference, reference)
+    got, gradients = train(compiled(model, p=p, gain=gain), model)
+    assert torch.equal(got, want)
+    assert torch.equal(infer(compiled(model, p=p, gain=gain)), want)
+    assert_gradients_close(gradients, want_gradients, GRADIENT_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("gradient", ["true", "orthogonal", "paper"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_modes(dtype, gradient) -> None:
+    model = build_llama(dtype)
+    reference = reference_of(model, Recipe(norm={"gradient": gradient}))
+    want, want_gradients = train(reference, reference)
+    got, gradients = train(compiled(model, gradient=gradient), model)
+    assert torch.equal(got, want)
+    assert_gradients_close(gradients, want_gradients, GRADIENT_TOLERANCE[dtype])
+
+
+def test_the_gradient_modes_differ_by_more_than_the_tolerance() -> None:
+    gradients = {}
+    for gradient in ("true", "orthogonal", "paper"):
+        model = build_llama()
+        gradients[gradient] = train(compiled(model, gradient=gradient), model)[1]
+    for a, b in (("true", "orthogonal"), ("true", "paper"), ("orthogonal", "paper")):
+        assert worst_gradient(gradients[a], gradients[b])[1] > 10 * GRADIENT_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("gradient", ["true", "orthogonal"])
+@pytest.mark.parametrize("off", [("q_proj",), ("k_proj", "up_proj"), ("v_proj", "q_proj")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_linear_that_is_off_reads_the_exact_norm(dtype, off, gradient) -> None:
+    """Its siblings stay fused, and each side's gradient goes through its own norm."""
+    model = build_llama(dtype)
+    modules = {f"*.{name}": False for name in off}
+    reference = reference_of(model, Recipe(norm={"gradient": gradient}, off=off))
+    want, want_gradients = train(reference, reference)
+    with mxnorm_pass.record() as report:
+        got, gradients = train(compiled(model, gradient=gradient, modules=modules), model)
+    assert torch.equal(got, want)
+    assert_gradients_close(gradients, want_gradients, GRADIENT_TOLERANCE[dtype])
+    assert len(report.fused) == 4
+    assert not any(c.endswith(off) for s in report.fused for c in s.consumers)
+
+
+def test_quantize_all_casts_every_linear_but_lm_head() -> None:
+    model = build_llama()
+    reference = reference_of(model, Recipe(every_linear=True))
+    want, want_gradients = train(reference, reference)
+    got, gradients = train(compiled(model, quantize="all"), model)
+    assert torch.equal(got, want)
+    assert_gradients_close(gradients, want_gradients, GRADIENT_TOLERANCE[torch.float32])
+
+
+def test_quantize_existing_leaves_a_plain_model_alone() -> None:
+    model = build_llama()
+    with pytest.warns(mxnorm_pass.MXNormWarning, match="NO_MX_CAST"):
+        got = infer(compiled(model, quantize="existing"))
+    assert torch.equal(got, infer(model))
+
+
+@pytest.mark.parametrize("elem_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("mode", ["rceil", "floor", "ceil", "even"])
+def test_formats_of_inserted_casts(mode, elem_dtype) -> None:
+    model = build_llama(torch.bfloat16)
+    options = {"scale_mode": mode, "elem_dtype": elem_dtype}
+    want = infer(reference_of(model, Recipe(cast=options)))
+    assert torch.equal(infer(compiled(model, **options)), want)
+
+
+@pytest.mark.parametrize("mode", ["rceil", "floor", "ceil", "even"])
+def test_torchao_inference(mode) -> None:
+    model = build_llama(torch.bfloat16)
+    recipe = Recipe(cast={"scale_mode": mode}, gain="activation", every_linear=True)
+    want = infer(reference_of(model, recipe))
+    quantize_with_torchao(model, mode)
+    with mxnorm_pass.record() as report:
+        got = infer(compiled(model))
+    assert torch.equal(got, want)
+    assert {s.gain for s in report.fused} == {"activation"}
+    assert {s.format for s in report.fused} == {f"mxfp8 e4m3fn {mode} block 32"}
+
+
+@pytest.mark.parametrize("mode", ["rceil", "floor", "ceil", "even"])
+def test_exact_changes_no_bit_of_a_torchao_model(mode) -> None:
+    model = quantize_with_torchao(build_llama(torch.bfloat16), mode)
+    with mxnorm_pass.record() as report:
+        got = infer(compiled(model, estimator="exact"))
+    assert len(report.fused) == 4
+    assert torch.equal(got, infer(model))
+
+
+@pytest.mark.parametrize("wgrad_with_hp", [False, True], ids=["mx-wgrad", "hp-wgrad"])
+@pytest.mark.parametrize("mode", ["rceil", "floor"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_torchao_training(dtype, mode, wgrad_with_hp) -> None:
+    model = build_llama(dtype, layers=1)
+    backward = "mx-hp-wgrad" if wgrad_with_hp else "mx"
+    recipe = Recipe(cast={"scale_mode": mode}, every_linear=True, backward=backward)
+    reference = reference_of(model, recipe)
+    want, want_gradients = train(reference, reference)
+    convert_to_mxfp8_training(model, mode, wgrad_with_hp)
+    got, gradients = train(compiled(model), model)
+    assert torch.equal(got, want)
+    assert_gradients_close(gradients, want_gradients, GRADIENT_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_training_changes_no_bit(dtype) -> None:
+    model = convert_to_mxfp8_training(build_llama(dtype, layers=1))
+    want, want_gradients = train(torch.compile(model, backend="aot_eager"), model)
+    got, gradients = train(compiled(model, estimator="exact"), model)
+    assert torch.equal(got, want)
+    assert all(torch.equal(gradients[n], want_gradients[n]) for n in want_gradients)
+
+
+def test_interpreter_gives_the_same_bits() -> None:
+    model = build_llama()
+    want, want_gradients = train(compiled(model), model)
+    got, gradients = train(compiled(model, inner="eager"), model)
+    assert torch.equal(got, want)
+    assert all(torch.equal(gradients[n], want_gradients[n]) for n in want_gradients)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_inductor_error_is_that_of_aot_eager(dtype, training) -> None:
+    """Error against float64 at most 1.5 times that of the aot_eager result."""
+    model = build_llama(dtype, layers=1)
+    reference = reference_of(copy.deepcopy(model), Recipe()).double()
+    errors = {}
+    if training:
+        _, truth = train(reference, reference)
+        for inner in ("aot_eager", "inductor"):
+            _, got = train(compiled(model, inner=inner), model)
+            # All parameters as one vector: one fp8 step on a small one is not the model's error.
+            errors[inner] = relative_error(flat(got), flat(truth))
+    else:
+        truth = infer(reference)
+        for inner in ("aot_eager", "inductor"):
+            errors[inner] = relative_error(infer(compiled(model, inner=inner)), truth)
+    assert errors["inductor"] <= 1.5 * errors["aot_eager"], errors
+
+
+def flat(gradients: Gradients) -> Tensor:
+    return torch.cat([g.double().flatten() for g in gradients.values()])
+
+
+def plain_inductor(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+    """Inductor without any pass of ours; e8m0 support alone, or FLOOR and CEIL do not compile."""
+    return compile_fx(gm, inputs, inner_compile=cpu_e8m0_support()(compile_fx_inner))
+
+
+@pytest.mark.parametrize("mode", ["rceil", "floor", "ceil"])
+def test_exact_through_inductor_is_no_worse_than_plain_inductor(mode) -> None:
+    """Against the same casts of high-precision weights, a model without e8m0 inputs."""
+    model = build_llama(torch.bfloat16, layers=1)
+    recipe = Recipe(norm={"estimator": "exact"}, cast={"scale_mode": mode}, every_linear=True)
+    truth = infer(reference_of(model, replace(recipe, gain="activation")).double())
+    plain = convert_to_mxfp8_training(copy.deepcopy(model), mode)
+    plain_error = relative_error(infer(torch.compile(plain, backend=plain_inductor)), truth)
+    quantize_with_torchao(model, mode)
+    error = relative_error(infer(compiled(model, estimator="exact", inner="inductor")), truth)
+    assert error <= plain_error
+
+
+def test_norm_fed_linears() -> None:
+    """The reference's list of linears that a norm feeds is the one that the backend finds."""
+    report = mxnorm_pass.explain(build_llama(), IDS, use_cache=False)
+    assert {c.rsplit(".", 1)[1] for s in report.fused for c in s.consumers} == set(NORM_FED)
