@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -122,9 +123,14 @@ class CompileJob:
             self.config,
             salt=repr(self.module_names),
             tensor_subclass=self.tensor_subclass,
-            on_result=self.results.append,
+            parameters=_parameter_positions(self.gm),
+            on_result=self._accept,
             decompositions=decompositions,
         )
+
+    def _accept(self, result: PassResult) -> None:
+        _specialize(self.gm, result.eps_inputs)
+        self.results.append(result)
 
     def report_key(self) -> str:
         """Hash of all that decides the result of the pass, computed before gm is consumed."""
@@ -167,6 +173,39 @@ def _subclass(example_inputs: Sequence[Any]) -> str | None:
             if kind.__module__.split(".")[0] != "torchao":
                 return kind.__name__
     return None
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
+
+
+def _parameter_positions(gm: fx.GraphModule) -> frozenset[int]:
+    """Which inputs of Dynamo's graph are parameters or buffers of a module."""
+    static = "_dynamo_static_input_type"
+    nodes = enumerate(_placeholders(gm))
+    return frozenset(i for i, node in nodes if static in (node.meta.get("tensor_dict") or {}))
+
+
+def _specialize(gm: fx.GraphModule, positions: Sequence[int]) -> None:
+    """Have Dynamo start over with these Python floats as constants.
+
+    Under ``dynamic=True`` Dynamo turns a norm's eps into a graph input. Inductor restarts Dynamo
+    in this way for floats that it cannot hold in tensors
+    (``torch/fx/passes/_tensorify_python_scalars.py``).
+    """
+    placeholders = _placeholders(gm)
+    symbols = [name for i in positions for name in _float_symbols(placeholders[i])]
+    new = [name for name in symbols if not TensorifyState.should_specialize(name)]
+    for name in new:
+        TensorifyState.specialize(name)
+    if new:
+        raise TensorifyScalarRestartAnalysis
+
+
+def _float_symbols(placeholder: fx.Node) -> list[str]:
+    values = [placeholder.meta.get("example_value")]
+    values += [user.meta.get("example_value") for user in placeholder.users]
+    return [str(v.node.expr) for v in values if isinstance(v, torch.SymFloat)]
 
 
 def _describe(value: Any) -> str:

@@ -155,6 +155,11 @@ class MXNormConfig:
             resolved = self._resolved[name] = self._resolve_uncached(name)
         return resolved
 
+    def turns_off(self, name: str) -> bool:
+        """Return whether a rule of ``modules`` disables that module, rather than a default."""
+        winner = self._winner(name)
+        return winner is not None and not winner.enabled
+
     def unmatched_patterns(self, names: Iterable[str]) -> list[UnmatchedPattern]:
         """Return the patterns of ``modules`` that match none of ``names``, in rule order.
 
@@ -185,8 +190,11 @@ class MXNormConfig:
         values = {name: getattr(self, name) for name in _VALIDATORS}
         return _rebuild, ({**values, "modules": _thaw_modules(self.modules)},)
 
+    def _winner(self, name: str) -> _Rule | None:
+        return next((rule for rule in reversed(self._rules) if rule.matches(name)), None)
+
     def _resolve_uncached(self, name: str) -> ModuleConfig:
-        winner = next((rule for rule in reversed(self._rules) if rule.matches(name)), None)
+        winner = self._winner(name)
         enabled = winner is None or winner.enabled
         component = name.rpartition(".")[2]
         if component in _HEAD_NAMES:

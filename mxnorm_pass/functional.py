@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import mpmath
 import torch
@@ -52,13 +52,12 @@ def rms_constant(p: float, block_size: int) -> float:
     """
     if not (math.isfinite(p) and p > 0):
         raise ValueError(f"p is {p}; it must be a finite number > 0")
-    if block_size < 1:
-        raise ValueError(f"block_size is {block_size}; it must be at least 1")
+    _check_block_size(block_size)
 
     def integrand(t: Any) -> Any:
-        # 1 - erf(t)^B without cancellation where erf(t) is next to 1.
-        tail = -mpmath.expm1(block_size * mpmath.log1p(-mpmath.erfc(t / mpmath.sqrt(2))))
-        return p * t ** (p - 1) * tail
+        # By parts: t^p times the density of the largest |z|. It is bounded at 0 for every p.
+        density = block_size * mpmath.erf(t / mpmath.sqrt(2)) ** (block_size - 1)
+        return t**p * density * mpmath.sqrt(2 / mpmath.pi) * mpmath.exp(-(t**2) / 2)
 
     with mpmath.workdps(30):
         peak = mpmath.sqrt(max(p, 1.0))
@@ -67,11 +66,22 @@ def rms_constant(p: float, block_size: int) -> float:
         return float(moment ** (mpmath.mpf(1) / p))
 
 
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def _check_block_size(block_size: int) -> None:
+    if not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size is {block_size}; it must be an integer of at least 1")
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _blocks(x: Tensor, block_size: int) -> Tensor:
+    _check_block_size(block_size)
     if x.ndim == 0 or x.shape[-1] % block_size != 0:
         raise ValueError(
             f"the last dimension of shape {tuple(x.shape)} is not divisible by "
@@ -84,14 +94,9 @@ def _block_absmax(x: Tensor, block_size: int) -> Tensor:
     return _blocks(x, block_size).abs().amax(-1)
 
 
-def _mean_square_from_absmax(absmax: Tensor, p: float, block_size: int) -> Tensor:
-    """rms~^2 from block absmaxes [..., K] -> [..., 1]; p = 2 needs no root."""
-    c = rms_constant(p, block_size)
-    if p == 2:
-        return absmax.square().mean(-1, keepdim=True) / c**2
-    if p == 1:
-        return (absmax.mean(-1, keepdim=True) / c).square()
-    # m^p leaves float32's range long before m^2 does, so take the largest block out.
+def _power_mean(absmax: Tensor, p: float) -> Tensor:
+    """(mean of absmax^p)^(1/p), [..., K] -> [..., 1], within the range of absmax itself."""
+    # m^p leaves float32's range long before m does, so take the largest block out.
     largest = absmax.amax(-1, keepdim=True).detach()
     largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
     ratio = absmax / largest
@@ -99,7 +104,17 @@ def _mean_square_from_absmax(absmax: Tensor, p: float, block_size: int) -> Tenso
     powers = torch.where(ratio > 0, torch.where(ratio > 0, ratio, 1.0).pow(p), ratio)
     mean = powers.mean(-1, keepdim=True)
     root = torch.where(mean > 0, torch.where(mean > 0, mean, 1.0).pow(1 / p), mean)
-    return (largest * root / c).square()
+    return largest * root
+
+
+def _mean_square_from_absmax(absmax: Tensor, p: float, block_size: int) -> Tensor:
+    """rms~^2 from block absmaxes [..., K] -> [..., 1]; p = 2 needs no root."""
+    c = rms_constant(p, block_size)
+    if p == 2:
+        return absmax.square().mean(-1, keepdim=True) / c**2
+    if p == 1:
+        return (absmax.mean(-1, keepdim=True) / c).square()
+    return (_power_mean(absmax, p) / c).square()
 
 
 def rms_estimate(x: Tensor, *, p: float = 2.0, block_size: int = 32) -> Tensor:
@@ -114,7 +129,7 @@ def rms_estimate(x: Tensor, *, p: float = 2.0, block_size: int = 32) -> Tensor:
         [..., 1], float32 (float64 for float64 input), differentiable.
     """
     absmax = _block_absmax(x.to(_compute_dtype(x)), block_size)
-    return _mean_square_from_absmax(absmax, p, block_size).sqrt()
+    return _power_mean(absmax, p) / rms_constant(p, block_size)
 
 
 def _mean_square(x: Tensor, estimator: Estimator, p: float, block_size: int) -> Tensor:
@@ -147,6 +162,7 @@ def inverse_rms_vjp(
     Returns:
         [..., D], ``grad_rho * d rho / d x``.
     """
+    _check_choice("gradient", gradient, get_args(Gradient))
     if gradient == "true" or estimator == "exact":
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
@@ -157,9 +173,7 @@ def inverse_rms_vjp(
     if gradient == "orthogonal":
         exact_rho = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
         return x * (-rho * exact_rho.square() * grad_rho / width)
-    if gradient == "paper":
-        return x * (-rho.pow(3) * grad_rho / width)
-    raise ValueError(f"gradient is {gradient!r}; allowed: true, orthogonal, paper")
+    return x * (-rho.pow(3) * grad_rho / width)
 
 
 class _InverseRMS(torch.autograd.Function):
@@ -197,8 +211,8 @@ def inverse_rms(
     Returns:
         [..., 1], float32 (float64 for float64 input), differentiable once.
     """
-    if estimator not in ("mxnorm", "exact"):
-        raise ValueError(f"estimator is {estimator!r}; allowed: mxnorm, exact")
+    _check_choice("estimator", estimator, get_args(Estimator))
+    _check_choice("gradient", gradient, get_args(Gradient))
     options = {
         "eps": eps, "estimator": estimator, "gradient": gradient, "p": p, "block_size": block_size
     }  # fmt: skip
@@ -364,9 +378,9 @@ def mxnorm_cast(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norm and MX cast in one: the op that the rewritten graph calls.
 
-    With ``estimator="mxnorm"`` the block absmaxes of ``x`` give rho~, those of x * weight times
-    rho~ give the scales, and elements go to ``elem_dtype`` with no rounding in between;
-    ``norm_dtype`` and ``out_dtype`` play no part. Without ``weight`` both absmaxes are one.
+    With ``estimator="mxnorm"`` the block absmaxes of ``x`` give rho~, and rho~ x weight goes to
+    ``elem_dtype`` with no rounding in between; ``norm_dtype`` and ``out_dtype`` play no part.
+    Without ``weight`` the absmaxes times rho~ also give the scales.
     With "exact" the norm is rounded to ``norm_dtype`` and ``out_dtype`` as in :func:`mxnorm`,
     then cast, so that it equals the two steps bit for bit.
 
@@ -377,6 +391,7 @@ def mxnorm_cast(
     Returns:
         values [..., D], scales [..., K], rho [..., 1] (float32); none carries a gradient.
     """
+    _check_choice("estimator", estimator, get_args(Estimator))
     x32 = x.to(torch.float32)
     if estimator == "exact":
         rho = torch.rsqrt(_mean_square(x32, estimator, p, block_size) + eps)
@@ -387,13 +402,14 @@ def mxnorm_cast(
         return values, scales, rho
     absmax = _block_absmax(x32, block_size)
     rho = torch.rsqrt(_mean_square_from_absmax(absmax, p, block_size) + eps)
-    scaled = x32
+    y = x32 * rho
+    # |x| rho is monotonic in |x|, so without a gain the blocks' maxima are at hand.
+    absmax = absmax * rho
     if weight is not None:
-        scaled = x32 * weight.to(torch.float32)
-        absmax = _block_absmax(scaled, block_size)
-    blocks = _blocks(scaled * rho, block_size)
+        y = y * weight.to(torch.float32)
+        absmax = _block_absmax(y, block_size)
     values, scales = _cast_blocks(
-        x, blocks, (absmax * rho).unsqueeze(-1), elem_dtype, scale_mode
+        x, _blocks(y, block_size), absmax.unsqueeze(-1), elem_dtype, scale_mode
     )
     return values, scales, rho
 

@@ -19,12 +19,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from mxnorm_pass import ops
 from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.graph_code import graph_code
-from mxnorm_pass.graph_utils import SubgraphCache, is_backward, module_path
+from mxnorm_pass.graph_utils import SubgraphCache, input_position, is_backward, module_path
 from mxnorm_pass.insert import insert_casts
 from mxnorm_pass.match import Fusion, find_sites
-from mxnorm_pass.match.linear import is_matmul
+from mxnorm_pass.match.linear import is_matmul, mark_parameters
 from mxnorm_pass.match.norm import find_norms
-from mxnorm_pass.report import Graph, Site, count_ops
+from mxnorm_pass.match.skip import Skip
+from mxnorm_pass.report import Graph, Site, SkipReason, count_ops
 from mxnorm_pass.rewrite import rewrite
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,13 @@ class PassResult:
         graph: code, op counts and sites, named "inference" or "training".
         matmul_modules: dotted names of the modules that multiply matrices in the forward graph.
         seconds: time the pass took, the report included.
+        eps_inputs: positions of the graph inputs that hold a norm's eps.
     """
 
     graph: Graph
     matmul_modules: tuple[str, ...]
     seconds: float
+    eps_inputs: tuple[int, ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -54,6 +57,7 @@ def run_pass(
     config: MXNormConfig,
     *,
     tensor_subclass: str | None = None,
+    parameters: frozenset[int] = frozenset(),
     decompositions: dict[Any, Any] | None = None,
 ) -> PassResult:
     """Rewrite ``graph`` in place; a graph without anything to rewrite is left untouched.
@@ -62,11 +66,13 @@ def run_pass(
         graph: functional ATen graph with fake tensors in ``meta["val"]``; a joint graph marks
             its backward nodes with ``meta["partitioner_tag"]``.
         tensor_subclass: name of a tensor subclass on whose inner tensors the graph works.
+        parameters: positions of the graph inputs that are known to be parameters.
         decompositions: for traced replacements; those that the graph itself was traced with.
     """
     start = time.perf_counter()
     before, ops_before = graph_code(graph), _op_counts(graph)
     modules = _matmul_modules(graph)
+    mark_parameters(graph, parameters)
     norms = find_norms(graph)
     inserted = insert_casts(graph, norms, config) if tensor_subclass is None else 0
     found = find_sites(graph, norms, config, tensor_subclass)
@@ -86,7 +92,19 @@ def run_pass(
         ops_after=_op_counts(graph) if changed else ops_before,
         sites=tuple(site.site() for site in found),
     )
-    return PassResult(result, modules, time.perf_counter() - start)
+    eps_inputs = (_input_position(norm.problem) for norm in norms)
+    return PassResult(
+        result,
+        modules,
+        time.perf_counter() - start,
+        tuple(dict.fromkeys(i for i in eps_inputs if i is not None)),
+    )
+
+
+def _input_position(problem: Skip | None) -> int | None:
+    if problem is None or problem.reason is not SkipReason.EPS_INPUT or problem.node is None:
+        return None
+    return input_position(problem.node)
 
 
 def _op_counts(graph: fx.Graph) -> dict[str, int]:
@@ -105,7 +123,7 @@ class MXNormPass(CustomGraphPass):
         config: options of this compile.
         salt: what else decides the result of the pass: the graph's module names, by which
             ``config.modules`` selects, are no part of Inductor's cache key.
-        tensor_subclass: see :func:`run_pass`.
+        tensor_subclass, parameters, decompositions: see :func:`run_pass`.
         on_result: called with the result of every run.
     """
 
@@ -115,12 +133,14 @@ class MXNormPass(CustomGraphPass):
         *,
         salt: str = "",
         tensor_subclass: str | None = None,
+        parameters: frozenset[int] = frozenset(),
         on_result: Callable[[PassResult], None] | None = None,
         decompositions: dict[Any, Any] | None = None,
     ) -> None:
         self.config = config
         self._salt = salt
         self._tensor_subclass = tensor_subclass
+        self._parameters = parameters
         self._on_result = on_result
         self._decompositions = decompositions
         self._lock = threading.Lock()
@@ -131,13 +151,20 @@ class MXNormPass(CustomGraphPass):
                 graph,
                 self.config,
                 tensor_subclass=self._tensor_subclass,
+                parameters=self._parameters,
                 decompositions=self._decompositions,
             )
         if self._on_result is not None:
             self._on_result(result)
 
     def uuid(self) -> str:
-        parts = (source_digest(), self.config.fingerprint(), self._salt, self._tensor_subclass)
+        parts = (
+            source_digest(),
+            self.config.fingerprint(),
+            self._salt,
+            self._tensor_subclass,
+            sorted(self._parameters),
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

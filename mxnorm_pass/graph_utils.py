@@ -156,6 +156,12 @@ def seq_nr(node: fx.Node) -> int | None:
     return number if isinstance(number, int) else None
 
 
+def input_position(node: fx.Node) -> int | None:
+    """Position of a graph input among those that AOTAutograd was given, None if it has none."""
+    position = getattr(node.meta.get("desc"), "idx", None)
+    return position if isinstance(position, int) else None
+
+
 def copy_origin(source: fx.Node, target: fx.Node) -> None:
     """Say of ``target`` that it comes from where ``source`` comes from."""
     for key in _ORIGIN_KEYS:

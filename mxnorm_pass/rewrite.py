@@ -21,7 +21,6 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 
 from mxnorm_pass import functional, ops
 from mxnorm_pass.canonicalize import merge_equal
-from mxnorm_pass.formats import MXFormat
 from mxnorm_pass.graph_utils import (
     SubgraphCache,
     aten,
@@ -32,7 +31,7 @@ from mxnorm_pass.graph_utils import (
     same_shape,
     tensor_of,
 )
-from mxnorm_pass.match import Fusion
+from mxnorm_pass.match import FusedCast, Fusion
 from mxnorm_pass.match.backward import CotangentSplit, NormBackward
 from mxnorm_pass.match.linear import Consumer, WeightCast, cast_use
 from mxnorm_pass.match.norm import Norm, Rounding
@@ -40,7 +39,7 @@ from mxnorm_pass.match.norm import Norm, Rounding
 
 def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
     """Edit one fusion into the graph; dead nodes are left for the caller to remove."""
-    rhos = [_fuse_casts(graph, fusion, fmt) for fmt in fusion.formats]
+    rhos = [_fuse_casts(graph, fusion, cast) for cast in fusion.casts]
     merge_equal(sorted({node for c in fusion.consumers for node in c.linear.slice}))
     if fusion.gain == "fold":
         _fold_gain(graph, fusion)
@@ -50,12 +49,12 @@ def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
         _replace_backward(graph, fusion, fusion.backward, rhos[0], subgraphs)
 
 
-def _fuse_casts(graph: fx.Graph, fusion: Fusion, fmt: MXFormat) -> fx.Node:
+def _fuse_casts(graph: fx.Graph, fusion: Fusion, cast: FusedCast) -> fx.Node:
     """Insert the fused op after the norm, hand its results to the consumers; returns rho."""
     norm = fusion.norm
     rounding = norm.rounding or Rounding(None, tensor_of(norm.output).dtype)  # type: ignore[union-attr]
-    consumers = [c for c in fusion.consumers if c.cast.format == fmt]
-    out_dtype = consumers[0].cast.source_dtype
+    consumers = [c for c in fusion.consumers if fusion.cast_of(c) == cast]
+    fmt = cast.format
     origin = norm.output
     with graph.inserting_before(norm.output.next):
         op = call(
@@ -71,7 +70,7 @@ def _fuse_casts(graph: fx.Graph, fusion: Fusion, fmt: MXFormat) -> fx.Node:
             fmt.elem_dtype,
             fmt.scale_mode,
             rounding.norm_dtype,
-            out_dtype,
+            cast.out_dtype,
         )
         values, scales, rho = outputs_of(graph, origin, op)
         _redirect_casts(graph, origin, consumers, values, scales)
@@ -179,9 +178,12 @@ def _serve_backward_reads(
         for consumer in fusion.consumers:
             for node in consumer.reader.path:
                 if node not in renewed:
-                    renewed[node] = graph.node_copy(node, lambda n: renewed[n])
+                    renewed[node] = graph.node_copy(node, lambda n: renewed.get(n, n))
     for read, reader in fusion.backward_reads:
         reader.replace_input_with(read, renewed[read])
+    if any(source > copy for copy in renewed.values() for source in copy.all_input_nodes):
+        # A view's symbolic size may be computed further down than the copied view stands.
+        stable_topological_sort(graph)
 
 
 def _rounding_of(norm: Norm) -> tuple[torch.dtype | None, torch.dtype]:
@@ -216,7 +218,7 @@ def _vjp_options(fusion: Fusion) -> tuple[object, ...]:
     return (
         fusion.norm.eps,
         fusion.config.p,
-        fusion.formats[0].block_size,
+        fusion.casts[0].format.block_size,
         fusion.gradient,
         *_rounding_of(fusion.norm),
     )

@@ -85,6 +85,8 @@ def norm_backward(norm: Norm, index: BackwardIndex) -> NormBackward | Skip | Non
     value = tensor_of(cotangent)
     if value is None or not same_shape(value.shape, output.shape):
         return _skip(norm, f"the cotangent {cotangent.name} has not the shape of the output")
+    if norm.gain is not None and _has_size_of(norm.gain, norm.x):
+        return _skip(norm, "x has a single row, so its gradient and the gain's look alike")
     x_grads, gain_grads = [], []
     for node in exits:
         if _has_shape_of(node, norm.x):

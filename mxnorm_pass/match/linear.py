@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Flag, auto
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import fx
@@ -13,12 +16,14 @@ from mxnorm_pass import ops
 from mxnorm_pass.graph_utils import (
     aten,
     forward_users,
+    input_position,
     is_call,
     is_dtype_cast,
     is_transpose,
     is_view,
     module_path,
     prims,
+    same_size,
     seq_nr,
     strip,
     tensor_of,
@@ -38,18 +43,14 @@ _MATMULS = frozenset(
 )
 # Position of activation and weight among the operands.
 _LINEAR_OPERANDS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
-_DEQUANTIZING = frozenset(
-    {
-        aten.view.dtype,
-        aten.permute.default,
-        aten.t.default,
-        aten.transpose.int,
-        aten.slice.Tensor,
-        aten.where.self,
-        aten.full_like.default,
-        ops.dequantize,
-    }
+_LAYOUT = frozenset(
+    {aten.permute.default, aten.t.default, aten.transpose.int, aten.slice.Tensor}
 )
+# What turns scales into numbers, beside pointwise ops.
+_DECODING = frozenset(
+    {aten.view.dtype, aten.where.self, aten.full_like.default, aten.full.default}
+)
+_PRODUCTS = frozenset({aten.mul.Tensor, ops.dequantize})
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,30 @@ def plain_linear(matmul: fx.Node) -> PlainLinear | None:
     if not isinstance(a, fx.Node) or not isinstance(w, fx.Node):
         return None
     parameter = strip(w, is_transpose, is_view, is_dtype_cast)
-    if parameter.op not in ("placeholder", "get_attr"):
+    if parameter.op not in ("placeholder", "get_attr") or not _is_weight(parameter, matmul):
         return None
     return PlainLinear(module_path(matmul) or matmul.name, matmul, a, w, parameter)
+
+
+def _is_weight(source: fx.Node, matmul: fx.Node) -> bool:
+    """Tell ``F.linear`` and products with a parameter from products of two inputs."""
+    if source.op == "get_attr":
+        return True
+    calls = matmul.meta.get("source_fn_stack")
+    called_as = calls[-1][1] if calls else None
+    if called_as in (None, torch.nn.Linear, torch.nn.functional.linear):
+        return True
+    return source.meta.get(_PARAMETER, False) is True
+
+
+_PARAMETER = "mxnorm_pass.parameter"
+
+
+def mark_parameters(graph: fx.Graph, positions: frozenset[int]) -> None:
+    """Note which graph inputs are parameters; the graph itself does not say."""
+    for node in graph.find_nodes(op="placeholder"):
+        if input_position(node) in positions:
+            node.meta[_PARAMETER] = True
 
 
 @dataclass(frozen=True)
@@ -162,31 +184,69 @@ class CastUse:
 
 
 def cast_use(cast: Cast) -> CastUse:
-    """Follow a cast's values and scales through dequantisation to the matmuls."""
-    reached: dict[fx.Node, set[fx.Node]] = {}
-    order: list[fx.Node] = []
+    """Follow a cast's values and scales through dequantisation to the matmuls.
+
+    Scales may be decoded by any pointwise ops. Once they multiply the values only layout and
+    dtype may change: whatever else is computed from the product, such as an activation function
+    or a straight-through estimator's sum, is no plain dequantisation.
+    """
+    inputs: dict[fx.Node, set[fx.Node]] = {cast.values: set(), cast.scales: set()}
+    holds: dict[fx.Node, _Holds] = {cast.values: _Holds.VALUES, cast.scales: _Holds.SCALES}
     matmuls: dict[fx.Node, None] = {}
-    sources = (cast.values, cast.scales)
-    queue = deque(sources)
+    queue = deque((cast.values, cast.scales))
     while queue:
         node = queue.popleft()
         for user in forward_users(node):
-            if user in sources:
-                continue
             if is_matmul(user):
                 matmuls[user] = None
-            elif not _dequantizes(user):
-                return CastUse(escape=user)
-            elif user not in reached:
+            elif user not in holds or holds[user] | holds[node] != holds[user]:
+                held = _hold(user, holds)
+                if held is None:
+                    return CastUse(escape=user)
+                holds[user] = held
                 queue.append(user)
-                order.append(user)
-            reached.setdefault(user, set()).add(node)
+            inputs.setdefault(user, set()).add(node)
+    sources = (cast.values, cast.scales)
     return CastUse(
         tuple(
-            QuantizedMatmul(module_path(m) or m.name, m, _ancestors(m, reached, sources))
+            QuantizedMatmul(module_path(m) or m.name, m, _ancestors(m, inputs, sources))
             for m in matmuls
         )
     )
+
+
+class _Holds(Flag):
+    """What a node of a dequantisation is made of."""
+
+    VALUES = auto()
+    SCALES = auto()
+    PRODUCT = VALUES | SCALES
+
+
+def _hold(node: fx.Node, holds: Mapping[fx.Node, _Holds]) -> _Holds | None:
+    """What ``node`` is made of, None if it is no step of a dequantisation."""
+    tensors = [n for n in node.all_input_nodes if not _is_constant(n)]
+    known = [holds.get(n) for n in tensors]
+    if node.target in _PRODUCTS:
+        # A shared factor would be reached before the other one is.
+        if len(tensors) == 2 and set(known) <= {_Holds.VALUES, _Holds.SCALES, None}:
+            return reduce(or_, (k for k in known if k is not None))
+    if None in known or len(set(known)) != 1:
+        return None
+    held = known[0]
+    if is_view(node) or is_call(node, _LAYOUT) or _is_conversion(node):
+        return held
+    tags = getattr(node.target, "tags", ())
+    decodes = torch.Tag.pointwise in tags or is_call(node, _DECODING)
+    return held if held is _Holds.SCALES and decodes else None
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return is_call(node, (aten.full.default, aten.scalar_tensor.default)) or node.op == "get_attr"
+
+
+def _is_conversion(node: fx.Node) -> bool:
+    return is_call(node, (prims.convert_element_type.default, aten._to_copy.default))
 
 
 def _ancestors(
@@ -210,15 +270,6 @@ def _is_float8(node: fx.Node) -> bool:
     return value is not None and value.dtype.itemsize == 1
 
 
-def _dequantizes(node: fx.Node) -> bool:
-    if node.op != "call_function":
-        return False
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.pointwise in tags or is_view(node) or node.target in _DEQUANTIZING:
-        return True
-    return node.target in (prims.convert_element_type.default, aten._to_copy.default)
-
-
 @dataclass(frozen=True)
 class WeightCast:
     """The cast of a linear's high-precision weight that the graph computes."""
@@ -227,34 +278,35 @@ class WeightCast:
     weight: fx.Node
 
 
-def weight_cast(matmul: QuantizedMatmul, casts: CastIndex) -> WeightCast | None:
-    """The cast behind the matmul's weight operand; None where it arrives quantised."""
-    activation = set(matmul.slice)
-    for operand in matmul.matmul.all_input_nodes:
-        if operand in activation:
-            continue
-        cast = _cast_behind(operand, casts)
-        if cast is not None and cast.values not in activation:
-            weight = strip(cast.source, is_view)
-            value = tensor_of(weight)
-            if value is not None and value.ndim == 2:
-                return WeightCast(cast, weight)
-    return None
+def casts_by_matmul(casts: Iterable[Cast]) -> dict[fx.Node, tuple[Cast, ...]]:
+    """The casts that each matmul multiplies."""
+    found: dict[fx.Node, tuple[Cast, ...]] = {}
+    for cast in casts:
+        for use in cast_use(cast).matmuls:
+            found[use.matmul] = (*found.get(use.matmul, ()), cast)
+    return found
 
 
-def _cast_behind(operand: fx.Node, casts: CastIndex) -> Cast | None:
-    pending, seen = [operand], {operand}
-    while pending:
-        node = pending.pop()
-        if node in casts.by_values:
-            return casts.by_values[node]
-        if node is not operand and not _dequantizes(node):
-            continue
-        for child in node.all_input_nodes:
-            if child not in seen and len(seen) < 64:
-                seen.add(child)
-                pending.append(child)
-    return None
+def weight_cast(
+    matmul: QuantizedMatmul, activation: Cast, casts: Mapping[fx.Node, tuple[Cast, ...]]
+) -> WeightCast | None:
+    """The cast of the [N, D] weight in activation @ weight^T; None where none is in the graph."""
+    others = [c for c in casts.get(matmul.matmul, ()) if c is not activation]
+    if len(others) != 1 or any(is_call(n, _LAYOUT) for n in matmul.slice):
+        return None
+    weight = strip(others[0].source, is_view)
+    value = tensor_of(weight)
+    slices = [u.slice for u in cast_use(others[0]).matmuls if u.matmul is matmul.matmul]
+    # The channels must be what the matmul contracts: an odd number of transpositions of values.
+    value_path = [n for n in slices[0] if is_transpose(n) and _carries_values(n, others[0])]
+    if value is None or value.ndim != 2 or len(value_path) % 2 == 0:
+        return None
+    return WeightCast(others[0], weight)
+
+
+def _carries_values(node: fx.Node, cast: Cast) -> bool:
+    own, values = tensor_of(node), tensor_of(cast.values)
+    return own is not None and values is not None and same_size(own.numel(), values.numel())
 
 
 def forward_seq_nrs(nodes: Iterable[fx.Node]) -> frozenset[int]:

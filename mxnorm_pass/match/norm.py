@@ -64,7 +64,6 @@ class Norm:
         anchor: the reduction it was found by.
         x: [..., D], before any upcast.
         output: [..., D], after gain and dtype casts.
-        rho: the node that holds 1 / rms exactly as ``functional.inverse_rms`` would, else None.
         gain: a node of D elements, None for a norm without one.
         rounding: None where the norm rounds in a way that the fused op cannot repeat.
         nodes: the forward nodes from x (excluded) to output (included).
@@ -77,7 +76,6 @@ class Norm:
     output: fx.Node
     width: int
     eps: float
-    rho: fx.Node | None
     gain: fx.Node | None
     rounding: Rounding | None
     nodes: frozenset[fx.Node]
@@ -98,6 +96,7 @@ class _Statistic:
     power: float
     trail: tuple[fx.Node, ...]
     eps_outside_root: bool = False
+    eps_input: fx.Node | None = None
     rounded: bool = False
 
 
@@ -186,10 +185,27 @@ def _normalization(start: _SumOfSquares) -> _Normalization | None:
         seen.add(statistic.node)
         for user in forward_users(statistic.node):
             scaled = _scaled_by(user, statistic)
-            if scaled is not None and strip(scaled, is_view, is_dtype_cast) is root:
+            if (
+                scaled is not None
+                and strip(scaled, is_view, is_dtype_cast) is root
+                and _broadcasts_over(start.dims, statistic.node, scaled)
+            ):
                 return _Normalization(user, statistic, scaled)
             pending += _next_statistic(statistic, user)
     return None
+
+
+def _broadcasts_over(dims: tuple[int, ...], statistic: fx.Node, x: fx.Node) -> bool:
+    """Does each row's statistic meet its own row, and not the row it broadcasts to?"""
+    own, value = tensor_of(strip(statistic, _is_expand)), tensor_of(x)
+    if own is None or value is None or own.ndim != value.ndim:
+        return False
+    expected = [1 if d in dims else size for d, size in enumerate(value.shape)]
+    return same_shape(own.shape, expected)
+
+
+def _is_expand(node: fx.Node) -> bool:
+    return is_call(node, (aten.expand.default,))
 
 
 def _scaled_by(user: fx.Node, statistic: _Statistic) -> fx.Node | None:
@@ -220,8 +236,13 @@ def _next_statistic(s: _Statistic, user: fx.Node) -> Iterator[_Statistic]:
 
 def _arithmetic(s: _Statistic, user: fx.Node, onward: _Statistic) -> Iterator[_Statistic]:
     first, second = user.args[:2]
-    constant = _constant(second if first is s.node else first)
-    if constant is None or user.kwargs.get("alpha", 1) != 1:
+    other = second if first is s.node else first
+    constant = _constant(other)
+    if user.kwargs.get("alpha", 1) != 1:
+        return
+    if constant is None:
+        if user.target in _ADDS and _is_scalar_tensor(other):
+            yield replace(onward, eps_input=other)
         return
     if user.target in _ADDS:
         if s.power == 1.0:
@@ -249,6 +270,11 @@ def _constant(arg: object) -> float | None:
     return None
 
 
+def _is_scalar_tensor(arg: object) -> bool:
+    value = tensor_of(arg) if isinstance(arg, fx.Node) else None
+    return value is not None and value.ndim == 0
+
+
 def _is_narrowing(cast: fx.Node) -> bool:
     source, result = tensor_of(cast.args[0]), tensor_of(cast)  # type: ignore[arg-type]
     assert source is not None and result is not None
@@ -260,11 +286,13 @@ def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
     assert value is not None
     width = value.shape[-1]
     upcasts = _exclusive_upcasts(start, found)
-    x = strip(start.squared, is_dtype_cast) if upcasts else start.squared
+    x: fx.Node = upcasts[0].args[0] if upcasts else start.squared  # type: ignore[assignment]
     tail = _follow_output(found.node, width)
     statistic = found.statistic
+    in_float32 = (start.squared, start.squares, start.statistic.node, statistic.node)
     canonical = (
         start.squared is found.x
+        and all(tensor_of(n).dtype == torch.float32 for n in in_float32 if n is not None)  # type: ignore[union-attr]
         and start.statistic.node.target in _MEANS
         and statistic.node.target is aten.rsqrt.default
         and [n.target in _ADDS for n in statistic.trail].count(True) <= 1
@@ -281,7 +309,6 @@ def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
         output=tail.output,
         width=width if isinstance(width, int) else -1,
         eps=statistic.eps,
-        rho=statistic.node if canonical else None,
         gain=tail.gain,
         rounding=None if statistic.rounded or not canonical else tail.rounding,
         nodes=frozenset(nodes),
@@ -316,6 +343,7 @@ def _follow_output(normalized: fx.Node, width: object) -> _Tail:
     node, gain, odd_gain = normalized, None, None
     before: list[torch.dtype] = []
     after: list[torch.dtype] = []
+    at_gain: torch.dtype | None = None
     nodes: list[fx.Node] = []
     while True:
         users = forward_users(node)
@@ -332,11 +360,15 @@ def _follow_output(normalized: fx.Node, width: object) -> _Tail:
                 odd_gain = _odd_gain(factor, user, node)
                 break
             gain = factor
+            at_gain = tensor_of(node).dtype  # type: ignore[union-attr]
         else:
             break
         nodes.append(user)
         node = user
-    return _Tail(node, gain, _rounding(normalized, before, after, node), tuple(nodes), odd_gain)
+    rounding = _rounding(normalized, before, after, node)
+    if rounding is not None and at_gain not in (None, rounding.norm_dtype or torch.float32):
+        rounding = None
+    return _Tail(node, gain, rounding, tuple(nodes), odd_gain)
 
 
 def _is_gain(factor: fx.Node, width: object) -> bool:
@@ -380,6 +412,9 @@ def _problem(
     width = value.shape[-1]
     if not isinstance(width, int):
         return Skip(SkipReason.WIDTH, f"width {width} is not static", found.node)
+    if statistic.eps_input is not None:
+        source = strip(statistic.eps_input, is_view, is_dtype_cast)
+        return Skip(SkipReason.EPS_INPUT, f"eps is {source.name}", source)
     if statistic.eps_outside_root:
         return Skip(SkipReason.NORM_FORM, "eps is added outside the root", found.node)
     if not math.isclose(statistic.scale * width, 1.0, rel_tol=1e-5):

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
+import torch
 from torch import fx
 
 from mxnorm_pass.config import Estimator, Gradient, MXNormConfig
 from mxnorm_pass.formats import MXFormat
+from mxnorm_pass.graph_utils import is_dtype_cast, same_size, tensor_of
 from mxnorm_pass.match.backward import (
     BackwardIndex,
     CotangentSplit,
@@ -24,13 +26,32 @@ from mxnorm_pass.match.linear import (
     Consumer,
     Reader,
     cast_use,
+    casts_by_matmul,
     forward_seq_nrs,
+    plain_linear,
     readers,
     weight_cast,
 )
 from mxnorm_pass.match.norm import Norm
 from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.report import Site, SkipReason
+
+
+@dataclass(frozen=True)
+class FusedCast:
+    """A cast of the norm's output: its format, and the dtype to which the output is rounded."""
+
+    format: MXFormat
+    out_dtype: torch.dtype
+
+
+def _narrowest(output: torch.dtype, path: Sequence[fx.Node]) -> torch.dtype | None:
+    """The one narrow dtype among the output's and its casts'; None if there are several."""
+    dtypes = {output, *(tensor_of(n).dtype for n in path if is_dtype_cast(n))}  # type: ignore[union-attr]
+    narrow = dtypes - {torch.float32}
+    if len(narrow) > 1:
+        return None
+    return next(iter(narrow), torch.float32)
 
 
 @dataclass(frozen=True)
@@ -66,8 +87,14 @@ class Fusion:
         return self.config.gradient
 
     @property
-    def formats(self) -> tuple[MXFormat, ...]:
-        return tuple(dict.fromkeys(c.cast.format for c in self.consumers))
+    def casts(self) -> tuple[FusedCast, ...]:
+        """The different casts that the consumers read, in order."""
+        return tuple(dict.fromkeys(map(self.cast_of, self.consumers)))
+
+    def cast_of(self, consumer: Consumer) -> FusedCast:
+        dtype = tensor_of(self.norm.output).dtype  # type: ignore[union-attr]
+        narrowest = _narrowest(dtype, consumer.reader.path)
+        return FusedCast(consumer.cast.format, narrowest or dtype)
 
     def site(self) -> Site:
         return Site(
@@ -76,7 +103,7 @@ class Fusion:
             status="fused",
             estimator=self.estimator,
             gain=self.gain,
-            format=str(self.formats[0]),
+            format=str(self.casts[0].format),
         )
 
 
@@ -100,6 +127,7 @@ class Refusal:
 @dataclass(frozen=True)
 class _Context:
     casts: CastIndex
+    by_matmul: dict[fx.Node, tuple[Cast, ...]]
     unknown: dict[fx.Node, UnknownCast]
     backward: BackwardIndex
     config: MXNormConfig
@@ -121,6 +149,7 @@ def find_sites(
     known = [c for c in casts if isinstance(c, Cast)]
     context = _Context(
         casts=CastIndex.of(known),
+        by_matmul=casts_by_matmul(known),
         unknown={c.source: c for c in casts if isinstance(c, UnknownCast)},
         backward=BackwardIndex.of(graph),
         config=config,
@@ -158,19 +187,23 @@ def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
 class _Consumers:
     consumers: list[Consumer] = field(default_factory=list)
     escapes: list[fx.Node] = field(default_factory=list)
+    plain: list[str] = field(default_factory=list)
 
 
 def _consumers(read_by: Sequence[Reader], context: _Context) -> _Consumers:
     found = _Consumers()
     for reader in read_by:
         if reader.cast is None:
+            linear = plain_linear(reader.node)
+            if linear is not None:
+                found.plain.append(linear.name)
             continue
         use = cast_use(reader.cast)
         if use.escape is not None:
             found.escapes.append(use.escape)
         for matmul in use.matmuls:
             own = forward_seq_nrs([*reader.path, *matmul.slice, matmul.matmul])
-            weight = weight_cast(matmul, context.casts)
+            weight = weight_cast(matmul, reader.cast, context.by_matmul)
             found.consumers.append(Consumer(matmul, reader, reader.cast, weight, own))
     return found
 
@@ -193,6 +226,9 @@ def _legality(
         node = found.escapes[0]
         return Skip(SkipReason.CAST_ESCAPES, f"{node.name} ({node.target})", node)
     if not found.consumers:
+        off = [name for name in found.plain if context.config.turns_off(name)]
+        if off:
+            return Skip(SkipReason.DISABLED, f"consumers off: {', '.join(off)}", norm.output)
         return _no_cast(norm, context)
     if not enabled:
         names = ", ".join(dict.fromkeys(c.name for c in found.consumers))
@@ -201,8 +237,11 @@ def _legality(
         block_size = consumer.cast.format.block_size
         if norm.width % block_size:
             return Skip(SkipReason.WIDTH, f"width {norm.width}, block size {block_size}")
-    if context.config.resolve(norm.name).config.estimator == "exact" and norm.rounding is None:
-        return Skip(SkipReason.ROUNDING, "", norm.output)
+    if context.config.resolve(norm.name).config.estimator == "exact":
+        output = tensor_of(norm.output).dtype  # type: ignore[union-attr]
+        mixed = any(_narrowest(output, c.reader.path) is None for c in enabled)
+        if norm.rounding is None or mixed:
+            return Skip(SkipReason.ROUNDING, "", norm.output)
     return None
 
 
@@ -227,13 +266,21 @@ def _gain_mode(
     # The exact estimator promises to change no bit, and folding rounds differently.
     if config.gain == "activation" or config.estimator == "exact":
         return "activation"
-    missing = [c.name for c in consumers if c.weight is None]
+    missing = [c.name for c in consumers if not _can_fold(c, norm)]
     if not missing:
         return "fold"
     if config.gain == "fold":
-        detail = f"weights that arrive quantised: {', '.join(missing)}"
+        detail = f"no cast of a [N, {norm.width}] weight in the graph: {', '.join(missing)}"
         return Skip(SkipReason.NO_WEIGHT_CAST, detail, norm.gain)
     return "activation"
+
+
+def _can_fold(consumer: Consumer, norm: Norm) -> bool:
+    """Is the weight cast in the graph, with the norm's channels along its last dimension?"""
+    if consumer.weight is None:
+        return False
+    weight = tensor_of(consumer.weight.weight)
+    return weight is not None and same_size(weight.shape[-1], norm.width)
 
 
 def _is_exclusive(read_by: Sequence[Reader], enabled: tuple[Consumer, ...]) -> bool:
