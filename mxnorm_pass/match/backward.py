@@ -85,17 +85,25 @@ def norm_backward(norm: Norm, index: BackwardIndex) -> NormBackward | Skip | Non
     value = tensor_of(cotangent)
     if value is None or not same_shape(value.shape, output.shape):
         return _skip(norm, f"the cotangent {cotangent.name} has not the shape of the output")
-    if norm.gain is not None and _has_size_of(norm.gain, norm.x):
-        return _skip(norm, "x has a single row, so its gradient and the gain's look alike")
     x_grads, gain_grads = [], []
     for node in exits:
-        if _has_shape_of(node, norm.x):
-            x_grads.append(node)
-        elif norm.gain is not None and _has_size_of(node, norm.gain):
+        if _is_gain_grad(node, norm):
             gain_grads.append(node)
+        elif _has_shape_of(node, norm.x):
+            x_grads.append(node)
         else:
             return _skip(norm, f"{node.name} leaves the norm's backward and is no gradient of it")
+    if len(gain_grads) > 1:
+        return _skip(norm, "x has a single row, so its gradient and the gain's look alike")
     return NormBackward(cotangent, frozenset(region), tuple(x_grads), tuple(gain_grads))
+
+
+def _is_gain_grad(node: fx.Node, norm: Norm) -> bool:
+    if norm.gain is None or not _has_size_of(node, norm.gain):
+        return False
+    # With a single row x is as large as the gain; then the op that multiplies by it decides.
+    single_row = _has_size_of(norm.x, norm.gain)
+    return not single_row or seq_nr(node) in {seq_nr(n) for n in norm.nodes & set(norm.gain.users)}
 
 
 def _skip(norm: Norm, detail: str) -> Skip:

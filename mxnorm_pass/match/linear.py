@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Flag, auto
-from functools import reduce
-from operator import or_
+from enum import Enum, auto
+from heapq import heappop, heappush
 
 import torch
 from torch import fx
@@ -190,21 +188,23 @@ def cast_use(cast: Cast) -> CastUse:
     dtype may change: whatever else is computed from the product, such as an activation function
     or a straight-through estimator's sum, is no plain dequantisation.
     """
-    inputs: dict[fx.Node, set[fx.Node]] = {cast.values: set(), cast.scales: set()}
+    inputs: dict[fx.Node, set[fx.Node]] = {}
     holds: dict[fx.Node, _Holds] = {cast.values: _Holds.VALUES, cast.scales: _Holds.SCALES}
     matmuls: dict[fx.Node, None] = {}
-    queue = deque((cast.values, cast.scales))
+    # In graph order, so that a node's inputs are known before it is.
+    queue = sorted(holds)
     while queue:
-        node = queue.popleft()
+        node = heappop(queue)
+        if node not in holds:
+            held = _hold(node, holds)
+            if held is None:
+                return CastUse(escape=node)
+            holds[node] = held
         for user in forward_users(node):
             if is_matmul(user):
                 matmuls[user] = None
-            elif user not in holds or holds[user] | holds[node] != holds[user]:
-                held = _hold(user, holds)
-                if held is None:
-                    return CastUse(escape=user)
-                holds[user] = held
-                queue.append(user)
+            elif user not in inputs and user not in holds:
+                heappush(queue, user)
             inputs.setdefault(user, set()).add(node)
     sources = (cast.values, cast.scales)
     return CastUse(
@@ -215,25 +215,23 @@ def cast_use(cast: Cast) -> CastUse:
     )
 
 
-class _Holds(Flag):
+class _Holds(Enum):
     """What a node of a dequantisation is made of."""
 
     VALUES = auto()
     SCALES = auto()
-    PRODUCT = VALUES | SCALES
+    PRODUCT = auto()
 
 
 def _hold(node: fx.Node, holds: Mapping[fx.Node, _Holds]) -> _Holds | None:
     """What ``node`` is made of, None if it is no step of a dequantisation."""
     tensors = [n for n in node.all_input_nodes if not _is_constant(n)]
-    known = [holds.get(n) for n in tensors]
-    if node.target in _PRODUCTS:
-        # A shared factor would be reached before the other one is.
-        if len(tensors) == 2 and set(known) <= {_Holds.VALUES, _Holds.SCALES, None}:
-            return reduce(or_, (k for k in known if k is not None))
-    if None in known or len(set(known)) != 1:
+    known = {holds.get(n) for n in tensors}
+    if known == {_Holds.VALUES, _Holds.SCALES}:
+        return _Holds.PRODUCT if is_call(node, _PRODUCTS) else None
+    if len(known) != 1:
         return None
-    held = known[0]
+    held = known.pop()
     if is_view(node) or is_call(node, _LAYOUT) or _is_conversion(node):
         return held
     tags = getattr(node.target, "tags", ())
@@ -309,6 +307,12 @@ def _carries_values(node: fx.Node, cast: Cast) -> bool:
     return own is not None and values is not None and same_size(own.numel(), values.numel())
 
 
+def narrowest_dtype(nodes: Iterable[fx.Node]) -> torch.dtype | None:
+    """The one dtype below float32 among the nodes', float32 without any, None for several."""
+    narrow = {t.dtype for t in map(tensor_of, nodes) if t is not None} - {torch.float32}
+    return next(iter(narrow), torch.float32) if len(narrow) <= 1 else None
+
+
 def forward_seq_nrs(nodes: Iterable[fx.Node]) -> frozenset[int]:
     return frozenset(n for n in map(seq_nr, nodes) if n is not None)
 
@@ -322,6 +326,8 @@ class Consumer:
         reader: the way from the norm's output to the cast.
         cast: the activation's cast.
         weight: the weight's cast, None where the weight arrives quantised.
+        rounds_to: dtype to which the norm's output is rounded on its way to the cast; None if it
+            passes through several narrow ones.
         seq_nrs: autograd numbers of its forward nodes, by which its backward is known.
     """
 
@@ -329,6 +335,7 @@ class Consumer:
     reader: Reader
     cast: Cast
     weight: WeightCast | None
+    rounds_to: torch.dtype | None
     seq_nrs: frozenset[int] = field(default_factory=frozenset)
 
     @property

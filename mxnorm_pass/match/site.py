@@ -11,7 +11,7 @@ from torch import fx
 
 from mxnorm_pass.config import Estimator, Gradient, MXNormConfig
 from mxnorm_pass.formats import MXFormat
-from mxnorm_pass.graph_utils import is_dtype_cast, same_size, tensor_of
+from mxnorm_pass.graph_utils import same_size, tensor_of
 from mxnorm_pass.match.backward import (
     BackwardIndex,
     CotangentSplit,
@@ -28,6 +28,7 @@ from mxnorm_pass.match.linear import (
     cast_use,
     casts_by_matmul,
     forward_seq_nrs,
+    narrowest_dtype,
     plain_linear,
     readers,
     weight_cast,
@@ -43,15 +44,6 @@ class FusedCast:
 
     format: MXFormat
     out_dtype: torch.dtype
-
-
-def _narrowest(output: torch.dtype, path: Sequence[fx.Node]) -> torch.dtype | None:
-    """The one narrow dtype among the output's and its casts'; None if there are several."""
-    dtypes = {output, *(tensor_of(n).dtype for n in path if is_dtype_cast(n))}  # type: ignore[union-attr]
-    narrow = dtypes - {torch.float32}
-    if len(narrow) > 1:
-        return None
-    return next(iter(narrow), torch.float32)
 
 
 @dataclass(frozen=True)
@@ -92,9 +84,9 @@ class Fusion:
         return tuple(dict.fromkeys(map(self.cast_of, self.consumers)))
 
     def cast_of(self, consumer: Consumer) -> FusedCast:
-        dtype = tensor_of(self.norm.output).dtype  # type: ignore[union-attr]
-        narrowest = _narrowest(dtype, consumer.reader.path)
-        return FusedCast(consumer.cast.format, narrowest or dtype)
+        output = tensor_of(self.norm.output)
+        assert output is not None
+        return FusedCast(consumer.cast.format, consumer.rounds_to or output.dtype)
 
     def site(self) -> Site:
         return Site(
@@ -161,7 +153,7 @@ def find_sites(
 def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
     resolved = context.config.resolve(norm.name)
     read_by = readers(norm.output, context.casts)
-    found = _consumers(read_by, context)
+    found = _consumers(norm, read_by, context)
     enabled = tuple(c for c in found.consumers if context.config.resolve(c.name).enabled)
     skip = _legality(norm, context, found, enabled, resolved.enabled)
     names = tuple(dict.fromkeys(c.name for c in found.consumers))
@@ -190,7 +182,7 @@ class _Consumers:
     plain: list[str] = field(default_factory=list)
 
 
-def _consumers(read_by: Sequence[Reader], context: _Context) -> _Consumers:
+def _consumers(norm: Norm, read_by: Sequence[Reader], context: _Context) -> _Consumers:
     found = _Consumers()
     for reader in read_by:
         if reader.cast is None:
@@ -204,7 +196,10 @@ def _consumers(read_by: Sequence[Reader], context: _Context) -> _Consumers:
         for matmul in use.matmuls:
             own = forward_seq_nrs([*reader.path, *matmul.slice, matmul.matmul])
             weight = weight_cast(matmul, reader.cast, context.by_matmul)
-            found.consumers.append(Consumer(matmul, reader, reader.cast, weight, own))
+            rounds_to = narrowest_dtype((norm.output, *reader.path))
+            found.consumers.append(
+                Consumer(matmul, reader, reader.cast, weight, rounds_to, own)
+            )
     return found
 
 
@@ -238,9 +233,7 @@ def _legality(
         if norm.width % block_size:
             return Skip(SkipReason.WIDTH, f"width {norm.width}, block size {block_size}")
     if context.config.resolve(norm.name).config.estimator == "exact":
-        output = tensor_of(norm.output).dtype  # type: ignore[union-attr]
-        mixed = any(_narrowest(output, c.reader.path) is None for c in enabled)
-        if norm.rounding is None or mixed:
+        if norm.rounding is None or any(c.rounds_to is None for c in enabled):
             return Skip(SkipReason.ROUNDING, "", norm.output)
     return None
 
