@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from mxnorm_pass.backend import CalibrationWarning as CalibrationWarning
     from mxnorm_pass.backend import MXNormWarning as MXNormWarning
     from mxnorm_pass.config import MXNormConfig as MXNormConfig
-    from mxnorm_pass.tracing import explain as explain
     from mxnorm_pass.recording import record as record
     from mxnorm_pass.report import Graph as Graph
     from mxnorm_pass.report import Report as Report
     from mxnorm_pass.report import Site as Site
     from mxnorm_pass.report import SkipReason as SkipReason
+    from mxnorm_pass.tracing import explain as explain
 
 __version__ = "0.1.0"
 

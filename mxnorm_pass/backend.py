@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -24,6 +24,7 @@ from mxnorm_pass import recording
 from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
 from mxnorm_pass.graph_pass import DecomposeOps, MXNormPass, PassResult, source_digest
 from mxnorm_pass.graph_utils import aten, clean_module_path
+from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
 from mxnorm_pass.report import SkipReason
 
 log = logging.getLogger("mxnorm_pass")
@@ -67,8 +68,8 @@ def mxnorm(
     job = CompileJob.of(gm, example_inputs, parse(options, mode))
     key = job.report_key()
     compiled = _INNER[job.config.inner](job)
-    if job.results:
-        result = job.results[-1]
+    result = job.results[-1] if job.results else None
+    if result is not None:
         recording.store(key, result)
     else:
         result = recording.load(key) or _retrace(job)
@@ -212,15 +213,13 @@ def _describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         layout = "" if is_traceable_wrapper_subclass(value) else tuple(value.stride())
         kind = type(value).__name__
-        return (
-            f"{kind}{tuple(value.shape)}{layout}{value.dtype}{value.device}{value.requires_grad}"
-        )
+        return f"{kind}{tuple(value.shape)}{layout}{value.dtype}{value.device}{value.requires_grad}"
     return repr(value)
 
 
 def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
     from torch._inductor import config as inductor_config
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
     ours = {
@@ -231,22 +230,13 @@ def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
     for name, graph_pass in ours.items():
         users = patches.get(name, getattr(inductor_config, name))
         patches[name] = PassSequence.of(users, graph_pass)
-    compiled: CompiledFunction = compile_fx(
+    compiled: Any = compile_fx(
         job.gm,
-        job.example_inputs,  # type: ignore[arg-type]
-        inner_compile=_compile_fx_inner,
+        job.example_inputs,
+        inner_compile=cpu_e8m0_support()(compile_fx_inner),
         config_patches=patches,
     )
-    return compiled
-
-
-def _compile_fx_inner(*args: Any, **kwargs: Any) -> Any:
-    from torch._inductor.compile_fx import compile_fx_inner
-
-    from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
-
-    with cpu_e8m0_support():
-        return compile_fx_inner(*args, **kwargs)
+    return cast(CompiledFunction, compiled)
 
 
 class PassSequence(CustomGraphPass):
@@ -416,9 +406,7 @@ def _warn_nothing_fused(job: CompileJob, result: PassResult) -> None:
         why = "; ".join(sorted(f"{r.name}: {r.value}" for r in reasons))
     else:
         why = "it contains no RMSNorm"
-    _warn_once(
-        job, "nothing", f"mxnorm: nothing to rewrite in this graph: {why}", MXNormWarning
-    )
+    _warn_once(job, "nothing", f"mxnorm: nothing to rewrite in this graph: {why}", MXNormWarning)
 
 
 def _warn_uncalibrated(job: CompileJob, result: PassResult) -> None:

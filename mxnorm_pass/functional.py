@@ -216,7 +216,7 @@ def inverse_rms(
     options = {
         "eps": eps, "estimator": estimator, "gradient": gradient, "p": p, "block_size": block_size
     }  # fmt: skip
-    rho: Tensor = _InverseRMS.apply(x.to(_compute_dtype(x)), options)
+    rho: Tensor = _InverseRMS.apply(x.to(_compute_dtype(x)), options)  # type: ignore[no-untyped-call]
     return rho
 
 
@@ -475,5 +475,6 @@ def mx_linear(
     if gain is not None:
         source = source.to(torch.float32) * gain.detach().to(torch.float32)
     activation = quantized if quantized is not None else mx_cast(x, **options)
-    y: Tensor = _MXLinear.apply(x, weight, bias, activation, mx_cast(source, **options))
+    quantized_weight = mx_cast(source, **options)
+    y: Tensor = _MXLinear.apply(x, weight, bias, activation, quantized_weight)  # type: ignore[no-untyped-call]
     return y

@@ -108,7 +108,8 @@ def _input_position(problem: Skip | None) -> int | None:
 
 
 def _op_counts(graph: fx.Graph) -> dict[str, int]:
-    return count_ops([str(n.target) for n in graph.nodes if n.op == "call_function"])
+    calls = (n.target for n in graph.nodes if n.op == "call_function")
+    return count_ops([str(t) if hasattr(t, "_schema") else t.__name__ for t in calls])
 
 
 def _matmul_modules(graph: fx.Graph) -> tuple[str, ...]:

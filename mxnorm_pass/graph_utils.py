@@ -38,9 +38,7 @@ _VIEWS = frozenset(
     }
 )
 _TRANSPOSES = frozenset({aten.permute.default, aten.t.default, aten.transpose.int})
-_DTYPE_CASTS = frozenset(
-    {prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype}
-)
+_DTYPE_CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype})
 _ORIGIN_KEYS = (
     "nn_module_stack",
     "fwd_nn_module_stack",
@@ -59,6 +57,13 @@ def tensor_of(node: fx.Node) -> Tensor | None:
     """The fake tensor that stands for the node's value, None if it is no tensor."""
     value = node.meta.get("val")
     return value if isinstance(value, Tensor) else None
+
+
+def dtype_of(node: Any) -> torch.dtype:
+    """The dtype of a node that is known to hold a tensor."""
+    value = tensor_of(node)
+    assert value is not None, f"{node} holds no tensor"
+    return value.dtype
 
 
 def same_size(a: Any, b: Any) -> bool:
@@ -179,9 +184,7 @@ def call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
 
 def outputs_of(graph: fx.Graph, like: fx.Node, node: fx.Node) -> tuple[fx.Node, ...]:
     """One getitem node per output of a multi-output call."""
-    return tuple(
-        call(graph, like, operator.getitem, node, i) for i in range(len(node.meta["val"]))
-    )
+    return tuple(call(graph, like, operator.getitem, node, i) for i in range(len(node.meta["val"])))
 
 
 class SubgraphCache:
@@ -295,7 +298,7 @@ def _tensors(value: Any) -> Iterator[Any]:
 
 def _run_fake(node: fx.Node, mode: Any) -> None:
     if node.target is operator.getitem:
-        node.meta["val"] = node.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr, index]
+        node.meta["val"] = node.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr]
         return
     if _may_alias(node.target):
         node.meta["val"] = _evaluate(node, mode)

@@ -27,6 +27,7 @@ from mxnorm_pass.formats import MXFormat
 from mxnorm_pass.graph_utils import (
     aten,
     call,
+    dtype_of,
     is_backward,
     is_transpose,
     outputs_of,
@@ -103,5 +104,5 @@ def _quantize(graph: fx.Graph, linear: PlainLinear, fmt: MXFormat) -> None:
 def _fake_quantize(graph: fx.Graph, like: fx.Node, source: fx.Node, fmt: MXFormat) -> fx.Node:
     cast = call(graph, like, ops.cast, source, fmt.block_size, fmt.elem_dtype, fmt.scale_mode)
     values, scales = outputs_of(graph, like, cast)
-    dtype = tensor_of(source).dtype  # type: ignore[union-attr]
+    dtype = dtype_of(source)
     return call(graph, like, ops.dequantize, values, scales, dtype)

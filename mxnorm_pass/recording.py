@@ -73,6 +73,6 @@ def load(key: str) -> PassResult | None:
 
 
 def _path(key: str) -> Path:
-    from torch._inductor.runtime.runtime_utils import cache_dir
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return Path(cache_dir()) / "mxnorm_pass" / f"{key}.json"

@@ -131,16 +131,13 @@ class Report:
             NotImplementedError: always, in this version; use ``str()`` or :meth:`to_json`.
         """
         raise NotImplementedError(
-            "Report.save_html is not available in this version; use str(report) or "
-            "report.to_json()"
+            "Report.save_html is not available in this version; use str(report) or report.to_json()"
         )
 
 
 def _op_changes(graph: Graph) -> str:
     names = sorted(graph.ops_before.keys() | graph.ops_after.keys())
-    changes = {
-        name: graph.ops_after.get(name, 0) - graph.ops_before.get(name, 0) for name in names
-    }
+    changes = {name: graph.ops_after.get(name, 0) - graph.ops_before.get(name, 0) for name in names}
     return ", ".join(f"{name} {change:+d}" for name, change in changes.items() if change)
 
 

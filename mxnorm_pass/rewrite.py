@@ -21,10 +21,12 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 
 from mxnorm_pass import functional, ops
 from mxnorm_pass.canonicalize import merge_equal
+from mxnorm_pass.config import Gradient
 from mxnorm_pass.graph_utils import (
     SubgraphCache,
     aten,
     call,
+    dtype_of,
     is_call,
     outputs_of,
     prims,
@@ -32,7 +34,7 @@ from mxnorm_pass.graph_utils import (
     tensor_of,
 )
 from mxnorm_pass.match import FusedCast, Fusion
-from mxnorm_pass.match.backward import CotangentSplit, NormBackward
+from mxnorm_pass.match.backward import NormBackward
 from mxnorm_pass.match.linear import Consumer, WeightCast, cast_use
 from mxnorm_pass.match.norm import Norm, Rounding
 
@@ -52,7 +54,7 @@ def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
 def _fuse_casts(graph: fx.Graph, fusion: Fusion, cast: FusedCast) -> fx.Node:
     """Insert the fused op after the norm, hand its results to the consumers; returns rho."""
     norm = fusion.norm
-    rounding = norm.rounding or Rounding(None, tensor_of(norm.output).dtype)  # type: ignore[union-attr]
+    rounding = norm.rounding or Rounding(None, dtype_of(norm.output))
     consumers = [c for c in fusion.consumers if fusion.cast_of(c) == cast]
     fmt = cast.format
     origin = norm.output
@@ -157,9 +159,7 @@ def _cast_scaled_weight(
 ) -> tuple[fx.Node, ...]:
     fmt = weight.cast.format
     weight32 = _to_dtype(graph, at, weight.weight, torch.float32)
-    scaled = call(
-        graph, at, aten.mul.Tensor, weight32, _to_dtype(graph, at, gain, torch.float32)
-    )
+    scaled = call(graph, at, aten.mul.Tensor, weight32, _to_dtype(graph, at, gain, torch.float32))
     cast = call(graph, at, ops.cast, scaled, fmt.block_size, fmt.elem_dtype, fmt.scale_mode)
     return outputs_of(graph, at, cast)
 
@@ -189,7 +189,7 @@ def _serve_backward_reads(
 def _rounding_of(norm: Norm) -> tuple[torch.dtype | None, torch.dtype]:
     if norm.rounding is not None:
         return norm.rounding.norm_dtype, norm.rounding.out_dtype
-    return None, tensor_of(norm.output).dtype  # type: ignore[union-attr]
+    return None, dtype_of(norm.output)
 
 
 def _replace_backward(
@@ -232,7 +232,7 @@ def _mxnorm_vjp(
     eps: float,
     p: float,
     block_size: int,
-    gradient: functional.Gradient,
+    gradient: Gradient,
     norm_dtype: torch.dtype | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
@@ -269,7 +269,7 @@ def _fused_cotangent(
 def _sum(graph: fx.Graph, at: fx.Node, terms: Sequence[fx.Node], like: fx.Node) -> fx.Node:
     if not terms:
         return call(graph, at, aten.zeros_like.default, like)
-    dtype = tensor_of(like).dtype  # type: ignore[union-attr]
+    dtype = dtype_of(like)
     shaped = [_to_dtype(graph, at, reshape_like(graph, at, t, like), dtype) for t in terms]
     return reduce(lambda a, b: call(graph, at, aten.add.Tensor, a, b), shaped)
 
@@ -287,7 +287,7 @@ def _replace_gradients(
     first, *others = old
     with graph.inserting_before(first.next):
         shaped = reshape_like(graph, at, new, first)
-        new = _to_dtype(graph, at, shaped, tensor_of(first).dtype)  # type: ignore[union-attr]
+        new = _to_dtype(graph, at, shaped, dtype_of(first))
         if not exclusive:
             new = call(graph, at, aten.add.Tensor, first, new)
     total = new
@@ -325,6 +325,6 @@ def reshape_like(graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node) -> 
 
 
 def _to_dtype(graph: fx.Graph, at: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    if tensor_of(node).dtype == dtype:  # type: ignore[union-attr]
+    if dtype_of(node) == dtype:
         return node
     return call(graph, at, prims.convert_element_type.default, node, dtype)

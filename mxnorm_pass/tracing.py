@@ -39,8 +39,9 @@ def explain(
         return lambda *_: [_without_content(value) for value in outputs]
 
     original = getattr(model, "_orig_mod", model)
-    with torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
-        torch.compile(original, backend=backend)(*args, **kwargs)
+    limits = {"recompile_limit": 2**20, "accumulated_recompile_limit": 2**20}
+    with torch._dynamo.config.patch(limits):
+        torch.compile(original, backend=backend)(*args, **kwargs)  # type: ignore[no-untyped-call]
     return report
 
 

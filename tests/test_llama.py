@@ -133,7 +133,9 @@ def test_the_gradient_modes_differ_by_more_than_the_tolerance() -> None:
         model = build_llama()
         gradients[gradient] = train(compiled(model, gradient=gradient), model)[1]
     for a, b in (("true", "orthogonal"), ("true", "paper"), ("orthogonal", "paper")):
-        assert worst_gradient(gradients[a], gradients[b])[1] > 10 * GRADIENT_TOLERANCE[torch.float32]
+        assert (
+            worst_gradient(gradients[a], gradients[b])[1] > 10 * GRADIENT_TOLERANCE[torch.float32]
+        )
 
 
 @pytest.mark.parametrize("gradient", ["true", "orthogonal"])

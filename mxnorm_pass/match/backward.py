@@ -188,4 +188,3 @@ def backward_readers(
             if is_backward(user) and seq_nr(user) in seq_nrs:
                 found.append((node, user))
     return found
-

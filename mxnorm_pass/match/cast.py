@@ -27,6 +27,7 @@ from mxnorm_pass import functional, ops
 from mxnorm_pass.formats import ELEMENT_FORMATS, SCALE_MODES, MXFormat
 from mxnorm_pass.graph_utils import (
     aten,
+    dtype_of,
     forward_users,
     is_backward,
     is_call,
@@ -94,7 +95,7 @@ def find_casts(graph: fx.Graph) -> list[Cast | UnknownCast]:
             continue
         if node.target is ops.cast:
             found.append(_own_cast(node))
-        elif is_dtype_cast(node) and tensor_of(node).dtype in ELEMENT_FORMATS:  # type: ignore[union-attr]
+        elif is_dtype_cast(node) and dtype_of(node) in ELEMENT_FORMATS:
             cast = _match_region(node)
             if cast is not None:
                 found.append(cast)
@@ -109,7 +110,7 @@ def _own_cast(node: fx.Node) -> Cast:
         values=outputs[0],
         scales=outputs[1],
         format=MXFormat(elem_dtype, scale_mode, block_size),  # type: ignore[arg-type]
-        source_dtype=tensor_of(source).dtype,  # type: ignore[arg-type, union-attr]
+        source_dtype=dtype_of(source),
         nodes=frozenset((node, *node.users)),
     )
 

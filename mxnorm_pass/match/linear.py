@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from heapq import heappop, heappush
+from typing import Any
 
 import torch
 from torch import fx
@@ -40,14 +41,10 @@ _MATMULS = frozenset(
     }
 )
 # Position of activation and weight among the operands.
-_LINEAR_OPERANDS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
-_LAYOUT = frozenset(
-    {aten.permute.default, aten.t.default, aten.transpose.int, aten.slice.Tensor}
-)
+_LINEAR_OPERANDS: dict[Any, tuple[int, int]] = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
+_LAYOUT = frozenset({aten.permute.default, aten.t.default, aten.transpose.int, aten.slice.Tensor})
 # What turns scales into numbers, beside pointwise ops.
-_DECODING = frozenset(
-    {aten.view.dtype, aten.where.self, aten.full_like.default, aten.full.default}
-)
+_DECODING = frozenset({aten.view.dtype, aten.where.self, aten.full_like.default, aten.full.default})
 _PRODUCTS = frozenset({aten.mul.Tensor, ops.dequantize})
 
 

@@ -18,6 +18,7 @@ from torch import fx
 
 from mxnorm_pass.graph_utils import (
     aten,
+    dtype_of,
     forward_users,
     is_backward,
     is_call,
@@ -141,7 +142,7 @@ def _sum_of_squares(node: fx.Node) -> _SumOfSquares | None:
     source = tensor_of(reduced) if isinstance(reduced, fx.Node) else None
     if source is None or not isinstance(dims, (list, tuple)) or not dims:
         return None
-    dims = tuple(sorted(int(d) % source.ndim for d in dims))  # type: ignore[arg-type]
+    dims = tuple(sorted(int(d) % source.ndim for d in dims))
     count = math.prod(s for s in (source.shape[d] for d in dims) if isinstance(s, int))
     if node.target in _VECTOR_NORMS:
         order = node.args[1] if len(node.args) > 1 else 2
@@ -242,7 +243,7 @@ def _arithmetic(s: _Statistic, user: fx.Node, onward: _Statistic) -> Iterator[_S
         return
     if constant is None:
         if user.target in _ADDS and _is_scalar_tensor(other):
-            yield replace(onward, eps_input=other)
+            yield replace(onward, eps_input=other)  # type: ignore[arg-type]
         return
     if user.target in _ADDS:
         if s.power == 1.0:
@@ -292,7 +293,7 @@ def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
     in_float32 = (start.squared, start.squares, start.statistic.node, statistic.node)
     canonical = (
         start.squared is found.x
-        and all(tensor_of(n).dtype == torch.float32 for n in in_float32 if n is not None)  # type: ignore[union-attr]
+        and all(dtype_of(n) == torch.float32 for n in in_float32 if n is not None)
         and start.statistic.node.target in _MEANS
         and statistic.node.target is aten.rsqrt.default
         and [n.target in _ADDS for n in statistic.trail].count(True) <= 1
@@ -351,7 +352,7 @@ def _follow_output(normalized: fx.Node, width: object) -> _Tail:
             break
         user = users[0]
         if is_dtype_cast(user):
-            (before if gain is None else after).append(tensor_of(user).dtype)  # type: ignore[union-attr]
+            (before if gain is None else after).append(dtype_of(user))
         elif is_call(user, (aten.alias.default, aten.detach.default)):
             pass
         elif gain is None and is_call(user, (aten.mul.Tensor,)):
@@ -360,7 +361,7 @@ def _follow_output(normalized: fx.Node, width: object) -> _Tail:
                 odd_gain = _odd_gain(factor, user, node)
                 break
             gain = factor
-            at_gain = tensor_of(node).dtype  # type: ignore[union-attr]
+            at_gain = dtype_of(node)
         else:
             break
         nodes.append(user)
@@ -400,9 +401,7 @@ def _rounding(
     return Rounding(next(iter(narrow_before), None), result.dtype)
 
 
-def _problem(
-    start: _SumOfSquares, found: _Normalization, x: fx.Node, tail: _Tail
-) -> Skip | None:
+def _problem(start: _SumOfSquares, found: _Normalization, x: fx.Node, tail: _Tail) -> Skip | None:
     value = tensor_of(start.squared)
     assert value is not None
     statistic = found.statistic
@@ -420,7 +419,7 @@ def _problem(
     if not math.isclose(statistic.scale * width, 1.0, rel_tol=1e-5):
         detail = f"sum(x^2) is scaled by {statistic.scale:g}, not by 1/{width}"
         return Skip(SkipReason.NORM_FORM, detail, found.node)
-    dtype = tensor_of(x).dtype  # type: ignore[union-attr]
+    dtype = dtype_of(x)
     if dtype not in _SUPPORTED_INPUTS:
         return Skip(SkipReason.DTYPE, f"the norm reads {dtype}", x)
     if tail.odd_gain is not None:

@@ -197,9 +197,7 @@ def _consumers(norm: Norm, read_by: Sequence[Reader], context: _Context) -> _Con
             own = forward_seq_nrs([*reader.path, *matmul.slice, matmul.matmul])
             weight = weight_cast(matmul, reader.cast, context.by_matmul)
             rounds_to = narrowest_dtype((norm.output, *reader.path))
-            found.consumers.append(
-                Consumer(matmul, reader, reader.cast, weight, rounds_to, own)
-            )
+            found.consumers.append(Consumer(matmul, reader, reader.cast, weight, rounds_to, own))
     return found
 
 
@@ -286,9 +284,7 @@ def _is_exclusive(read_by: Sequence[Reader], enabled: tuple[Consumer, ...]) -> b
     return True
 
 
-def _with_backward(
-    fusion: Fusion, read_by: Sequence[Reader], context: _Context
-) -> Fusion | Skip:
+def _with_backward(fusion: Fusion, read_by: Sequence[Reader], context: _Context) -> Fusion | Skip:
     """Add what the joint graph's backward asks for; a Skip if it cannot be told apart."""
     if not context.backward.by_seq_nr:
         return fusion
@@ -325,9 +321,7 @@ def _shared_cast(fusion: Fusion) -> Cast | None:
     return None
 
 
-def _seq_nrs(
-    fusion: Fusion, read_by: Sequence[Reader]
-) -> tuple[frozenset[int], frozenset[int]]:
+def _seq_nrs(fusion: Fusion, read_by: Sequence[Reader]) -> tuple[frozenset[int], frozenset[int]]:
     """Autograd numbers of the consumers' ops, and of those that other readers share."""
     fused = frozenset().union(*(c.seq_nrs for c in fusion.consumers))
     casts = {c.cast for c in fusion.consumers}

@@ -1,0 +1,74 @@
+"""The package's imports go one way: backend -> graph_pass -> insert, match, rewrite -> ops."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import mxnorm_pass
+
+ROOT = Path(mxnorm_pass.__file__).parent
+# From the top of the house to its floor; a module imports only from layers below its own.
+LAYERS = [
+    {"__init__"},
+    {"tracing"},
+    {"backend"},
+    {"recording", "inductor_e8m0"},
+    {"graph_pass"},
+    {"insert", "rewrite"},
+    {"match", "match.site"},
+    {"match.backward", "match.linear"},
+    {"match.cast", "match.norm"},
+    {"match.skip", "ops", "graph_code", "canonicalize"},
+    {"functional", "graph_utils"},
+    {"config", "report"},
+    {"formats"},
+]
+LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(
+            "mxnorm_pass"
+        ):
+            continue
+        inside = (node.module or "").removeprefix("mxnorm_pass").lstrip(".")
+        found |= {inside} if inside else {alias.name for alias in node.names}
+    return found
+
+
+def test_imports_go_down() -> None:
+    sources = {module_name(p): p for p in ROOT.rglob("*.py")}
+    assert sources.keys() == LEVEL.keys()
+    for name, path in sources.items():
+        if name == "__init__":
+            continue
+        for imported in imports(path):
+            allowed = LEVEL[name] < LEVEL[imported] or {name, imported} <= {"match", "match.site"}
+            assert allowed or (LEVEL[name], name) < (LEVEL[imported], imported), (name, imported)
+
+
+def test_kernels_and_functional_know_no_graphs() -> None:
+    for name in ("functional", "formats", "config", "report"):
+        assert "fx" not in {
+            alias.name
+            for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text()))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        }
+
+
+def test_files_and_functions_stay_readable() -> None:
+    for path in ROOT.rglob("*.py"):
+        source = path.read_text()
+        assert len(source.splitlines()) <= 500, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
