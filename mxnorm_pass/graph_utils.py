@@ -245,9 +245,16 @@ class SubgraphCache:
             values = [n.meta["val"] for n in nodes]
             with _fake_mode(*nodes), torch.autocast("cpu", enabled=False):
                 traced = make_fx(on_tensors, decomposition_table=self._decompositions)(*values)
+            _drop_detaches(traced.graph)
             traced.graph.eliminate_dead_code()
             self._traced[key] = traced
         return self._traced[key]
+
+
+def _drop_detaches(graph: fx.Graph) -> None:
+    """Autograd has left its mark on the trace; in a functional graph it means nothing."""
+    for node in graph.find_nodes(op="call_function", target=aten.detach.default):
+        node.replace_all_uses_with(node.args[0])
 
 
 def _signature(arg: Any) -> Any:

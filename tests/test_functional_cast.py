@@ -1,0 +1,263 @@
+"""Norm and cast in one, and the linear on casts, against the steps taken one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+IMPORTS
+# (norm_dtype follows the input, norm_dtype is None): HuggingFace's rounding and F.rms_norm's.
+ROUNDINGS = {"huggingface": True, "rms_norm": False}
+
+
+# --- mxnorm_cast ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@all_inputs
+@all_elements
+@all_modes
+def test_exact_cast_is_norm_then_cast(
+    mode: ScaleMode,
+    elem_dtype: torch.dtype,
+    dtype: torch.dtype,
+    rounding: str,
+    weight_dtype: torch.dtype | None,
+) -> None:
+    norm: dict[str, Any] = {
+        "eps": EPS, "estimator": "exact", "norm_dtype": dtype if ROUNDINGS[rounding] else None
+    }  # fmt: skip
+    cast: dict[str, Any] = {"elem_dtype": elem_dtype, "scale_mode": mode}
+    for x in [normal(2, 3, WIDTH, dtype=dtype)] + [case.x(dtype) for case in EDGE_CASES]:
+        weight = None if weight_dtype is None else gain(x.shape[-1], weight_dtype)
+        values, scales, rho = mxnorm_cast(x, weight, **norm, **cast)
+        expected_values, expected_scales = mx_cast(mxnorm(x, weight, **norm), **cast)
+        assert_bits_equal(values, expected_values)
+        assert_bits_equal(scales, expected_scales)
+        assert_bits_equal(rho, inverse_rms(x, eps=EPS, estimator="exact"))
+
+
+@all_modes
+def test_exact_cast_equals_llama_norm_then_cast(mode: ScaleMode) -> None:
+    # The bf16 roundings before and after the gain are there: without them bits differ.
+    x, weight = normal(32, WIDTH).bfloat16(), gain().bfloat16()
+    expected = mx_cast(llama_norm(weight)(x), scale_mode=mode)
+    options: dict[str, Any] = {"eps": EPS, "estimator": "exact", "scale_mode": mode}
+    actual = mxnorm_cast(x, weight, norm_dtype=torch.bfloat16, **options)
+    assert_bits_equal(actual[0], expected[0])
+    assert_bits_equal(actual[1], expected[1])
+    unrounded = mxnorm_cast(x, weight, **options)
+    assert not bits_equal(unrounded[0], expected[0])
+
+
+def assert_within_half_an_ulp(
+    values: Tensor, scales: Tensor, y: Tensor, relative_error: float, mode: ScaleMode
+) -> None:
+    """|v s - y| against what rounding y / s to the element type allows.
+
+    With ``mantissa`` explicit bits the spacing at |u| in [2^e, 2^(e+1)) is 2^(e - mantissa), so
+    rounding u = y / s to nearest moves it by at most 2^-(mantissa + 1) |u|, half of the type's
+    eps; below the smallest normal the spacing is the smallest subnormal. Multiplied by s:
+    eps / 2 |y|, or half of the smallest subnormal times s; for e4m3fn 2^-4 |y| or 2^-10 s.
+    Elements above the largest finite one go to it first, which "rceil" and "ceil" rule out: their
+    scale is at least absmax / max. y itself comes out of float32 with ``relative_error``.
+    """
+    info = torch.finfo(values.dtype)
+    s = scales.float().double().repeat_interleave(BLOCK_SIZE, dim=-1)
+    saturated = (y / s).clamp(-info.max, info.max) * s
+    if mode in ("rceil", "ceil"):
+        assert (y.abs() <= info.max * s * (1 + relative_error)).all()
+    half = torch.maximum(info.eps / 2 * y.abs(), s * info.smallest_normal * info.eps / 2)
+    bound = half * (1 + relative_error) + relative_error * y.abs()
+    assert ((mx_dequantize(values, scales).double() - saturated).abs() <= bound).all()
+
+
+@with_and_without_weight
+@pytest.mark.parametrize("p", [1, 2, 3.7])
+@all_inputs
+@all_elements
+@all_modes
+def test_mxnorm_cast_rounds_only_to_the_element(
+    mode: ScaleMode, elem_dtype: torch.dtype, dtype: torch.dtype, p: float, weighted: bool
+) -> None:
+    x = normal(64, WIDTH, dtype=dtype)
+    x[:16, 40] *= 100
+    x[16:32] *= torch.exp2(torch.arange(-12, 4)).to(dtype)[:, None]
+    weight = gain(dtype=dtype, low=-1.5) if weighted else None
+    values, scales, rho = mxnorm_cast(
+        x, weight, eps=EPS, p=p, elem_dtype=elem_dtype, scale_mode=mode
+    )
+    rho64 = inverse_rms64(x, p, EPS)
+    error = estimate_error(p)
+    torch.testing.assert_close(rho.double(), rho64, rtol=error, atol=0)
+    y = x.double() * rho64
+    if weight is not None:
+        y = y * weight.double()
+    # rho, and the two products x rho w.
+    assert_within_half_an_ulp(values, scales, y, error + 2 * U, mode)
+
+    # First rho, then the gain, in float32. Without a gain absmax times rho is the absmax of the
+    # products, rounding to nearest being monotone.
+    product = x.float() * rho if weight is None else (x.float() * rho) * weight.float()
+    y32_values, y32_scales = mx_cast(product, elem_dtype=elem_dtype, scale_mode=mode)
+    assert_bits_equal(scales, y32_scales)
+    assert_bits_equal(values, y32_values)
+
+
+@all_inputs
+@pytest.mark.parametrize("p", [1, 2, 3.7])
+def test_mxnorm_cast_without_a_gain_is_the_cast_of_mxnorm(p: float, dtype: torch.dtype) -> None:
+    x = normal(64, WIDTH, dtype=dtype)
+    values, scales, rho = mxnorm_cast(x, eps=EPS, p=p)
+    expected = mx_cast(mxnorm(x, eps=EPS, p=p, out_dtype=torch.float32))
+    assert_bits_equal(values, expected[0])
+    assert_bits_equal(scales, expected[1])
+    assert_bits_equal(rho, inverse_rms(x, eps=EPS, p=p))
+
+
+def test_mxnorm_cast_ignores_the_roundings_of_the_norm() -> None:
+    x, weight = normal(8, WIDTH).bfloat16(), gain().bfloat16()
+    plain = mxnorm_cast(x, weight, eps=EPS)
+    rounded = mxnorm_cast(x, weight, eps=EPS, norm_dtype=torch.bfloat16, out_dtype=torch.bfloat16)
+    for a, b in zip(plain, rounded, strict=True):
+        assert_bits_equal(a, b)
+
+
+def assert_same_specials(
+    x: Tensor, weight: Tensor | None, p: float, elem_dtype: torch.dtype, mode: ScaleMode
+) -> None:
+    cast: dict[str, Any] = {"elem_dtype": elem_dtype, "scale_mode": mode}
+    values, scales, _ = mxnorm_cast(x, weight, eps=EPS, p=p, **cast)
+    actual = mx_dequantize(values, scales)
+    exact = mxnorm(x, weight, eps=EPS, estimator="exact", norm_dtype=x.dtype)
+    expected = mx_dequantize(*mx_cast(exact, **cast))
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("p", [1, 2, 3.7])
+@all_inputs
+@all_edges
+def test_specials_are_those_of_the_exact_norm(case: EdgeCase, dtype: torch.dtype, p: float) -> None:
+    x = case.x(dtype)
+    shrinking = gain(x.shape[-1], dtype, low=0.25, high=1.0)
+    for mode in SCALE_MODES:
+        for elem_dtype in (E4M3, E5M2):
+            assert_same_specials(x, None, p, elem_dtype, mode)
+            assert_same_specials(x, shrinking, p, elem_dtype, mode)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3.7])
+@all_inputs
+@all_edges
+def test_specials_are_those_of_the_exact_norm_with_large_gains(
+    case: EdgeCase, dtype: torch.dtype, p: float
+) -> None:
+    # x * weight may overflow, x rho weight does not: rho comes first.
+    x = case.x(dtype)
+    growing = gain(x.shape[-1], dtype, low=4.0, high=8.0)
+    assert_same_specials(x, growing, p, E4M3, "rceil")
+
+
+# --- mx_linear ------------------------------------------------------------------------------
+
+
+@with_and_without_weight
+@all_inputs
+@all_elements
+@all_modes
+def test_linear_is_linear_on_dequantised_operands(
+    mode: ScaleMode, elem_dtype: torch.dtype, dtype: torch.dtype, weighted: bool
+) -> None:
+    options: dict[str, Any] = {"elem_dtype": elem_dtype, "scale_mode": mode}
+    x, weight = normal(2, 5, WIDTH, dtype=dtype), normal(24, WIDTH, seed=1, dtype=dtype)
+    bias = normal(24, seed=2, dtype=dtype) if weighted else None
+    w = mx_dequantize(*mx_cast(weight, **options), dtype)
+    expected = F.linear(mx_dequantize(*mx_cast(x, **options), dtype), w, bias)
+    assert_bits_equal(mx_linear(x, weight, bias, **options), expected)
+
+    values, scales, _ = mxnorm_cast(x, eps=EPS, **options)
+    expected = F.linear(mx_dequantize(values, scales, dtype), w, bias)
+    actual = mx_linear(x, weight, bias, quantized=(values, scales), **options)
+    assert_bits_equal(actual, expected)
+
+
+@pytest.mark.parametrize("gain_dtype", [torch.float32, torch.bfloat16], ids=["g32", "g16"])
+@all_inputs
+@all_modes
+def test_linear_folds_the_gain_in_float32(
+    mode: ScaleMode, dtype: torch.dtype, gain_dtype: torch.dtype
+) -> None:
+    x, weight = normal(5, WIDTH, dtype=dtype), normal(24, WIDTH, seed=1, dtype=dtype)
+    scale = gain(dtype=gain_dtype)
+    values, scales, rho = mxnorm_cast(x, eps=EPS, scale_mode=mode)
+    folded = mx_cast(weight.float() * scale.float(), scale_mode=mode)
+    expected = F.linear(mx_dequantize(values, scales, dtype), mx_dequantize(*folded, dtype))
+    y = mxnorm(x, scale, eps=EPS)
+    actual = mx_linear(y, weight, quantized=(values, scales), gain=scale, scale_mode=mode)
+    assert_bits_equal(actual, expected)
+
+
+@with_and_without_weight
+@pytest.mark.parametrize("fold", [False, True])
+@all_inputs
+def test_linear_gradients_are_straight_through(
+    dtype: torch.dtype, fold: bool, weighted: bool
+) -> None:
+    x = normal(2, 5, WIDTH, dtype=dtype).requires_grad_()
+    weight = normal(24, WIDTH, seed=1, dtype=dtype).requires_grad_()
+    bias = normal(24, seed=2, dtype=dtype).requires_grad_() if weighted else None
+    grad = normal(2, 5, 24, seed=3, dtype=dtype)
+    leaves = [x, weight] if bias is None else [x, weight, bias]
+    scale = gain(dtype=dtype) if fold else None
+    actual = torch.autograd.grad(mx_linear(x, weight, bias, gain=scale), leaves, grad)
+    expected = torch.autograd.grad(F.linear(x, weight, bias), leaves, grad)
+    for a, e in zip(actual, expected, strict=True):
+        assert_bits_equal(a, e)
+
+
+def test_gradient_reaches_through_norm_and_linear() -> None:
+    # What the rewritten graph computes: casts forward, the high-precision chain backward.
+    x = normal(6, WIDTH).requires_grad_()
+    scale, weight = gain().requires_grad_(), normal(24, WIDTH, seed=1).requires_grad_()
+    grad = normal(6, 24, seed=2)
+    y = mxnorm(x, scale, eps=EPS)
+    quantized = mxnorm_cast(x, scale, eps=EPS)[:2]
+    actual = torch.autograd.grad(
+        mx_linear(y, weight, quantized=quantized), [x, scale, weight], grad
+    )
+    expected = torch.autograd.grad(
+        F.linear(mxnorm(x, scale, eps=EPS), weight), [x, scale, weight], grad
+    )
+    for a, e in zip(actual, expected, strict=True):
+        assert_bits_equal(a, e)
+
+
+# --- equivariance ---------------------------------------------------------------------------
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    k=st.integers(-30, 30),
+    p=st.sampled_from([0.5, 1, 2, 3.7]),
+    estimator=st.sampled_from(["mxnorm", "exact"]),
+    mode=st.sampled_from(SCALE_MODES),
+    seed=st.integers(0, 2**16),
+)
+def test_scaling_by_a_power_of_two_changes_no_bit(
+    k: int, p: float, estimator: Estimator, mode: ScaleMode, seed: int
+) -> None:
+    # Multiplying by 2^k commutes with every rounding while nothing leaves the normal range: with
+    # 2^-30 <= |x| <= 2^4 or x = 0, the squares stay between 2^-120 and 2^68.
+    x = normal(3, WIDTH, seed=seed)
+    x = torch.where(x.abs() < 2.0**-30, 0.0, x)
+    assert x.abs().max() < 16
+    options: dict[str, Any] = {"eps": 0.0, "p": p, "estimator": estimator}
+    assert_bits_equal(mxnorm(x * 2.0**k, **options), mxnorm(x, **options))
+    scaled = mxnorm_cast(x * 2.0**k, scale_mode=mode, **options)
+    plain = mxnorm_cast(x, scale_mode=mode, **options)
+    assert_bits_equal(scaled[0], plain[0])
+    assert_bits_equal(scaled[1], plain[1])
+    assert_bits_equal(scaled[2] * 2.0**k, plain[2])

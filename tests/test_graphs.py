@@ -1,0 +1,335 @@
+"""One site before and after the pass, as people read it."""
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import expecttest
+import pytest
+import torch
+from reference import build_llama, token_ids
+from torch import Tensor, nn
+from torch._dynamo.backends import debugging
+from torch._inductor import compile_fx
+
+import mxnorm_pass
+
+
+class Block(nn.Module):
+    """HuggingFace's RMSNorm in front of one linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+        self.linear = nn.Linear(64, 32, bias=False, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.linear(self.weight * x32.to(x.dtype))
+
+
+def graph(training: bool, **options: object) -> mxnorm_pass.Graph:
+    x = torch.randn(4, 64, dtype=torch.bfloat16, requires_grad=training)
+    with torch.set_grad_enabled(training):
+        report = mxnorm_pass.explain(Block(), x, options={"inner": "aot_eager", **options})
+    assert len(report.fused) == 1
+    return report.graphs[0]
+
+
+class TestGraphs(expecttest.TestCase):
+    def test_inference_before(self) -> None:
+        self.assertExpectedInline(graph(training=False).before, """\
+def forward(arg0_1, arg1_1, arg2_1):
+    # arg0_1: bf16[4, 64]
+    # arg1_1: bf16[64]
+    # arg2_1: bf16[32, 64]
+    _to_copy: "f32[4, 64]" = torch.ops.aten._to_copy.default(arg0_1, dtype=torch.float32)
+    pow_1: "f32[4, 64]" = torch.ops.aten.pow.Tensor_Scalar(_to_copy, 2)
+    mean: "f32[4, 1]" = torch.ops.aten.mean.dim(pow_1, [-1], True)
+    add: "f32[4, 1]" = torch.ops.aten.add.Tensor(mean, 1e-06)
+    rsqrt: "f32[4, 1]" = torch.ops.aten.rsqrt.default(add)
+    mul: "f32[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy, rsqrt)
+    _to_copy_1: "bf16[4, 64]" = torch.ops.aten._to_copy.default(mul, dtype=torch.bfloat16)
+    mul_1: "bf16[4, 64]" = torch.ops.aten.mul.Tensor(arg1_1, _to_copy_1)
+    # linear
+    t: "bf16[64, 32]" = torch.ops.aten.t.default(arg2_1)
+    mm: "bf16[4, 32]" = torch.ops.aten.mm.default(mul_1, t)
+    return (mm,)
+""")
+
+    def test_inference_after_fold(self) -> None:
+        self.assertExpectedInline(graph(training=False).after, """\
+def forward(arg0_1, arg1_1, arg2_1):
+    # arg0_1: bf16[4, 64]
+    # arg1_1: bf16[64]
+    # arg2_1: bf16[32, 64]
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16)
+    getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
+    getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
+    # linear
+    dequantize_default: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, torch.bfloat16)
+    convert_element_type_default: "f32[32, 64]" = torch.ops.prims.convert_element_type.default(arg2_1, torch.float32)
+    convert_element_type_default_1: "f32[64]" = torch.ops.prims.convert_element_type.default(arg1_1, torch.float32)
+    mul_tensor: "f32[32, 64]" = torch.ops.aten.mul.Tensor(convert_element_type_default, convert_element_type_default_1)
+    cast_default_2 = torch.ops.mxnorm_pass.cast.default(mul_tensor, 32, torch.float8_e4m3fn, 'rceil')
+    getitem_7: "f8e4m3fn[32, 64]" = getitem(cast_default_2, 0)
+    getitem_8: "f8e8m0fnu[32, 2]" = getitem(cast_default_2, 1)
+    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_7, getitem_8, torch.bfloat16)
+    permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
+    mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default, permute_default)
+    return (mm,)
+""")
+
+    def test_inference_after_activation(self) -> None:
+        self.assertExpectedInline(graph(training=False, gain="activation").after, """\
+def forward(arg0_1, arg1_1, arg2_1):
+    # arg0_1: bf16[4, 64]
+    # arg1_1: bf16[64]
+    # arg2_1: bf16[32, 64]
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, arg1_1, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16)
+    getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
+    getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
+    # linear
+    dequantize_default: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, torch.bfloat16)
+    cast_default_1 = torch.ops.mxnorm_pass.cast.default(arg2_1, 32, torch.float8_e4m3fn, 'rceil')
+    getitem_2: "f8e4m3fn[32, 64]" = getitem(cast_default_1, 0)
+    getitem_3: "f8e8m0fnu[32, 2]" = getitem(cast_default_1, 1)
+    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_2, getitem_3, torch.bfloat16)
+    permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
+    mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default, permute_default)
+    return (mm,)
+""")
+
+    def test_inference_after_exact(self) -> None:
+        self.assertExpectedInline(graph(training=False, estimator="exact").after, """\
+def forward(arg0_1, arg1_1, arg2_1):
+    # arg0_1: bf16[4, 64]
+    # arg1_1: bf16[64]
+    # arg2_1: bf16[32, 64]
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, arg1_1, 1e-06, 'exact', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16)
+    getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
+    getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
+    # linear
+    dequantize_default: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, torch.bfloat16)
+    cast_default_1 = torch.ops.mxnorm_pass.cast.default(arg2_1, 32, torch.float8_e4m3fn, 'rceil')
+    getitem_2: "f8e4m3fn[32, 64]" = getitem(cast_default_1, 0)
+    getitem_3: "f8e8m0fnu[32, 2]" = getitem(cast_default_1, 1)
+    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_2, getitem_3, torch.bfloat16)
+    permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
+    mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default, permute_default)
+    return (mm,)
+""")
+
+    def test_training_before(self) -> None:
+        self.assertExpectedInline(graph(training=True).before, """\
+def forward(primals_1, primals_2, primals_3, tangents_1):
+    # primals_1: bf16[4, 64]
+    # primals_2: bf16[64]
+    # primals_3: bf16[32, 64]
+    # tangents_1: bf16[4, 32]
+    _to_copy: "f32[4, 64]" = torch.ops.aten._to_copy.default(primals_1, dtype=torch.float32)
+    pow_1: "f32[4, 64]" = torch.ops.aten.pow.Tensor_Scalar(_to_copy, 2)
+    mean: "f32[4, 1]" = torch.ops.aten.mean.dim(pow_1, [-1], True)
+    add: "f32[4, 1]" = torch.ops.aten.add.Tensor(mean, 1e-06)
+    rsqrt: "f32[4, 1]" = torch.ops.aten.rsqrt.default(add)
+    detach: "f32[4, 1]" = torch.ops.aten.detach.default(rsqrt)
+    mul: "f32[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy, rsqrt)
+    _to_copy_1: "bf16[4, 64]" = torch.ops.aten._to_copy.default(mul, dtype=torch.bfloat16)
+    mul_1: "bf16[4, 64]" = torch.ops.aten.mul.Tensor(primals_2, _to_copy_1)
+    # linear
+    t: "bf16[64, 32]" = torch.ops.aten.t.default(primals_3)
+    mm: "bf16[4, 32]" = torch.ops.aten.mm.default(mul_1, t)
+    # linear (backward)
+    t_1: "bf16[32, 4]" = torch.ops.aten.t.default(tangents_1)
+    mm_1: "bf16[32, 64]" = torch.ops.aten.mm.default(t_1, mul_1)
+    t_2: "bf16[64, 32]" = torch.ops.aten.t.default(mm_1)
+    t_3: "bf16[32, 64]" = torch.ops.aten.t.default(t)
+    mm_2: "bf16[4, 64]" = torch.ops.aten.mm.default(tangents_1, t_3)
+    t_4: "bf16[32, 64]" = torch.ops.aten.t.default(t_2)
+    #  (backward)
+    mul_2: "bf16[4, 64]" = torch.ops.aten.mul.Tensor(mm_2, primals_2)
+    mul_3: "bf16[4, 64]" = torch.ops.aten.mul.Tensor(mm_2, _to_copy_1)
+    sum_1: "bf16[1, 64]" = torch.ops.aten.sum.dim_IntList(mul_3, [0], True)
+    view: "bf16[64]" = torch.ops.aten.view.default(sum_1, [64])
+    _to_copy_2: "f32[4, 64]" = torch.ops.aten._to_copy.default(mul_2, dtype=torch.float32, layout=torch.strided, device=cpu)
+    mul_4: "f32[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy_2, _to_copy)
+    mul_5: "f32[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy_2, rsqrt)
+    sum_2: "f32[4, 1]" = torch.ops.aten.sum.dim_IntList(mul_4, [1], True)
+    detach_1: "f32[4, 1]" = torch.ops.aten.detach.default(detach)
+    pow_2: "f32[4, 1]" = torch.ops.aten.pow.Tensor_Scalar(detach_1, 3)
+    mul_6: "f32[4, 1]" = torch.ops.aten.mul.Scalar(sum_2, -0.5)
+    mul_7: "f32[4, 1]" = torch.ops.aten.mul.Tensor(mul_6, pow_2)
+    expand: "f32[4, 64]" = torch.ops.aten.expand.default(mul_7, [4, 64])
+    div: "f32[4, 64]" = torch.ops.aten.div.Scalar(expand, 64)
+    pow_3: "f32[4, 64]" = torch.ops.aten.pow.Tensor_Scalar(_to_copy, 1.0)
+    mul_8: "f32[4, 64]" = torch.ops.aten.mul.Scalar(pow_3, 2.0)
+    mul_9: "f32[4, 64]" = torch.ops.aten.mul.Tensor(div, mul_8)
+    add_1: "f32[4, 64]" = torch.ops.aten.add.Tensor(mul_5, mul_9)
+    _to_copy_3: "bf16[4, 64]" = torch.ops.aten._to_copy.default(add_1, dtype=torch.bfloat16, layout=torch.strided, device=cpu)
+    return [mm, _to_copy_3, view, t_4]
+""")
+
+    def test_training_after_true(self) -> None:
+        self.assertExpectedInline(graph(training=True).after, """\
+def forward(primals_1, primals_2, primals_3, tangents_1):
+    # primals_1: bf16[4, 64]
+    # primals_2: bf16[64]
+    # primals_3: bf16[32, 64]
+    # tangents_1: bf16[4, 32]
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(primals_1, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16)
+    getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
+    getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
+    getitem_6: "f32[4, 1]" = getitem(norm_cast_default, 2)
+    _to_copy_4: "f32[4, 64]" = torch.ops.aten._to_copy.default(primals_1, dtype=torch.float32)
+    mul_10: "f32[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy_4, getitem_6)
+    _to_copy_5: "bf16[4, 64]" = torch.ops.aten._to_copy.default(mul_10, dtype=torch.bfloat16)
+    mul_11: "bf16[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy_5, primals_2)
+    # linear
+    t: "bf16[64, 32]" = torch.ops.aten.t.default(primals_3)
+    dequantize_default: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, torch.bfloat16)
+    convert_element_type_default: "f32[32, 64]" = torch.ops.prims.convert_element_type.default(primals_3, torch.float32)
+    convert_element_type_default_1: "f32[64]" = torch.ops.prims.convert_element_type.default(primals_2, torch.float32)
+    mul_tensor: "f32[32, 64]" = torch.ops.aten.mul.Tensor(convert_element_type_default, convert_element_type_default_1)
+    cast_default_2 = torch.ops.mxnorm_pass.cast.default(mul_tensor, 32, torch.float8_e4m3fn, 'rceil')
+    getitem_7: "f8e4m3fn[32, 64]" = getitem(cast_default_2, 0)
+    getitem_8: "f8e8m0fnu[32, 2]" = getitem(cast_default_2, 1)
+    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_7, getitem_8, torch.bfloat16)
+    permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
+    mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default, permute_default)
+    # linear (backward)
+    t_1: "bf16[32, 4]" = torch.ops.aten.t.default(tangents_1)
+    mm_1: "bf16[32, 64]" = torch.ops.aten.mm.default(t_1, mul_11)
+    t_2: "bf16[64, 32]" = torch.ops.aten.t.default(mm_1)
+    t_3: "bf16[32, 64]" = torch.ops.aten.t.default(t)
+    mm_2: "bf16[4, 64]" = torch.ops.aten.mm.default(tangents_1, t_3)
+    t_4: "bf16[32, 64]" = torch.ops.aten.t.default(t_2)
+    #  (backward)
+    _to_copy_6: "f32[4, 64]" = torch.ops.aten._to_copy.default(primals_1, dtype=torch.float32)
+    mul_12: "f32[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy_6, getitem_6)
+    _to_copy_7: "bf16[4, 64]" = torch.ops.aten._to_copy.default(mul_12, dtype=torch.bfloat16)
+    mul_13: "bf16[4, 64]" = torch.ops.aten.mul.Tensor(mm_2, _to_copy_7)
+    mul_14: "bf16[4, 64]" = torch.ops.aten.mul.Tensor(mm_2, primals_2)
+    sum_3: "bf16[1, 64]" = torch.ops.aten.sum.dim_IntList(mul_13, [0], True)
+    view_1: "bf16[64]" = torch.ops.aten.view.default(sum_3, [64])
+    _to_copy_8: "f32[4, 64]" = torch.ops.aten._to_copy.default(mul_14, dtype=torch.float32, layout=torch.strided, device=cpu)
+    mul_15: "f32[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy_8, _to_copy_6)
+    mul_16: "f32[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy_8, getitem_6)
+    sum_4: "f32[4, 1]" = torch.ops.aten.sum.dim_IntList(mul_15, [1], True)
+    view_2: "f32[4, 2, 32]" = torch.ops.aten.view.default(_to_copy_6, [4, 2, 32])
+    abs_1: "f32[4, 2, 32]" = torch.ops.aten.abs.default(view_2)
+    amax: "f32[4, 2]" = torch.ops.aten.amax.default(abs_1, [-1])
+    pow_4: "f32[4, 2]" = torch.ops.aten.pow.Tensor_Scalar(amax, 2)
+    mean_1: "f32[4, 1]" = torch.ops.aten.mean.dim(pow_4, [-1], True)
+    div_1: "f32[4, 1]" = torch.ops.aten.div.Tensor(mean_1, 5.709505303263248)
+    add_2: "f32[4, 1]" = torch.ops.aten.add.Tensor(div_1, 1e-06)
+    rsqrt_1: "f32[4, 1]" = torch.ops.aten.rsqrt.default(add_2)
+    pow_5: "f32[4, 1]" = torch.ops.aten.pow.Tensor_Scalar(rsqrt_1, 3)
+    mul_17: "f32[4, 1]" = torch.ops.aten.mul.Scalar(sum_4, -0.5)
+    mul_18: "f32[4, 1]" = torch.ops.aten.mul.Tensor(mul_17, pow_5)
+    div_2: "f32[4, 1]" = torch.ops.aten.div.Tensor(mul_18, 5.709505303263248)
+    expand_1: "f32[4, 2]" = torch.ops.aten.expand.default(div_2, [4, 2])
+    div_3: "f32[4, 2]" = torch.ops.aten.div.Scalar(expand_1, 2)
+    pow_6: "f32[4, 2]" = torch.ops.aten.pow.Tensor_Scalar(amax, 1.0)
+    mul_19: "f32[4, 2]" = torch.ops.aten.mul.Scalar(pow_6, 2.0)
+    mul_20: "f32[4, 2]" = torch.ops.aten.mul.Tensor(div_3, mul_19)
+    view_3: "f32[4, 2, 1]" = torch.ops.aten.view.default(amax, [4, 2, 1])
+    eq: "b8[4, 2, 32]" = torch.ops.aten.eq.Tensor(view_3, abs_1)
+    view_4: "f32[4, 2, 1]" = torch.ops.aten.view.default(mul_20, [4, 2, 1])
+    sum_5: "i64[4, 2, 1]" = torch.ops.aten.sum.dim_IntList(eq, [-1], True)
+    div_4: "f32[4, 2, 1]" = torch.ops.aten.div.Tensor(view_4, sum_5)
+    mul_21: "f32[4, 2, 32]" = torch.ops.aten.mul.Tensor(div_4, eq)
+    sgn: "f32[4, 2, 32]" = torch.ops.aten.sgn.default(view_2)
+    mul_22: "f32[4, 2, 32]" = torch.ops.aten.mul.Tensor(mul_21, sgn)
+    view_5: "f32[4, 64]" = torch.ops.aten.view.default(mul_22, [4, 64])
+    add_3: "f32[4, 64]" = torch.ops.aten.add.Tensor(mul_16, view_5)
+    _to_copy_9: "bf16[4, 64]" = torch.ops.aten._to_copy.default(add_3, dtype=torch.bfloat16)
+    return [mm, _to_copy_9, view_1, t_4]
+""")
+
+    def test_training_after_orthogonal(self) -> None:
+        """The exact mean of squares is computed in the backward alone."""
+        self.assertExpectedInline(graph(training=True, gradient="orthogonal").after, """\
+def forward(primals_1, primals_2, primals_3, tangents_1):
+    # primals_1: bf16[4, 64]
+    # primals_2: bf16[64]
+    # primals_3: bf16[32, 64]
+    # tangents_1: bf16[4, 32]
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(primals_1, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16)
+    getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
+    getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
+    getitem_6: "f32[4, 1]" = getitem(norm_cast_default, 2)
+    _to_copy_4: "f32[4, 64]" = torch.ops.aten._to_copy.default(primals_1, dtype=torch.float32)
+    mul_10: "f32[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy_4, getitem_6)
+    _to_copy_5: "bf16[4, 64]" = torch.ops.aten._to_copy.default(mul_10, dtype=torch.bfloat16)
+    mul_11: "bf16[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy_5, primals_2)
+    # linear
+    t: "bf16[64, 32]" = torch.ops.aten.t.default(primals_3)
+    dequantize_default: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, torch.bfloat16)
+    convert_element_type_default: "f32[32, 64]" = torch.ops.prims.convert_element_type.default(primals_3, torch.float32)
+    convert_element_type_default_1: "f32[64]" = torch.ops.prims.convert_element_type.default(primals_2, torch.float32)
+    mul_tensor: "f32[32, 64]" = torch.ops.aten.mul.Tensor(convert_element_type_default, convert_element_type_default_1)
+    cast_default_2 = torch.ops.mxnorm_pass.cast.default(mul_tensor, 32, torch.float8_e4m3fn, 'rceil')
+    getitem_7: "f8e4m3fn[32, 64]" = getitem(cast_default_2, 0)
+    getitem_8: "f8e8m0fnu[32, 2]" = getitem(cast_default_2, 1)
+    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_7, getitem_8, torch.bfloat16)
+    permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
+    mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default, permute_default)
+    # linear (backward)
+    t_1: "bf16[32, 4]" = torch.ops.aten.t.default(tangents_1)
+    mm_1: "bf16[32, 64]" = torch.ops.aten.mm.default(t_1, mul_11)
+    t_2: "bf16[64, 32]" = torch.ops.aten.t.default(mm_1)
+    t_3: "bf16[32, 64]" = torch.ops.aten.t.default(t)
+    mm_2: "bf16[4, 64]" = torch.ops.aten.mm.default(tangents_1, t_3)
+    t_4: "bf16[32, 64]" = torch.ops.aten.t.default(t_2)
+    #  (backward)
+    _to_copy_6: "f32[4, 64]" = torch.ops.aten._to_copy.default(primals_1, dtype=torch.float32)
+    mul_12: "f32[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy_6, getitem_6)
+    _to_copy_7: "bf16[4, 64]" = torch.ops.aten._to_copy.default(mul_12, dtype=torch.bfloat16)
+    mul_13: "bf16[4, 64]" = torch.ops.aten.mul.Tensor(mm_2, _to_copy_7)
+    mul_14: "bf16[4, 64]" = torch.ops.aten.mul.Tensor(mm_2, primals_2)
+    sum_3: "bf16[1, 64]" = torch.ops.aten.sum.dim_IntList(mul_13, [0], True)
+    view_1: "bf16[64]" = torch.ops.aten.view.default(sum_3, [64])
+    _to_copy_8: "f32[4, 64]" = torch.ops.aten._to_copy.default(mul_14, dtype=torch.float32, layout=torch.strided, device=cpu)
+    mul_15: "f32[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy_8, _to_copy_6)
+    mul_16: "f32[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy_8, getitem_6)
+    sum_4: "f32[4, 1]" = torch.ops.aten.sum.dim_IntList(mul_15, [1], True)
+    pow_4: "f32[4, 64]" = torch.ops.aten.pow.Tensor_Scalar(_to_copy_6, 2)
+    mean_1: "f32[4, 1]" = torch.ops.aten.mean.dim(pow_4, [-1], True)
+    add_2: "f32[4, 1]" = torch.ops.aten.add.Tensor(mean_1, 1e-06)
+    rsqrt_1: "f32[4, 1]" = torch.ops.aten.rsqrt.default(add_2)
+    neg: "f32[4, 1]" = torch.ops.aten.neg.default(getitem_6)
+    pow_5: "f32[4, 1]" = torch.ops.aten.pow.Tensor_Scalar(rsqrt_1, 2)
+    mul_17: "f32[4, 1]" = torch.ops.aten.mul.Tensor(neg, pow_5)
+    mul_18: "f32[4, 1]" = torch.ops.aten.mul.Tensor(mul_17, sum_4)
+    div_1: "f32[4, 1]" = torch.ops.aten.div.Tensor(mul_18, 64)
+    mul_19: "f32[4, 64]" = torch.ops.aten.mul.Tensor(_to_copy_6, div_1)
+    add_3: "f32[4, 64]" = torch.ops.aten.add.Tensor(mul_16, mul_19)
+    _to_copy_9: "bf16[4, 64]" = torch.ops.aten._to_copy.default(add_3, dtype=torch.bfloat16)
+    return [mm, _to_copy_9, view_1, t_4]
+""")
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_the_exact_rms_of_orthogonal_is_computed_in_the_backward_alone(inner, monkeypatch) -> None:
+    compiled: list[str] = []
+
+    def keep_code(compiler: Callable[..., object]) -> Callable[..., object]:
+        def keeping(gm: torch.fx.GraphModule, *args: object, **kwargs: object) -> object:
+            compiled.append(gm.print_readable(print_output=False))
+            return compiler(gm, *args, **kwargs)
+
+        return keeping
+
+    monkeypatch.setattr(debugging, "boxed_nop", keep_code(debugging.boxed_nop))
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", keep_code(compile_fx.compile_fx_inner))
+    model = build_llama(layers=1)
+    options = {"inner": inner, "gradient": "orthogonal"}
+    ids = token_ids()
+    torch.compile(model, backend="mxnorm", options=options)(ids, labels=ids).loss.backward()
+    forward, backward = compiled
+    # model.norm, which has no MX cast, keeps its mean of squares in the forward.
+    assert forward.count("torch.ops.mxnorm_pass.norm_cast") == 2
+    assert forward.count("torch.ops.aten.mean.dim") == 1
+    assert backward.count("torch.ops.aten.mean.dim") == 2
