@@ -21,12 +21,12 @@ from mxnorm_pass import Report, Site, SkipReason, functional
 # For ``pytestmark``: models that are not rewritten say so.
 expected_warnings = pytest.mark.filterwarnings("ignore::mxnorm_pass.MXNormWarning")
 in_both_modes = pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+
 WIDTH = 128
 EPS = 1e-5
 BF16, F32 = torch.bfloat16, torch.float32
 CONSUMERS = ("first", "second")
 NormFunction = Callable[[Tensor, Any, float], Tensor]
-
 
 # Relative norm of the difference of two gradients. Both come from the same formulas with sums in
 # another order: in fp32 a row of 128 terms is off by up to 128 * 2^-24 = 8e-6. In bf16 each
@@ -324,6 +324,8 @@ class Spelling:
         rounding = x.dtype if self.rounds else None
         options = {"eps": self.eps, "norm_dtype": rounding, **options}
         return reference(model, x, self.gain(model), **options)
+
+
 SPELLINGS = {
     "huggingface": Spelling(huggingface, rounds=True),
     "nn.RMSNorm": Spelling(None),

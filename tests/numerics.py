@@ -16,13 +16,16 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mxnorm_pass.config import Gradient
 from mxnorm_pass.formats import SCALE_MODES
-from mxnorm_pass.functional import rms_constant, rms_estimate
+from mxnorm_pass.functional import rms_constant
+
 U = 2.0**-24
 U64 = 2.0**-53
 EPS = 1e-6
 BLOCKS = WIDTH // BLOCK_SIZE
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
 GRADIENTS: tuple[Gradient, ...] = ("true", "orthogonal", "paper")
+
 all_gradients = pytest.mark.parametrize("gradient", GRADIENTS)
 all_inputs = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 all_modes = pytest.mark.parametrize("mode", SCALE_MODES)

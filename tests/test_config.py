@@ -17,12 +17,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._inductor import list_mode_options
 
-from mxnorm_pass.config import MXNormConfig, UnmatchedPattern, parse_options
+from mxnorm_pass.config import MXNormConfig, UnmatchedPattern
+
 ROOT = Path(__file__).resolve().parents[1]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-
 
 DEFAULTS: dict[str, Any] = {
     "estimator": "mxnorm",
@@ -260,6 +259,8 @@ def test_only_the_winning_rule_can_name_the_head() -> None:
 @pytest.mark.parametrize("name", ["output.dense", "lm_head.norm", "my_lm_head", "output_norm"])
 def test_the_head_rule_is_about_the_last_component_only(name: str) -> None:
     assert config().resolve(name).enabled
+
+
 NAME_PARTS = st.sampled_from(["a", "b", "0", "1", "norm", "lm_head", "output"])
 NAMES = st.lists(NAME_PARTS, min_size=1, max_size=3).map(".".join)
 PATTERNS = st.one_of(
@@ -341,6 +342,8 @@ def test_a_shadowed_pattern_is_not_unmatched() -> None:
 def test_without_names_every_pattern_is_unmatched() -> None:
     unmatched = config(modules={"*": True}).unmatched_patterns([])
     assert unmatched == [UnmatchedPattern("*", ())]
+
+
 DISTINCT: list[dict[str, Any]] = [
     {},
     {"estimator": "exact"},

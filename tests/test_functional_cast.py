@@ -6,7 +6,40 @@ from typing import Any
 
 import pytest
 import torch
-IMPORTS
+import torch.nn.functional as F
+from edge_cases import BLOCK_SIZE, EDGE_CASES, WIDTH, EdgeCase, bits_equal
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import (
+    E4M3,
+    E5M2,
+    EPS,
+    U,
+    all_edges,
+    all_elements,
+    all_inputs,
+    all_modes,
+    assert_bits_equal,
+    estimate_error,
+    gain,
+    inverse_rms64,
+    llama_norm,
+    normal,
+    with_and_without_weight,
+)
+from torch import Tensor
+
+from mxnorm_pass.config import Estimator
+from mxnorm_pass.formats import SCALE_MODES, ScaleMode
+from mxnorm_pass.functional import (
+    inverse_rms,
+    mx_cast,
+    mx_dequantize,
+    mx_linear,
+    mxnorm,
+    mxnorm_cast,
+)
+
 # (norm_dtype follows the input, norm_dtype is None): HuggingFace's rounding and F.rms_norm's.
 ROUNDINGS = {"huggingface": True, "rms_norm": False}
 

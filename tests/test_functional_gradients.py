@@ -6,7 +6,28 @@ from typing import Any
 
 import pytest
 import torch
-IMPORTS
+import torch.nn.functional as F
+from edge_cases import BLOCK_SIZE, WIDTH
+from numerics import (
+    BLOCKS,
+    EPS,
+    U64,
+    U,
+    all_gradients,
+    assert_bits_equal,
+    estimate_error,
+    gain,
+    gradients,
+    inverse_rms64,
+    normal,
+    rms_estimate64,
+    separated,
+    with_and_without_weight,
+)
+from torch import Tensor
+
+from mxnorm_pass.config import Estimator, Gradient
+from mxnorm_pass.functional import inverse_rms, mxnorm, mxnorm_vjp, rms_constant
 
 
 @with_and_without_weight

@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-IMPORTS
+import torch.nn.functional as F
+from edge_cases import BLOCK_SIZE, WIDTH, EdgeCase
+from numerics import (
+    BLOCKS,
+    EPS,
+    U64,
+    U,
+    all_edges,
+    all_gradients,
+    all_inputs,
+    assert_bits_equal,
+    estimate_error,
+    gain,
+    gradients,
+    llama_norm,
+    normal,
+    rms_estimate64,
+    ulps_apart,
+)
+from scipy import integrate, special
+from torch import Tensor
 
+from mxnorm_pass.config import Estimator, Gradient
+from mxnorm_pass.functional import (
+    inverse_rms,
+    mx_dequantize,
+    mxnorm,
+    mxnorm_cast,
+    mxnorm_vjp,
+    rms_constant,
+    rms_estimate,
+)
 
 # --- rms_constant ---------------------------------------------------------------------------
 
@@ -39,9 +70,7 @@ def test_rms_constant_against_the_density_of_the_maximum(p: float, block_size: i
     assert rms_constant(p, block_size) == pytest.approx(moment ** (1 / p), rel=4.1e-11, abs=0)
 
 
-@pytest.mark.parametrize(
-    "p", [0.05, 0.2, 0.75, 2.5, 40]
-)
+@pytest.mark.parametrize("p", [0.05, 0.2, 0.75, 2.5, 40])
 def test_rms_constant_of_single_elements(p: float) -> None:
     # E|z|^p = 2^(p/2) Gamma((p + 1) / 2) / sqrt(pi).
     log_moment = p / 2 * math.log(2) + math.lgamma((p + 1) / 2) - math.log(math.pi) / 2

@@ -8,12 +8,28 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-IMPORTS
+from matching import (
+    CONSUMERS,
+    EPS,
+    WIDTH,
+    Model,
+    assert_close,
+    assert_same_bits,
+    assert_skipped,
+    assert_untouched,
+    expected_warnings,
+    gradients,
+    inputs,
+    only_site,
+    run,
+    uncompiled,
+)
 from torch import Tensor, nn
 
 from mxnorm_pass import SkipReason, functional
 
 pytestmark = expected_warnings
+
 Cast = Callable[[Tensor], tuple[Tensor, Tensor]]
 INFINITE = 247  # the byte that the modes by exponent give to an infinite block
 

@@ -6,7 +6,32 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-IMPORTS
+from matching import (
+    EPS,
+    F32,
+    GRADIENT_TOLERANCE,
+    WIDTH,
+    Model,
+    Norm,
+    assert_fused,
+    assert_gradients,
+    assert_same_bits,
+    assert_untouched,
+    eps_outside_sqrt,
+    expected_warnings,
+    gemma,
+    gradients,
+    huggingface,
+    in_both_modes,
+    inputs,
+    layer_norm,
+    mean_over_tokens,
+    olmo,
+    reference,
+    rms_norm,
+    run,
+    sum_and_sqrt,
+)
 from torch import Tensor, nn
 
 import mxnorm_pass

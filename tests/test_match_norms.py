@@ -5,7 +5,39 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-IMPORTS
+from matching import (
+    BF16,
+    DTYPES,
+    F32,
+    GRADIENT_TOLERANCE,
+    WIDTH,
+    Model,
+    NormFunction,
+    Spelling,
+    assert_close,
+    assert_fused,
+    assert_gradients,
+    assert_same_bits,
+    assert_skipped,
+    assert_untouched,
+    eps_outside_sqrt,
+    expected_warnings,
+    gradients,
+    huggingface,
+    in_both_modes,
+    in_its_own_dtype,
+    inputs,
+    layer_norm,
+    mean_over_tokens,
+    mean_square,
+    narrowed_first,
+    only_site,
+    reference,
+    rms_norm,
+    run,
+    spellings,
+    uncompiled,
+)
 from torch import Tensor, nn
 
 from mxnorm_pass import SkipReason

@@ -3,11 +3,47 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-IMPORTS
+from matching import (
+    BF16,
+    CONSUMERS,
+    DTYPES,
+    EPS,
+    F32,
+    GRADIENT_TOLERANCE,
+    SPELLINGS,
+    WIDTH,
+    Model,
+    NormFunction,
+    Spelling,
+    assert_close,
+    assert_fused,
+    assert_gradients,
+    assert_same_bits,
+    assert_skipped,
+    assert_untouched,
+    cast_reference,
+    expected_warnings,
+    gradients,
+    in_both_modes,
+    in_its_own_dtype,
+    inputs,
+    mean_square,
+    narrowed_first,
+    olmo,
+    only_site,
+    power_without_keepdim,
+    reference,
+    run,
+    spellings,
+    two_upcasts,
+    uncompiled,
+)
 from reference import quantize_with_torchao
 from torch import Tensor, nn
 
@@ -337,9 +373,7 @@ def test_all_consumers_with_casts_of_their_own_off() -> None:
 
 @pytest.mark.parametrize("dtypes", list(DTYPES.values()), ids=list(DTYPES))
 @spellings("huggingface", "F.rms_norm", "olmo")
-def test_exact_changes_no_bit(
-    spelling: Spelling, dtypes: tuple[torch.dtype, torch.dtype]
-) -> None:
+def test_exact_changes_no_bit(spelling: Spelling, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     check_exact(spelling, *dtypes)
 
 

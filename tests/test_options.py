@@ -10,6 +10,8 @@ from torch._inductor import list_mode_options
 
 from mxnorm_pass.config import MXNormConfig, parse_options
 
+FIELDS = [f.name for f in dataclasses.fields(MXNormConfig)]
+
 
 def options_error(options: Any, mode: Any = None) -> str:
     with pytest.raises(ValueError) as caught:
