@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal
+
+from mxnorm_pass.report_page import render
 
 
 class SkipReason(Enum):
@@ -124,15 +129,19 @@ class Report:
     def from_json(cls, text: str) -> Report:
         return cls([_graph_from_dict(entry) for entry in json.loads(text)])
 
-    def save_html(self, path: str) -> None:
-        """Write the report as one self-contained HTML page.
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one self-contained HTML page: sites, and each graph as code.
 
         Raises:
-            NotImplementedError: always, in this version; use ``str()`` or :meth:`to_json`.
+            OSError: ``path`` cannot be written; what stood there before stays.
         """
-        raise NotImplementedError(
-            "Report.save_html is not available in this version; use str(report) or report.to_json()"
-        )
+        text = render(self.graphs)
+        target = Path(path)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=target.parent, delete=False, encoding="utf-8"
+        ) as file:
+            file.write(text)
+        os.replace(file.name, target)
 
 
 def _op_changes(graph: Graph) -> str:

@@ -22,7 +22,7 @@ LAYERS = [
     {"match.skip", "ops", "graph_code", "canonicalize"},
     {"functional", "graph_utils"},
     {"config", "report"},
-    {"formats"},
+    {"formats", "report_page"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 
