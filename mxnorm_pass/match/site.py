@@ -198,6 +198,7 @@ def _consumers(norm: Norm, read_by: Sequence[Reader], context: _Context) -> _Con
             weight = weight_cast(matmul, reader.cast, context.by_matmul)
             rounds_to = narrowest_dtype((norm.output, *reader.path))
             found.consumers.append(Consumer(matmul, reader, reader.cast, weight, rounds_to, own))
+    found.consumers.sort(key=lambda c: c.linear.matmul)
     return found
 
 
