@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 
@@ -10,6 +11,10 @@ import torch
 
 import mxnorm_pass
 from mxnorm_pass import backend
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers already fill the cores.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
