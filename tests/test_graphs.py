@@ -40,7 +40,9 @@ def graph(training: bool, **options: object) -> mxnorm_pass.Graph:
 
 class TestGraphs(expecttest.TestCase):
     def test_inference_before(self) -> None:
-        self.assertExpectedInline(graph(training=False).before, """\
+        self.assertExpectedInline(
+            graph(training=False).before,
+            """\
 def forward(arg0_1, arg1_1, arg2_1):
     # arg0_1: bf16[4, 64]
     # arg1_1: bf16[64]
@@ -57,10 +59,13 @@ def forward(arg0_1, arg1_1, arg2_1):
     t: "bf16[64, 32]" = torch.ops.aten.t.default(arg2_1)
     mm: "bf16[4, 32]" = torch.ops.aten.mm.default(mul_1, t)
     return (mm,)
-""")
+""",
+        )
 
     def test_inference_after_fold(self) -> None:
-        self.assertExpectedInline(graph(training=False).after, """\
+        self.assertExpectedInline(
+            graph(training=False).after,
+            """\
 def forward(arg0_1, arg1_1, arg2_1):
     # arg0_1: bf16[4, 64]
     # arg1_1: bf16[64]
@@ -80,10 +85,13 @@ def forward(arg0_1, arg1_1, arg2_1):
     permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
     mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default, permute_default)
     return (mm,)
-""")
+""",
+        )
 
     def test_inference_after_activation(self) -> None:
-        self.assertExpectedInline(graph(training=False, gain="activation").after, """\
+        self.assertExpectedInline(
+            graph(training=False, gain="activation").after,
+            """\
 def forward(arg0_1, arg1_1, arg2_1):
     # arg0_1: bf16[4, 64]
     # arg1_1: bf16[64]
@@ -100,10 +108,13 @@ def forward(arg0_1, arg1_1, arg2_1):
     permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
     mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default, permute_default)
     return (mm,)
-""")
+""",
+        )
 
     def test_inference_after_exact(self) -> None:
-        self.assertExpectedInline(graph(training=False, estimator="exact").after, """\
+        self.assertExpectedInline(
+            graph(training=False, estimator="exact").after,
+            """\
 def forward(arg0_1, arg1_1, arg2_1):
     # arg0_1: bf16[4, 64]
     # arg1_1: bf16[64]
@@ -120,10 +131,13 @@ def forward(arg0_1, arg1_1, arg2_1):
     permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
     mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default, permute_default)
     return (mm,)
-""")
+""",
+        )
 
     def test_training_before(self) -> None:
-        self.assertExpectedInline(graph(training=True).before, """\
+        self.assertExpectedInline(
+            graph(training=True).before,
+            """\
 def forward(primals_1, primals_2, primals_3, tangents_1):
     # primals_1: bf16[4, 64]
     # primals_2: bf16[64]
@@ -169,10 +183,13 @@ def forward(primals_1, primals_2, primals_3, tangents_1):
     add_1: "f32[4, 64]" = torch.ops.aten.add.Tensor(mul_5, mul_9)
     _to_copy_3: "bf16[4, 64]" = torch.ops.aten._to_copy.default(add_1, dtype=torch.bfloat16, layout=torch.strided, device=cpu)
     return [mm, _to_copy_3, view, t_4]
-""")
+""",
+        )
 
     def test_training_after_true(self) -> None:
-        self.assertExpectedInline(graph(training=True).after, """\
+        self.assertExpectedInline(
+            graph(training=True).after,
+            """\
 def forward(primals_1, primals_2, primals_3, tangents_1):
     # primals_1: bf16[4, 64]
     # primals_2: bf16[64]
@@ -246,11 +263,14 @@ def forward(primals_1, primals_2, primals_3, tangents_1):
     add_3: "f32[4, 64]" = torch.ops.aten.add.Tensor(mul_16, view_5)
     _to_copy_9: "bf16[4, 64]" = torch.ops.aten._to_copy.default(add_3, dtype=torch.bfloat16)
     return [mm, _to_copy_9, view_1, t_4]
-""")
+""",
+        )
 
     def test_training_after_orthogonal(self) -> None:
         """The exact mean of squares is computed in the backward alone."""
-        self.assertExpectedInline(graph(training=True, gradient="orthogonal").after, """\
+        self.assertExpectedInline(
+            graph(training=True, gradient="orthogonal").after,
+            """\
 def forward(primals_1, primals_2, primals_3, tangents_1):
     # primals_1: bf16[4, 64]
     # primals_2: bf16[64]
@@ -308,7 +328,8 @@ def forward(primals_1, primals_2, primals_3, tangents_1):
     add_3: "f32[4, 64]" = torch.ops.aten.add.Tensor(mul_16, mul_19)
     _to_copy_9: "bf16[4, 64]" = torch.ops.aten._to_copy.default(add_3, dtype=torch.bfloat16)
     return [mm, _to_copy_9, view_1, t_4]
-""")
+""",
+        )
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
