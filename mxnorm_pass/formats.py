@@ -16,6 +16,7 @@ from torch import Tensor
 ScaleMode = Literal["rceil", "floor", "ceil", "even"]
 SCALE_MODES: Final[tuple[ScaleMode, ...]] = get_args(ScaleMode)
 
+MX_BLOCK_SIZE: Final = 32
 E8M0_BIAS: Final = 127
 E8M0_NAN: Final = 255
 F32_MANTISSA_BITS: Final = 23
@@ -57,7 +58,7 @@ class MXFormat:
 
     elem_dtype: torch.dtype = torch.float8_e4m3fn
     scale_mode: ScaleMode = "rceil"
-    block_size: int = 32
+    block_size: int = MX_BLOCK_SIZE
 
     def __str__(self) -> str:
         elem = str(self.elem_dtype).removeprefix("torch.float8_")

@@ -23,7 +23,7 @@ from torch import fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.config import MXNormConfig
-from mxnorm_pass.formats import MXFormat
+from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat
 from mxnorm_pass.graph_utils import (
     aten,
     call,
@@ -36,7 +36,6 @@ from mxnorm_pass.graph_utils import (
 from mxnorm_pass.match.linear import CastIndex, PlainLinear, plain_linear, readers
 from mxnorm_pass.match.norm import Norm
 
-MX_BLOCK_SIZE = 32
 _LINEAR_DTYPES = (torch.bfloat16, torch.float32)
 
 

@@ -35,6 +35,7 @@ from mxnorm_pass.graph_utils import (
 )
 from mxnorm_pass.match import FusedCast, Fusion
 from mxnorm_pass.match.backward import NormBackward
+from mxnorm_pass.match.cast import Cast
 from mxnorm_pass.match.linear import Consumer, WeightCast, cast_use
 from mxnorm_pass.match.norm import Norm, Rounding
 
@@ -89,8 +90,7 @@ def _redirect_casts(
         new_scales = _shared_view(graph, at, scales, cast.scales, views)
         use = cast_use(cast)
         if all(m.matmul in matmuls for m in use.matmuls):
-            cast.values.replace_all_uses_with(new_values)
-            cast.scales.replace_all_uses_with(new_scales)
+            _replace_cast(cast, new_values, new_scales)
             continue
         replaced = {cast.values: new_values, cast.scales: new_scales}
         for matmul in use.matmuls:
@@ -98,19 +98,29 @@ def _redirect_casts(
                 _clone_dequantization(graph, matmul.slice, matmul.matmul, replaced)
 
 
+def _replace_cast(cast: Cast, values: fx.Node, scales: fx.Node) -> None:
+    for old, new in ((cast.values, values), (cast.scales, scales)):
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in cast.nodes)
+
+
 def _shared_view(
     graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node, views: dict[object, fx.Node]
 ) -> fx.Node:
-    """``node`` in the shape and byte type of ``like``, made once for all who ask for it."""
+    """:func:`_byte_view`, made once for all who ask for the same one."""
     target = tensor_of(like)
     assert target is not None
     key = (node, str(tuple(target.shape)), target.dtype)
     if key not in views:
-        view = reshape_like(graph, at, node, like)
-        if target.dtype == torch.uint8:
-            view = call(graph, at, aten.view.dtype, view, torch.uint8)
-        views[key] = view
+        views[key] = _byte_view(graph, at, node, like)
     return views[key]
+
+
+def _byte_view(graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node) -> fx.Node:
+    """``node`` in the shape and dtype of ``like``: scales may be read as E8M0 or as bytes."""
+    view = reshape_like(graph, at, node, like)
+    if dtype_of(view) == dtype_of(like):
+        return view
+    return call(graph, at, aten.view.dtype, view, dtype_of(like))
 
 
 def _clone_dequantization(
@@ -139,14 +149,13 @@ def _fold_gain(graph: fx.Graph, fusion: Fusion) -> None:
         at = weight.cast.values
         with graph.inserting_before(at):
             values, scales = _cast_scaled_weight(graph, at, weight, gain)
-            new_values = reshape_like(graph, at, values, weight.cast.values)
-            new_scales = reshape_like(graph, at, scales, weight.cast.scales)
+            new_values = _byte_view(graph, at, values, weight.cast.values)
+            new_scales = _byte_view(graph, at, scales, weight.cast.scales)
         if gain > at:
             stable_topological_sort(graph)
         use = cast_use(weight.cast)
         if all(m.matmul is matmul for m in use.matmuls):
-            weight.cast.values.replace_all_uses_with(new_values)
-            weight.cast.scales.replace_all_uses_with(new_scales)
+            _replace_cast(weight.cast, new_values, new_scales)
             continue
         replaced = {weight.cast.values: new_values, weight.cast.scales: new_scales}
         for other in use.matmuls:

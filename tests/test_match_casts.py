@@ -222,6 +222,35 @@ def floor_of_float32_log2(absmax: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class ByteScale(HandCast):
+    """The scales stay bytes and are never called E8M0."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, scales = super().__call__(x)
+        return values, scales.view(torch.uint8)
+
+
+class BareByteScale(HandCast):
+    """As :class:`ByteScale`, with no bitcast in the graph at all."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = self.blocks(x)
+        byte = self.exponent(blocks.abs().amax(-1, keepdim=True))
+        return self.elements(blocks, byte).view(x.shape), byte.squeeze(-1)
+
+
+@pytest.mark.parametrize("gain", ["fold", "activation"])
+@pytest.mark.parametrize("kind", [ByteScale, BareByteScale])
+def test_scales_that_are_read_as_bytes(kind: type[HandCast], gain: str) -> None:
+    model, x = hand_cast_model(kind(floor_by_bits)), inputs(scale=1.0)
+    same = hand_cast_model(HandCast(floor_by_bits))
+    got, report = run(model, x, quantize="existing", gain=gain)
+    site = only_site(report)
+    assert (site.status, site.gain) == ("fused", gain), str(site)
+    assert site.format == "mxfp8 e4m3fn floor block 32"
+    assert_same_bits(got, run(same, x, quantize="existing", gain=gain)[0])
+
+
 class Float32Scale(HandCast):
     """The scale of a block is a float32 power of two, not a byte."""
 

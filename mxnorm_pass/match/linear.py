@@ -198,6 +198,9 @@ def cast_use(cast: Cast) -> CastUse:
                 return CastUse(escape=node)
             holds[node] = held
         for user in forward_users(node):
+            if user in cast.nodes:
+                # The cast itself reads its scales to scale the elements.
+                continue
             if is_matmul(user):
                 matmuls[user] = None
             elif user not in inputs and user not in holds:

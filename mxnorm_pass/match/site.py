@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
 from torch import fx
 
 from mxnorm_pass.config import Estimator, Gradient, MXNormConfig
-from mxnorm_pass.formats import MXFormat
+from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat
 from mxnorm_pass.graph_utils import same_size, tensor_of
 from mxnorm_pass.match.backward import (
     BackwardIndex,
@@ -245,8 +245,9 @@ def _no_cast(norm: Norm, context: _Context) -> Skip:
         if node in context.unknown:
             unknown = context.unknown[node]
             return Skip(SkipReason.CAST_NOT_RECOGNIZED, unknown.detail, unknown.source)
-    if norm.width % 32:
-        return Skip(SkipReason.WIDTH, f"width {norm.width}, block size 32", norm.output)
+    if norm.width % MX_BLOCK_SIZE:
+        detail = f"width {norm.width}, block size {MX_BLOCK_SIZE}"
+        return Skip(SkipReason.WIDTH, detail, norm.output)
     return Skip(SkipReason.NO_MX_CAST, "", norm.output)
 
 
@@ -302,16 +303,7 @@ def _with_backward(fusion: Fusion, read_by: Sequence[Reader], context: _Context)
         split = split_cotangent(backward.cotangent, own, shared)
     paths = chain.from_iterable(c.reader.path for c in fusion.consumers)
     reads = backward_readers(dict.fromkeys((fusion.norm.output, *paths)), own)
-    return Fusion(
-        norm=fusion.norm,
-        consumers=fusion.consumers,
-        config=fusion.config,
-        gain=fusion.gain,
-        exclusive=fusion.exclusive,
-        backward=backward,
-        cotangent=split,
-        backward_reads=tuple(reads),
-    )
+    return replace(fusion, backward=backward, cotangent=split, backward_reads=tuple(reads))
 
 
 def _shared_cast(fusion: Fusion) -> Cast | None:
