@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ def _statement(node: fx.Node) -> str:
     return f"{node.name}{_annotation(node)} = {_target(node.target)}({', '.join(arguments)})"
 
 
+@cache
 def _target(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return f"torch.ops.{target}"
@@ -56,13 +58,15 @@ def _annotation(node: fx.Node) -> str:
 def _type(node: fx.Node) -> str:
     value = node.meta.get("val")
     if isinstance(value, Tensor):
-        return f"{dtype_abbrs[value.dtype]}[{', '.join(map(str, value.shape))}]"
+        return f"{dtype_abbrs[value.dtype]}{list(value.shape)}"
     return ""
 
 
 def _text(value: Any) -> str:
     if isinstance(value, fx.Node):
         return value.name
+    if isinstance(value, (int, float, str)):
+        return repr(value)
     if isinstance(value, list):
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, tuple):

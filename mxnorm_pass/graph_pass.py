@@ -17,6 +17,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from mxnorm_pass import ops
+from mxnorm_pass.canonicalize import remove_dead
 from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.graph_code import graph_code
 from mxnorm_pass.graph_utils import SubgraphCache, input_position, is_backward, module_path
@@ -82,7 +83,7 @@ def run_pass(
         rewrite(graph, fusion, subgraphs)
     changed = bool(fusions) or inserted > 0
     if changed:
-        graph.eliminate_dead_code()
+        remove_dead(graph)
         graph.lint()
     result = Graph(
         name="training" if any(map(is_backward, graph.nodes)) else "inference",
