@@ -118,7 +118,7 @@ def test_backward_that_reads_e8m0() -> None:
     x = torch.randn(7, 37, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(_scaled, backend=_backend())
     (grad, scale), code = run_and_get_code(_grad, compiled, x)
-    assert len(code) == 2 and all("float8_e8m0fnu" in c for c in code)
+    assert len(code) == 2 and all("e8m0fnu" in c for c in code)
     want_grad, want_scale = _grad(_scaled, x)
     torch.testing.assert_close(grad, want_grad)
     assert _same_bytes(scale, want_scale)
