@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,17 +144,15 @@ class MXNormPass(CustomGraphPass):
         self._parameters = parameters
         self._on_result = on_result
         self._decompositions = decompositions
-        self._lock = threading.Lock()
 
     def __call__(self, graph: fx.Graph) -> None:
-        with self._lock:
-            result = run_pass(
-                graph,
-                self.config,
-                tensor_subclass=self._tensor_subclass,
-                parameters=self._parameters,
-                decompositions=self._decompositions,
-            )
+        result = run_pass(
+            graph,
+            self.config,
+            tensor_subclass=self._tensor_subclass,
+            parameters=self._parameters,
+            decompositions=self._decompositions,
+        )
         if self._on_result is not None:
             self._on_result(result)
 

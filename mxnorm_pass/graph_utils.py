@@ -161,6 +161,11 @@ def seq_nr(node: fx.Node) -> int | None:
     return number if isinstance(number, int) else None
 
 
+def seq_nrs(nodes: Iterable[fx.Node]) -> frozenset[int]:
+    """The autograd numbers of the nodes that have one."""
+    return frozenset(n for n in map(seq_nr, nodes) if n is not None)
+
+
 def input_position(node: fx.Node) -> int | None:
     """Position of a graph input among those that AOTAutograd was given, None if it has none."""
     position = getattr(node.meta.get("desc"), "idx", None)

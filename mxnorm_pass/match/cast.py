@@ -67,7 +67,6 @@ class Cast:
         values: node of float8 elements, in ``source``'s row-major order.
         scales: node of one E8M0 scale (or its byte) per block, row-major.
         format: what it computes.
-        source_dtype: dtype that is cast.
         nodes: everything from ``source`` (excluded) to values and scales.
     """
 
@@ -75,7 +74,6 @@ class Cast:
     values: fx.Node
     scales: fx.Node
     format: MXFormat
-    source_dtype: torch.dtype
     nodes: frozenset[fx.Node]
 
 
@@ -110,7 +108,6 @@ def _own_cast(node: fx.Node) -> Cast:
         values=outputs[0],
         scales=outputs[1],
         format=MXFormat(elem_dtype, scale_mode, block_size),  # type: ignore[arg-type]
-        source_dtype=dtype_of(source),
         nodes=frozenset((node, *node.users)),
     )
 
@@ -134,7 +131,7 @@ def _match_region(values: fx.Node) -> Cast | UnknownCast | None:
         return UnknownCast(blocks, f"the cast to {values.name} matches no MX scale mode")
     last_values, last_scales = _last_view(values), _last_view(scales.node)
     nodes = frozenset((*full.nodes, last_values, last_scales))
-    return Cast(blocks, last_values, last_scales, fmt, value.dtype, nodes)
+    return Cast(blocks, last_values, last_scales, fmt, nodes)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from mxnorm_pass.graph_utils import (
     module_path,
     prims,
     same_size,
-    seq_nr,
     strip,
     tensor_of,
 )
@@ -311,10 +310,6 @@ def narrowest_dtype(nodes: Iterable[fx.Node]) -> torch.dtype | None:
     """The one dtype below float32 among the nodes', float32 without any, None for several."""
     narrow = {t.dtype for t in map(tensor_of, nodes) if t is not None} - {torch.float32}
     return next(iter(narrow), torch.float32) if len(narrow) <= 1 else None
-
-
-def forward_seq_nrs(nodes: Iterable[fx.Node]) -> frozenset[int]:
-    return frozenset(n for n in map(seq_nr, nodes) if n is not None)
 
 
 @dataclass(frozen=True)

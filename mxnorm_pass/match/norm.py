@@ -27,7 +27,7 @@ from mxnorm_pass.graph_utils import (
     module_path,
     same_shape,
     same_size,
-    seq_nr,
+    seq_nrs,
     strip,
     tensor_of,
 )
@@ -84,7 +84,7 @@ class Norm:
 
     @property
     def seq_nrs(self) -> frozenset[int]:
-        return frozenset(n for n in map(seq_nr, self.nodes) if n is not None)
+        return seq_nrs(self.nodes)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import fx
 
 from mxnorm_pass.config import Estimator, Gradient, MXNormConfig
 from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat
-from mxnorm_pass.graph_utils import same_size, tensor_of
+from mxnorm_pass.graph_utils import same_size, seq_nrs, tensor_of
 from mxnorm_pass.match.backward import (
     BackwardIndex,
     CotangentSplit,
@@ -27,7 +27,6 @@ from mxnorm_pass.match.linear import (
     Reader,
     cast_use,
     casts_by_matmul,
-    forward_seq_nrs,
     narrowest_dtype,
     plain_linear,
     readers,
@@ -194,7 +193,7 @@ def _consumers(norm: Norm, read_by: Sequence[Reader], context: _Context) -> _Con
         if use.escape is not None:
             found.escapes.append(use.escape)
         for matmul in use.matmuls:
-            own = forward_seq_nrs([*reader.path, *matmul.slice, matmul.matmul])
+            own = seq_nrs([*reader.path, *matmul.slice, matmul.matmul])
             weight = weight_cast(matmul, reader.cast, context.by_matmul)
             rounds_to = narrowest_dtype((norm.output, *reader.path))
             found.consumers.append(Consumer(matmul, reader, reader.cast, weight, rounds_to, own))
@@ -322,6 +321,6 @@ def _seq_nrs(fusion: Fusion, read_by: Sequence[Reader]) -> tuple[frozenset[int],
     if not fusion.exclusive:
         for reader in read_by:
             if reader.cast not in casts:
-                others |= forward_seq_nrs([*reader.path, reader.node])
+                others |= seq_nrs([*reader.path, reader.node])
     shared = fused & others
     return fused - shared, shared
