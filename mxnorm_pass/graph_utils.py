@@ -99,6 +99,10 @@ def is_view(node: fx.Node) -> bool:
     return source is not None and result is not None and same_size(source.numel(), result.numel())
 
 
+def is_expand(node: fx.Node) -> bool:
+    return is_call(node, (aten.expand.default,))
+
+
 def is_transpose(node: fx.Node) -> bool:
     """Does the node swap the dimensions of a matrix?"""
     value = tensor_of(node)
@@ -131,6 +135,28 @@ def strip(node: fx.Node, *through: Callable[[fx.Node], bool]) -> fx.Node:
     while any(see(node) for see in through):
         node = node.args[0]  # type: ignore[assignment]
     return node
+
+
+_SAME_VALUE_DEPTH = 8
+
+
+def same_value(a: Any, b: Any, depth: int = _SAME_VALUE_DEPTH) -> bool:
+    """Are two nodes one, or equal computations of the same nodes? False where that is unclear."""
+    if a is b:
+        return True
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same_value(x, y, depth) for x, y in zip(a, b, strict=True))
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return type(a) is type(b) and bool(a == b)
+    if depth == 0 or a.op != "call_function" or b.op != "call_function" or a.target != b.target:
+        return False
+    if torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ()):
+        return False
+    return (
+        a.kwargs.keys() == b.kwargs.keys()
+        and same_value(a.args, b.args, depth - 1)
+        and all(same_value(a.kwargs[k], b.kwargs[k], depth - 1) for k in a.kwargs)
+    )
 
 
 _STACK_PREFIX = re.compile(r"^[LG]\['[^']*'\]\.?")

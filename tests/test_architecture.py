@@ -20,6 +20,8 @@ LAYERS = [
     {"match.site"},
     {"match.backward", "match.linear"},
     {"match.cast", "match.norm"},
+    {"match.layer_norm"},
+    {"match.statistic"},
     {"match.skip", "ops", "graph_code", "canonicalize"},
     {"functional", "graph_utils"},
     {"config", "report"},

@@ -21,6 +21,7 @@ from mxnorm_pass.match.backward import (
     split_cotangent,
 )
 from mxnorm_pass.match.cast import Cast, UnknownCast, find_casts
+from mxnorm_pass.match.layer_norm import LayerNorm, find_layer_norms
 from mxnorm_pass.match.linear import (
     CastIndex,
     Consumer,
@@ -102,13 +103,14 @@ class Fusion:
 class Refusal:
     """A norm that stays as it is."""
 
-    norm: Norm
+    name: str
+    anchor: fx.Node
     skip: Skip
     consumers: tuple[str, ...] = ()
 
     def site(self) -> Site:
         return Site(
-            norm=self.norm.name,
+            norm=self.name,
             consumers=self.consumers,
             reason=self.skip.reason,
             detail=self.skip.detail,
@@ -131,7 +133,7 @@ def find_sites(
     config: MXNormConfig,
     tensor_subclass: str | None = None,
 ) -> list[Fusion | Refusal]:
-    """One fusion or refusal per norm, in the norms' order. Changes nothing.
+    """One fusion or refusal per norm, LayerNorms included, in graph order. Changes nothing.
 
     Args:
         tensor_subclass: name of a tensor subclass on whose inner tensors the graph works.
@@ -146,7 +148,23 @@ def find_sites(
         config=config,
         subclass=tensor_subclass,
     )
-    return [_find_site(norm, context) for norm in norms]
+    sites = [_find_site(norm, context) for norm in norms]
+    sites += [_refuse_layer_norm(norm, config) for norm in find_layer_norms(graph)]
+    return sorted(sites, key=_anchor)
+
+
+def _anchor(site: Fusion | Refusal) -> fx.Node:
+    return site.norm.anchor if isinstance(site, Fusion) else site.anchor
+
+
+def _refuse_layer_norm(norm: LayerNorm, config: MXNormConfig) -> Refusal:
+    enabled = config.resolve(norm.name).enabled
+    skip = Skip(SkipReason.LAYER_NORM) if enabled else _turned_off(norm.name, norm.anchor)
+    return Refusal(norm.name, norm.anchor, skip)
+
+
+def _turned_off(name: str, anchor: fx.Node) -> Skip:
+    return Skip(SkipReason.DISABLED, f"modules turns {name!r} off", anchor)
 
 
 def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
@@ -157,10 +175,10 @@ def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
     skip = _legality(norm, context, found, enabled, resolved.enabled)
     names = tuple(dict.fromkeys(c.name for c in found.consumers))
     if skip is not None:
-        return Refusal(norm, skip, names)
+        return _refuse(norm, skip, names)
     gain = _gain_mode(norm, enabled, resolved.config)
     if isinstance(gain, Skip):
-        return Refusal(norm, gain, names)
+        return _refuse(norm, gain, names)
     fusion = Fusion(
         norm=norm,
         consumers=enabled,
@@ -171,7 +189,11 @@ def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
     if fusion.estimator == "exact":
         return fusion
     complete = _with_backward(fusion, read_by, context)
-    return complete if isinstance(complete, Fusion) else Refusal(norm, complete, names)
+    return complete if isinstance(complete, Fusion) else _refuse(norm, complete, names)
+
+
+def _refuse(norm: Norm, skip: Skip, consumers: tuple[str, ...]) -> Refusal:
+    return Refusal(norm.name, norm.anchor, skip, consumers)
 
 
 @dataclass
@@ -212,7 +234,7 @@ def _legality(
     if context.subclass is not None:
         return Skip(SkipReason.DTENSOR, context.subclass, norm.anchor)
     if not norm_enabled:
-        return Skip(SkipReason.DISABLED, f"modules turns {norm.name!r} off", norm.anchor)
+        return _turned_off(norm.name, norm.anchor)
     if norm.problem is not None:
         return norm.problem
     if found.escapes:
