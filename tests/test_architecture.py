@@ -17,7 +17,7 @@ LAYERS = [
     {"graph_pass"},
     {"insert", "rewrite"},
     {"match"},
-    {"match.site"},
+    {"match.site", "match.router"},
     {"match.backward", "match.linear"},
     {"match.cast", "match.norm"},
     {"match.layer_norm"},

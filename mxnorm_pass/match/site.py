@@ -244,7 +244,7 @@ def _legality(
         off = [name for name in found.plain if context.config.turns_off(name)]
         if off:
             return Skip(SkipReason.DISABLED, f"consumers off: {', '.join(off)}", norm.output)
-        return _no_cast(norm, context)
+        return _no_cast(norm, found, context)
     if not enabled:
         names = ", ".join(dict.fromkeys(c.name for c in found.consumers))
         return Skip(SkipReason.DISABLED, f"every consumer is off: {names}", norm.output)
@@ -258,7 +258,7 @@ def _legality(
     return None
 
 
-def _no_cast(norm: Norm, context: _Context) -> Skip:
+def _no_cast(norm: Norm, found: _Consumers, context: _Context) -> Skip:
     pending = [norm.output]
     for reader in readers(norm.output, CastIndex.of(())):
         pending += [*reader.path, reader.node]
@@ -269,7 +269,9 @@ def _no_cast(norm: Norm, context: _Context) -> Skip:
     if norm.width % MX_BLOCK_SIZE:
         detail = f"width {norm.width}, block size {MX_BLOCK_SIZE}"
         return Skip(SkipReason.WIDTH, detail, norm.output)
-    return Skip(SkipReason.NO_MX_CAST, "", norm.output)
+    linears = ", ".join(dict.fromkeys(found.plain))
+    detail = f"linears without a cast: {linears}" if linears else ""
+    return Skip(SkipReason.NO_MX_CAST, detail, norm.output)
 
 
 def _gain_mode(
