@@ -103,7 +103,7 @@ def rms_norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def randomise_gains(model: nn.Module) -> None:
-    """Gains away from 1, so that one that is dropped shows; weights start at 1, or at 0 as 1 + w."""
+    """Gains away from 1, so that a dropped one shows; weights start at 1, or at 0 as 1 + w."""
     random = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for norm in rms_norms(model).values():
