@@ -2,74 +2,41 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections import Counter
-from pathlib import Path
-from types import ModuleType
-from typing import Any
-
 import pytest
 import torch
-from functional_mode import FunctionalMode, randomise_gains
-from torch import Tensor, nn
+from architectures import (
+    BF16,
+    F32,
+    NOTHING_TO_FUSE,
+    ROOT,
+    assert_sites_are_the_norms_that_ran,
+    build,
+    compiled,
+    every_model,
+    expected_warnings,
+    models,
+    outputs_of,
+    same_bits,
+)
+from functional_mode import FunctionalMode, NormRule, rms_norms
 
 import mxnorm_pass
-from mxnorm_pass import Report, SkipReason
+from mxnorm_pass import SkipReason
 
-ROOT = Path(__file__).resolve().parents[1]
+pytestmark = expected_warnings
 
-
-def load_example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+README = ROOT / "README.md"
+ONE_PLUS = {"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"}
+# Those that round to the input's dtype after the gain alone; all others do so before it, too.
+LATE_CAST = {*ONE_PLUS, "Olmo2RMSNorm", "GptOssRMSNorm", "RMSNorm"}
 
 
-models = load_example("models")
-
-F32, BF16 = torch.float32, torch.bfloat16
-# A model whose layers have no norm in front of a linear, or no RMSNorm.
-NOTHING_TO_FUSE = {"OLMo-2", "GPT-2 (LayerNorm)"}
-
-pytestmark = pytest.mark.filterwarnings("ignore::mxnorm_pass.MXNormWarning")
-every_model = pytest.mark.parametrize("name", models.ARCHITECTURES)
-
-
-def build(name: str, dtype: torch.dtype) -> nn.Module:
-    model: nn.Module = models.build(name, dtype)
-    randomise_gains(model)
-    return model
-
-
-def outputs_of(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-    output = model(**inputs)
-    return (output,) if isinstance(output, Tensor) else output.to_tuple()
-
-
-def compiled(model: nn.Module, **options: Any) -> Any:
-    torch._dynamo.reset()
-    return torch.compile(model, backend="mxnorm", options={"inner": "aot_eager", **options})
-
-
-def assert_sites_are_the_norms_that_ran(report: Report, mode: FunctionalMode) -> None:
-    rms = [s for s in report.sites if s.reason is not SkipReason.LAYER_NORM]
-    assert Counter(s.norm for s in rms) == Counter(mode.calls)
-    assert len(report.sites) - len(rms) == mode.layer_norm_calls
-    assert {s.norm: list(s.consumers) for s in report.fused} == mode.linears
-    assert {s.reason for s in report.skipped} <= {SkipReason.NO_MX_CAST, SkipReason.LAYER_NORM}
-
-
-def same_bits(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-    return len(a) == len(b) and all(map(torch.equal, a, b))
-
-
-@pytest.mark.parametrize("dtype, estimator", [(F32, "mxnorm"), (BF16, "mxnorm"), (BF16, "exact")])
+@pytest.mark.parametrize(
+    "dtype, estimator", [(F32, "mxnorm"), (BF16, "mxnorm"), (BF16, "exact")], ids=str
+)
 @every_model
 @torch.no_grad()
-def test_logits_are_those_of_functional(name, dtype, estimator) -> None:
+def test_outputs_are_those_of_functional(name, dtype, estimator) -> None:
     """With the exact RMS: those of the uncompiled model with the same casts."""
     model = build(name, dtype)
     inputs = models.example_inputs(model)
@@ -81,3 +48,61 @@ def test_logits_are_those_of_functional(name, dtype, estimator) -> None:
     assert_sites_are_the_norms_that_ran(report, mode)
     assert bool(mode.linears) == (name not in NOTHING_TO_FUSE)
     assert same_bits(outputs_of(model, inputs), want) == (name in NOTHING_TO_FUSE)
+
+
+@every_model
+def test_rules_of_the_norm_classes(name) -> None:
+    """The reference's norm is each class's own, bit for bit; `NormRule.of` fails otherwise."""
+    model = build(name, BF16)
+    for norm in rms_norms(model).values():
+        kind = type(norm).__name__
+        assert NormRule.of(norm) == NormRule(kind in ONE_PLUS, kind not in LATE_CAST)
+
+
+@torch.no_grad()
+def test_graph_breaks_in_the_experts() -> None:
+    """The loop over experts depends on data: each graph reports the norms that it holds."""
+    model = build("Mixtral", F32)
+    model.set_experts_implementation("eager")
+    inputs = models.example_inputs(model)
+    with FunctionalMode(model, "mxnorm"):
+        want = outputs_of(model, inputs)
+    with mxnorm_pass.record() as report:
+        got = outputs_of(compiled(model), inputs)
+    assert same_bits(got, want)
+    assert len(report.graphs) > 1
+    # Both layers run one graph, and the final norm is in another.
+    (layer, final) = (graph for graph in report.graphs if graph.sites)
+    assert [site.status for site in layer.sites] == ["fused", "skipped"]
+    assert [site.reason for site in final.sites] == [SkipReason.NO_MX_CAST]
+
+
+@every_model
+def test_readme_has_the_row(name) -> None:
+    rows = models.table_in(README.read_text()).splitlines()
+    assert models.markdown([models.measure(name)]).splitlines()[-1] in rows
+
+
+def test_readme_has_a_row_for_each_architecture_in_order() -> None:
+    rows = models.table_in(README.read_text()).splitlines()
+    assert [row.split(" | ")[0].strip("| ") for row in rows[2:]] == list(models.ARCHITECTURES)
+
+
+def test_script_checks_and_writes_a_file(tmp_path, capsys) -> None:
+    path = tmp_path / "page.md"
+    path.write_text(f"before\n{models.BEGIN}\n\n{models.END}\nafter\n")
+    name = "torchtitan, nn.RMSNorm"
+    assert models.main([name, "--check", str(path)]) == 1
+    assert "out of date" in capsys.readouterr().out
+    assert models.main([name, "--write", str(path)]) == 0
+    assert models.main([name, "--check", str(path)]) == 0
+    before, *table, after = path.read_text().splitlines()
+    assert (before, after) == ("before", "after")
+    assert table[3] == f"| {name} | 5 | 4 | NO_MX_CAST: norm | 1 |"
+
+
+@pytest.mark.parametrize("arguments", [["no such model"], ["--check", "no_such_file.md"]])
+def test_script_refuses(arguments, capsys) -> None:
+    with pytest.raises(SystemExit):
+        models.main(arguments)
+    assert "no such" in capsys.readouterr().err.lower()
