@@ -5,15 +5,21 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -216,6 +222,13 @@ def call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
 def outputs_of(graph: fx.Graph, like: fx.Node, node: fx.Node) -> tuple[fx.Node, ...]:
     """One getitem node per output of a multi-output call."""
     return tuple(call(graph, like, operator.getitem, node, i) for i in range(len(node.meta["val"])))
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Leave the fake mode under which graphs are compiled."""
+    with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
+        yield
 
 
 class SubgraphCache:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from mxnorm_pass.config import Estimator, Gradient, MXNormConfig
-from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat
+from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat, ScaleLayout
 from mxnorm_pass.graph_utils import same_size, seq_nrs, tensor_of
 from mxnorm_pass.match.backward import (
     BackwardIndex,
@@ -44,6 +44,7 @@ class FusedCast:
 
     format: MXFormat
     out_dtype: torch.dtype
+    scale_layout: ScaleLayout
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Fusion:
     def cast_of(self, consumer: Consumer) -> FusedCast:
         output = tensor_of(self.norm.output)
         assert output is not None
-        return FusedCast(consumer.cast.format, consumer.rounds_to or output.dtype)
+        layout: ScaleLayout = "blocked" if consumer.linear.blocked_scales else "row-major"
+        return FusedCast(consumer.cast.format, consumer.rounds_to or output.dtype, layout)
 
     def site(self) -> Site:
         return Site(
