@@ -217,7 +217,7 @@ def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
     statistic = found.statistic
     in_float32 = (start.squared, start.squares, start.statistic.node, statistic.node)
     canonical = (
-        start.squared is found.x
+        found.x in (start.squared, x)
         and found.gain is None
         and all(dtype_of(n) == torch.float32 for n in in_float32 if n is not None)
         and start.statistic.node.target in _MEANS
@@ -243,15 +243,20 @@ def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
 
 
 def _exclusive_upcasts(start: _SumOfSquares, found: _Normalization) -> tuple[fx.Node, ...]:
-    """The casts of x to float32, if they serve the norm alone and lose nothing."""
-    casts = tuple(dict.fromkeys((start.squared, found.x)))
+    """The casts between x and what is squared or scaled, if they lose nothing.
+
+    Such a cast serves the norm alone. The mean may read float32 where the product reads x itself.
+    """
+    operands = tuple(dict.fromkeys((start.squared, found.x)))
     readers = {found.node, found.scaled, start.squares, start.statistic.node}
-    for cast in casts:
-        if not is_dtype_cast(cast) or is_narrowing(cast):
-            return ()
-        if not readers.issuperset(forward_users(cast)):
-            return ()
-    sources = {cast.args[0] for cast in casts}
+    casts = tuple(
+        node
+        for node in operands
+        if is_dtype_cast(node)
+        and not is_narrowing(node)
+        and readers.issuperset(forward_users(node))
+    )
+    sources = {node.args[0] if node in casts else node for node in operands}
     return casts if len(sources) == 1 else ()
 
 
