@@ -1,0 +1,163 @@
+"""The pass as a function on an exported program, for graphs that torch.compile does not see."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from mxnorm_pass import ops
+from mxnorm_pass.announce import announce
+from mxnorm_pass.config import MXNormConfig, parse_options
+from mxnorm_pass.graph_pass import foreign_subclass, run_pass
+from mxnorm_pass.graph_utils import aten, clean_module_path, prims
+from mxnorm_pass.match.linear import mark_inputs
+
+_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+# Composite ops that backends match as one: the pass reads the first two and needs none open.
+_KEPT_WHOLE = frozenset({"linear", "matmul", "scaled_dot_product_attention"})
+
+
+def apply(
+    exported_program: ExportedProgram,
+    config: MXNormConfig | Mapping[str, Any] | None = None,
+    *,
+    decompose: bool = False,
+) -> ExportedProgram:
+    """Rewrite the RMSNorms of an exported program, as ``backend="mxnorm"`` does in torch.compile.
+
+    ``torch.export.export(model, args)`` -> ``apply`` -> ``.module()``, ``torch.export.save``,
+    ``torch.compile``, AOTInductor. Reports and warnings are those of the backend: open
+    :func:`mxnorm_pass.record` around the call.
+
+    The result is functional ATen, for inference: composite ops are decomposed (``rms_norm`` must
+    be seen in its parts) other than ``linear``, ``matmul`` and ``scaled_dot_product_attention``.
+    It shares weights and constants with the given program, which is not changed. Where nothing
+    is rewritten the result is a copy of the given program, with nothing decomposed.
+
+    Args:
+        exported_program: of ``torch.export``, before or after ``run_decompositions``.
+        config: options of the rewrite, or a mapping of them; None for the defaults.
+        decompose: write the ATen ops of ``mxnorm_pass::norm_cast``, ``cast`` and ``dequantize``
+            into the program in their place, with the same bits. AOTInductor and other runtimes
+            need it; a program with the ops loads only after ``import mxnorm_pass.ops``.
+
+    Raises:
+        TypeError: the program is no ExportedProgram, or ``config`` is none of the above.
+        ValueError: an option is unknown, wrong or one for a compiler; the program has a backward.
+    """
+    _check_program(exported_program)
+    options = _config(config)
+    program = exported_program.run_decompositions(_decompositions())
+    graph = program.graph
+    _drop_metadata_checks(graph)
+    mark_inputs(graph, _weight_names(program))
+    tensors = (*exported_program.state_dict.values(), *exported_program.constants.values())
+    result = run_pass(graph, options, tensor_subclass=foreign_subclass(tensors))
+    announce(result, options, _module_names(graph))
+    decomposed = ops.decompose(graph, {}) if decompose else 0
+    if not decomposed and result.graph.before == result.graph.after:
+        return _copy(exported_program)
+    _use_aten_casts(graph)
+    graph.lint()
+    program.graph_module.recompile()
+    program.validate()
+    return program
+
+
+def _check_program(program: object) -> None:
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(
+            f"mxnorm_pass.apply takes a torch.export.ExportedProgram, not {type(program).__name__}: "
+            "export the model first, torch.export.export(model, args), or compile it with "
+            "torch.compile(model, backend='mxnorm')"
+        )
+    if program.graph_signature.backward_signature is not None:
+        raise ValueError(
+            "mxnorm_pass.apply takes a program for inference, and this one holds a backward: "
+            "export the forward alone, or train with torch.compile(model, backend='mxnorm')"
+        )
+
+
+def _config(config: MXNormConfig | Mapping[str, Any] | None) -> MXNormConfig:
+    if isinstance(config, MXNormConfig):
+        parsed, for_compilers = config, []
+    elif config is None or isinstance(config, Mapping):
+        options = parse_options(config)
+        parsed, for_compilers = options.config, sorted(options.inductor)
+    else:
+        raise TypeError(
+            f"config={config!r} is not valid: expected an MXNormConfig, a mapping of its fields "
+            "or None"
+        )
+    for_compilers += [name for name in ("inner",) if parsed.inner != MXNormConfig.inner]
+    for_compilers += [name for name in ("freezing",) if parsed.freezing]
+    if for_compilers:
+        names = ", ".join(map(repr, dict.fromkeys(for_compilers)))
+        raise ValueError(
+            f"config sets {names}, and mxnorm_pass.apply compiles nothing: leave that out and give "
+            "it to what compiles the returned program"
+        )
+    return parsed
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Of composite ops: norms and casts are spelled in all of them (``rms_norm``, ``type_as``)."""
+    table = torch.export.default_decompositions()
+    return {op: function for op, function in table.items() if _is_open(op)}
+
+
+def _is_open(op: Any) -> bool:
+    namespace, _, name = op._schema.name.partition("::")
+    if namespace != "aten" or name in _KEPT_WHOLE:
+        return False
+    key = "CompositeImplicitAutograd"
+    return name == "_fused_rms_norm" or torch._C._dispatch_has_kernel_for_dispatch_key(
+        op.name(), key
+    )
+
+
+def _drop_metadata_checks(graph: fx.Graph) -> None:
+    """Export notes the dtype in front of each ``to``: a reader to the matcher, and known here."""
+    target = aten._assert_tensor_metadata.default
+    for node in graph.find_nodes(op="call_function", target=target):
+        graph.erase_node(node)
+
+
+def _weight_names(program: ExportedProgram) -> frozenset[str]:
+    specs = program.graph_signature.input_specs
+    return frozenset(spec.arg.name for spec in specs if spec.kind in _WEIGHTS)
+
+
+def _module_names(graph: fx.Graph) -> tuple[str, ...]:
+    stacks = (node.meta.get("nn_module_stack") or {} for node in graph.nodes)
+    paths = dict.fromkeys(entry[0] for stack in stacks for entry in stack.values())
+    return tuple(sorted(filter(None, map(clean_module_path, paths))))
+
+
+def _use_aten_casts(graph: fx.Graph) -> None:
+    """The rewrite writes a prim, as Inductor's graphs do; exported programs hold ATen."""
+    for node in graph.find_nodes(op="call_function", target=prims.convert_element_type.default):
+        source, dtype = node.args
+        node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+
+
+def _copy(program: ExportedProgram) -> ExportedProgram:
+    """A program of its own graph that shares the weights."""
+    graph_module = copy.deepcopy(program.graph_module)
+    return ExportedProgram(
+        root=graph_module,
+        graph=graph_module.graph,
+        graph_signature=copy.deepcopy(program.graph_signature),
+        state_dict=dict(program.state_dict),
+        range_constraints=dict(program.range_constraints),
+        module_call_graph=copy.deepcopy(program.module_call_graph),
+        example_inputs=program.example_inputs,
+        constants=dict(program.constants),
+        verifiers=program.verifiers,
+    )
