@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 
 from mxnorm_pass import ops
 from mxnorm_pass.announce import announce
@@ -35,10 +37,11 @@ def apply(
     ``torch.compile``, AOTInductor. Reports and warnings are those of the backend: open
     :func:`mxnorm_pass.record` around the call.
 
-    The result is functional ATen, for inference: composite ops are decomposed (``rms_norm`` must
-    be seen in its parts) other than ``linear``, ``matmul`` and ``scaled_dot_product_attention``.
-    It shares weights and constants with the given program, which is not changed. Where nothing
-    is rewritten the result is a copy of the given program, with nothing decomposed.
+    The result is functional ATen, for inference: its parameters take no gradient. Composite ops
+    are decomposed (``rms_norm`` must be seen in its parts) other than ``linear``, ``matmul`` and
+    ``scaled_dot_product_attention``. The bodies of ``torch.cond`` and its like stay as they are.
+    The result shares weights and constants with the given program, which is not changed. Where
+    nothing is rewritten it is a copy of the given program, with nothing decomposed.
 
     Args:
         exported_program: of ``torch.export``, before or after ``run_decompositions``.
@@ -49,38 +52,45 @@ def apply(
 
     Raises:
         TypeError: the program is no ExportedProgram, or ``config`` is none of the above.
-        ValueError: an option is unknown, wrong or one for a compiler; the program has a backward.
+        ValueError: an option is unknown, wrong or one for a compiler; the program has a backward
+            or holds tensor subclasses other than torchao's.
     """
     _check_program(exported_program)
     options = _config(config)
-    program = exported_program.run_decompositions(_decompositions())
+    program = _functional(exported_program)
     graph = program.graph
     _drop_metadata_checks(graph)
     mark_inputs(graph, _weight_names(program))
-    tensors = (*exported_program.state_dict.values(), *exported_program.constants.values())
-    result = run_pass(graph, options, tensor_subclass=foreign_subclass(tensors))
+    result = run_pass(graph, options)
     announce(result, options, _module_names(graph))
     decomposed = ops.decompose(graph, {}) if decompose else 0
     if not decomposed and result.graph.before == result.graph.after:
-        return _copy(exported_program)
+        copied = _copied(exported_program.graph_module)
+        return _rebuilt(exported_program, copied, dict(exported_program.state_dict))
     _use_aten_casts(graph)
     graph.lint()
-    program.graph_module.recompile()
-    program.validate()
-    return program
+    state_dict = {name: _without_grad(value) for name, value in program.state_dict.items()}
+    return _rebuilt(program, program.graph_module, state_dict)
 
 
 def _check_program(program: object) -> None:
     if not isinstance(program, ExportedProgram):
         raise TypeError(
-            f"mxnorm_pass.apply takes a torch.export.ExportedProgram, not {type(program).__name__}: "
-            "export the model first, torch.export.export(model, args), or compile it with "
+            "mxnorm_pass.apply takes a torch.export.ExportedProgram, not "
+            f"{type(program).__name__}: export the model first with "
+            "torch.export.export(model, args), or compile it with "
             "torch.compile(model, backend='mxnorm')"
         )
     if program.graph_signature.backward_signature is not None:
         raise ValueError(
             "mxnorm_pass.apply takes a program for inference, and this one holds a backward: "
             "export the forward alone, or train with torch.compile(model, backend='mxnorm')"
+        )
+    subclass = foreign_subclass((*program.state_dict.values(), *program.constants.values()))
+    if subclass is not None:
+        raise ValueError(
+            f"mxnorm_pass.apply takes a program of plain or torchao tensors, and this one holds "
+            f"{subclass}s: export the model of one rank with its local tensors"
         )
 
 
@@ -104,6 +114,29 @@ def _config(config: MXNormConfig | Mapping[str, Any] | None) -> MXNormConfig:
             "it to what compiles the returned program"
         )
     return parsed
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """The program traced anew into functional ATen; module names and signature stay."""
+    traceable = _rebuilt(program, _copied(program.graph_module), program.state_dict)
+    for module in traceable.graph_module.modules():
+        if isinstance(module, fx.GraphModule) and module is not traceable.graph_module:
+            # The body of an autocast or no_grad region: run node by node, it keeps its names.
+            module.forward = partial(_interpret, module)
+    # To rebuild a structure such as a DynamicCache may take ops, which would be traced along.
+    call, original = _call_signature(traceable), _call_signature(program)
+    call.out_spec = pytree.tree_structure((0,) * original.out_spec.num_leaves)
+    functional: ExportedProgram = traceable.run_decompositions(_decompositions())
+    _call_signature(functional).out_spec = original.out_spec
+    return functional
+
+
+def _interpret(module: fx.GraphModule, *args: Any) -> Any:
+    return fx.Interpreter(module).run(*args)
+
+
+def _call_signature(program: ExportedProgram) -> Any:
+    return program.module_call_graph[0].signature
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
@@ -147,17 +180,32 @@ def _use_aten_casts(graph: fx.Graph) -> None:
         node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
 
 
-def _copy(program: ExportedProgram) -> ExportedProgram:
-    """A program of its own graph that shares the weights."""
-    graph_module = copy.deepcopy(program.graph_module)
+def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
+    copied = copy.deepcopy(graph_module)
+    # fx gives another name to a node that is called as a builtin is, such as `input`.
+    for node, original in zip(copied.graph.nodes, graph_module.graph.nodes, strict=True):
+        node.name = original.name
+    return copied
+
+
+def _rebuilt(
+    program: ExportedProgram, graph_module: fx.GraphModule, state_dict: dict[str, Any]
+) -> ExportedProgram:
     return ExportedProgram(
         root=graph_module,
         graph=graph_module.graph,
         graph_signature=copy.deepcopy(program.graph_signature),
-        state_dict=dict(program.state_dict),
+        state_dict=state_dict,
         range_constraints=dict(program.range_constraints),
         module_call_graph=copy.deepcopy(program.module_call_graph),
         example_inputs=program.example_inputs,
         constants=dict(program.constants),
         verifiers=program.verifiers,
     )
+
+
+def _without_grad(value: Any) -> Any:
+    """The parameter's storage as a parameter that autograd leaves alone."""
+    if not isinstance(value, nn.Parameter):
+        return value
+    return nn.Parameter(value.detach(), requires_grad=False)
