@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from mxnorm_pass import ops
 from mxnorm_pass.announce import announce
 from mxnorm_pass.config import MXNormConfig, parse_options
 from mxnorm_pass.graph_pass import foreign_subclass, run_pass
-from mxnorm_pass.graph_utils import aten, clean_module_path, prims
+from mxnorm_pass.graph_utils import aten, clean_module_path, prims, tensor_of
 from mxnorm_pass.match.linear import mark_inputs
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -69,8 +70,8 @@ def apply(
         return _rebuilt(exported_program, copied, dict(exported_program.state_dict))
     _use_aten_casts(graph)
     graph.lint()
-    state_dict = {name: _without_grad(value) for name, value in program.state_dict.items()}
-    return _rebuilt(program, program.graph_module, state_dict)
+    _forget_broken_calls(program)
+    return _rebuilt(program, program.graph_module, _without_grad(program.state_dict))
 
 
 def _check_program(program: object) -> None:
@@ -126,9 +127,19 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     # To rebuild a structure such as a DynamicCache may take ops, which would be traced along.
     call, original = _call_signature(traceable), _call_signature(program)
     call.out_spec = pytree.tree_structure((0,) * original.out_spec.num_leaves)
-    functional: ExportedProgram = traceable.run_decompositions(_decompositions())
+    with _without_autocast(program.graph):
+        functional: ExportedProgram = traceable.run_decompositions(_decompositions())
     _call_signature(functional).out_spec = original.out_spec
     return functional
+
+
+def _without_autocast(graph: fx.Graph) -> ExitStack:
+    """The caller's autocast is not the program's."""
+    stack = ExitStack()
+    for device in {value.device.type for value in map(tensor_of, graph.nodes) if value is not None}:
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def _interpret(module: fx.GraphModule, *args: Any) -> Any:
@@ -180,6 +191,17 @@ def _use_aten_casts(graph: fx.Graph) -> None:
         node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
 
 
+def _forget_broken_calls(program: ExportedProgram) -> None:
+    """``preserve_module_call_signature`` ends for a module whose inputs or outputs are gone."""
+    names = {node.name for node in program.graph.nodes}
+    for entry in program.module_call_graph:
+        call = entry.signature
+        arguments = [*call.inputs, *call.outputs] if call is not None else []
+        tensors = [a.name for a in arguments if isinstance(a, TensorArgument)]
+        if entry.fqn and not names.issuperset(tensors):
+            entry.signature = None
+
+
 def _copied(graph_module: fx.GraphModule) -> fx.GraphModule:
     copied = copy.deepcopy(graph_module)
     # fx gives another name to a node that is called as a builtin is, such as `input`.
@@ -204,8 +226,11 @@ def _rebuilt(
     )
 
 
-def _without_grad(value: Any) -> Any:
-    """The parameter's storage as a parameter that autograd leaves alone."""
-    if not isinstance(value, nn.Parameter):
-        return value
-    return nn.Parameter(value.detach(), requires_grad=False)
+def _without_grad(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The same storages, in parameters that autograd leaves alone; what is tied stays tied."""
+    frozen = {
+        id(value): nn.Parameter(value.detach(), requires_grad=False)
+        for value in state_dict.values()
+        if isinstance(value, nn.Parameter)
+    }
+    return {name: frozen.get(id(value), value) for name, value in state_dict.items()}
