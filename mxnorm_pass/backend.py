@@ -28,7 +28,7 @@ from mxnorm_pass.graph_pass import (
     foreign_subclass,
     source_digest,
 )
-from mxnorm_pass.graph_utils import aten, clean_module_path
+from mxnorm_pass.graph_utils import aten, module_names
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
 
 log = logging.getLogger("mxnorm_pass")
@@ -109,7 +109,9 @@ class CompileJob:
     def of(
         cls, gm: fx.GraphModule, example_inputs: Sequence[Any], options: ParsedOptions
     ) -> CompileJob:
-        return cls(gm, example_inputs, options, _module_names(gm), foreign_subclass(example_inputs))
+        return cls(
+            gm, example_inputs, options, module_names(gm.graph), foreign_subclass(example_inputs)
+        )
 
     @property
     def config(self) -> MXNormConfig:
@@ -155,12 +157,6 @@ def _torchao_version() -> str:
         return metadata.version("torchao")
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _module_names(gm: fx.GraphModule) -> tuple[str, ...]:
-    stacks = (node.meta.get("nn_module_stack") or {} for node in gm.graph.nodes)
-    paths = dict.fromkeys(entry[0] for stack in stacks for entry in stack.values())
-    return tuple(sorted(filter(None, map(clean_module_path, paths))))
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:

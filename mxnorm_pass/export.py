@@ -18,7 +18,7 @@ from mxnorm_pass import ops
 from mxnorm_pass.announce import announce
 from mxnorm_pass.config import MXNormConfig, parse_options
 from mxnorm_pass.graph_pass import foreign_subclass, run_pass
-from mxnorm_pass.graph_utils import aten, clean_module_path, prims, tensor_of
+from mxnorm_pass.graph_utils import aten, module_names, prims, tensor_of
 from mxnorm_pass.match.linear import mark_inputs
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -63,7 +63,7 @@ def apply(
     _drop_metadata_checks(graph)
     mark_inputs(graph, _weight_names(program))
     result = run_pass(graph, options)
-    announce(result, options, _module_names(graph))
+    announce(result, options, module_names(graph))
     decomposed = ops.decompose(graph, {}) if decompose else 0
     if not decomposed and result.graph.before == result.graph.after:
         copied = _copied(exported_program.graph_module)
@@ -106,8 +106,8 @@ def _config(config: MXNormConfig | Mapping[str, Any] | None) -> MXNormConfig:
             f"config={config!r} is not valid: expected an MXNormConfig, a mapping of its fields "
             "or None"
         )
-    for_compilers += [name for name in ("inner",) if parsed.inner != MXNormConfig.inner]
-    for_compilers += [name for name in ("freezing",) if parsed.freezing]
+    own = ("inner", "freezing")
+    for_compilers += [n for n in own if getattr(parsed, n) != getattr(MXNormConfig, n)]
     if for_compilers:
         names = ", ".join(map(repr, dict.fromkeys(for_compilers)))
         raise ValueError(
@@ -176,12 +176,6 @@ def _drop_metadata_checks(graph: fx.Graph) -> None:
 def _weight_names(program: ExportedProgram) -> frozenset[str]:
     specs = program.graph_signature.input_specs
     return frozenset(spec.arg.name for spec in specs if spec.kind in _WEIGHTS)
-
-
-def _module_names(graph: fx.Graph) -> tuple[str, ...]:
-    stacks = (node.meta.get("nn_module_stack") or {} for node in graph.nodes)
-    paths = dict.fromkeys(entry[0] for stack in stacks for entry in stack.values())
-    return tuple(sorted(filter(None, map(clean_module_path, paths))))
 
 
 def _use_aten_casts(graph: fx.Graph) -> None:
