@@ -666,3 +666,13 @@ def test_a_program_with_a_backward() -> None:
     joint = _export_forward_backward(export(Loss(), inputs()))
     with pytest.raises(ValueError, match="holds a backward: export the forward alone"):
         mxnorm_pass.apply(joint)
+
+
+def test_a_rewritten_program_refuses_to_be_differentiated() -> None:
+    """Not even with respect to its inputs: gradients would miss the way through the casts."""
+    model, x = Model(), inputs()
+    module = mxnorm_pass.apply(torch.export.export(model, (x,))).module()
+    with pytest.raises(RuntimeError, match="no derivative.*no_grad"):
+        module(x.requires_grad_())
+    with torch.no_grad():
+        assert_same_bits(module(x), reference(model, x, model.norm.weight))
