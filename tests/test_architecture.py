@@ -21,7 +21,7 @@ LAYERS = [
     {"match.site", "match.router"},
     {"match.backward", "match.linear"},
     {"match.cast", "match.norm"},
-    {"match.cast_program", "match.scale_layout"},
+    {"match.cast_op", "match.cast_program", "match.scale_layout"},
     {"match.layer_norm"},
     {"match.statistic"},
     {"match.skip", "ops", "graph_code", "canonicalize"},
