@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -21,11 +19,17 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import recording
+from mxnorm_pass.announce import announce
 from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
-from mxnorm_pass.graph_pass import DecomposeOps, MXNormPass, PassResult, source_digest
-from mxnorm_pass.graph_utils import aten, clean_module_path
+from mxnorm_pass.graph_pass import (
+    DecomposeOps,
+    MXNormPass,
+    PassResult,
+    foreign_subclass,
+    source_digest,
+)
+from mxnorm_pass.graph_utils import aten, module_names
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
-from mxnorm_pass.report import SkipReason
 
 log = logging.getLogger("mxnorm_pass")
 
@@ -37,14 +41,6 @@ class InvalidOptionsError(ValueError, ShortenTraceback):
 
     def __init__(self, message: str) -> None:
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
-
-
-class MXNormWarning(UserWarning):
-    """Something that the user should know of a compile that went through."""
-
-
-class CalibrationWarning(MXNormWarning):
-    """An inference model runs on the uncalibrated estimate of the RMS."""
 
 
 def mxnorm(
@@ -74,7 +70,7 @@ def mxnorm(
     else:
         result = recording.load(key) or _retrace(job)
     if result is not None:
-        _announce(job, result)
+        announce(result, job.config, job.module_names)
     return compiled
 
 
@@ -113,7 +109,9 @@ class CompileJob:
     def of(
         cls, gm: fx.GraphModule, example_inputs: Sequence[Any], options: ParsedOptions
     ) -> CompileJob:
-        return cls(gm, example_inputs, options, _module_names(gm), _subclass(example_inputs))
+        return cls(
+            gm, example_inputs, options, module_names(gm.graph), foreign_subclass(example_inputs)
+        )
 
     @property
     def config(self) -> MXNormConfig:
@@ -159,21 +157,6 @@ def _torchao_version() -> str:
         return metadata.version("torchao")
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _module_names(gm: fx.GraphModule) -> tuple[str, ...]:
-    stacks = (node.meta.get("nn_module_stack") or {} for node in gm.graph.nodes)
-    paths = dict.fromkeys(entry[0] for stack in stacks for entry in stack.values())
-    return tuple(sorted(filter(None, map(clean_module_path, paths))))
-
-
-def _subclass(example_inputs: Sequence[Any]) -> str | None:
-    for value in example_inputs:
-        if is_traceable_wrapper_subclass(value):
-            kind = type(value)
-            if kind.__module__.split(".")[0] != "torchao":
-                return kind.__name__
-    return None
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
@@ -347,79 +330,3 @@ def _retrace(job: CompileJob) -> PassResult | None:
     log.debug("warm compile cache without a stored report: tracing again")
     trace_only(job)
     return job.results[-1] if job.results else None
-
-
-_warned: set[tuple[str, ...]] = set()
-_warned_lock = threading.Lock()
-
-
-def _announce(job: CompileJob, result: PassResult) -> None:
-    """Report, log and warn; the same after a cold and a warm compile."""
-    recording.publish(result)
-    fused = sum(site.status == "fused" for site in result.sites)
-    log.info(
-        "%s graph: %d norms, %d fused, %d skipped, pass took %.3f s",
-        result.graph.name,
-        len(result.sites),
-        fused,
-        len(result.sites) - fused,
-        result.seconds,
-    )
-    for site in result.sites:
-        log.debug("%s", site)
-    log.debug("before:\n%s\nafter:\n%s", result.graph.before, result.graph.after)
-    _warn_unmatched_patterns(job, result)
-    if not fused:
-        _warn_nothing_fused(job, result)
-    elif result.graph.name == "inference":
-        _warn_uncalibrated(job, result)
-
-
-def _warn_once(job: CompileJob, kind: str, message: str, category: type[MXNormWarning]) -> None:
-    key = (kind, message, job.config.fingerprint(), *job.module_names)
-    with _warned_lock:
-        if key in _warned:
-            return
-        _warned.add(key)
-    warnings.warn(message, category, stacklevel=2)
-
-
-def _warn_unmatched_patterns(job: CompileJob, result: PassResult) -> None:
-    consumers = [name for site in result.sites for name in site.consumers]
-    names = dict.fromkeys([*(s.norm for s in result.sites), *consumers, *result.matmul_modules])
-    for unmatched in job.config.unmatched_patterns(names):
-        nearest = ", ".join(unmatched.nearest) or "none"
-        _warn_once(
-            job,
-            "pattern",
-            f"mxnorm: the pattern {unmatched.pattern!r} in `modules` matches no norm and no "
-            f"linear of this graph; nearest names: {nearest}",
-            MXNormWarning,
-        )
-
-
-def _warn_nothing_fused(job: CompileJob, result: PassResult) -> None:
-    reasons = {site.reason for site in result.sites if site.reason is not None}
-    if reasons and reasons <= {SkipReason.DISABLED}:
-        return
-    if reasons:
-        why = "; ".join(sorted(f"{r.name}: {r.value}" for r in reasons))
-    else:
-        why = "it contains no RMSNorm"
-    _warn_once(job, "nothing", f"mxnorm: nothing to rewrite in this graph: {why}", MXNormWarning)
-
-
-def _warn_uncalibrated(job: CompileJob, result: PassResult) -> None:
-    estimated = [s for s in result.sites if s.status == "fused" and s.estimator == "mxnorm"]
-    if not estimated or job.config.calibration is not None:
-        return
-    _warn_once(
-        job,
-        "calibration",
-        f"mxnorm: {len(estimated)} norms estimate their RMS without calibration. A checkpoint "
-        "trained with RMSNorm has outlier channels that break the estimate and gives wrong "
-        "text; use estimator='exact' for it, or a calibration where this version has one. For "
-        "a model trained with MXNorm this is right: silence it with "
-        "warnings.simplefilter('ignore', mxnorm_pass.CalibrationWarning)",
-        CalibrationWarning,
-    )

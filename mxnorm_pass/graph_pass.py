@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import ops
 from mxnorm_pass.canonicalize import remove_dead
@@ -115,6 +116,16 @@ def _op_counts(graph: fx.Graph) -> dict[str, int]:
 def _matmul_modules(graph: fx.Graph) -> tuple[str, ...]:
     names = (module_path(n) for n in graph.nodes if is_matmul(n) and not is_backward(n))
     return tuple(dict.fromkeys(filter(None, names)))
+
+
+def foreign_subclass(values: Iterable[Any]) -> str | None:
+    """Name of a tensor subclass among the values, torchao's aside."""
+    for value in values:
+        if is_traceable_wrapper_subclass(value):
+            kind = type(value)
+            if kind.__module__.split(".")[0] != "torchao":
+                return kind.__name__
+    return None
 
 
 class MXNormPass(CustomGraphPass):

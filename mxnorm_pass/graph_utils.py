@@ -187,6 +187,13 @@ def module_path(node: fx.Node) -> str:
     return clean_module_path(next(reversed(stack.values()))[0]) if stack else ""
 
 
+def module_names(graph: fx.Graph) -> tuple[str, ...]:
+    """Dotted names of all modules that made a node of the graph, sorted."""
+    stacks = (node.meta.get("nn_module_stack") or {} for node in graph.nodes)
+    paths = dict.fromkeys(entry[0] for stack in stacks for entry in stack.values())
+    return tuple(sorted(filter(None, map(clean_module_path, paths))))
+
+
 def seq_nr(node: fx.Node) -> int | None:
     """Number that autograd gives to an op; the op's forward and backward nodes share it."""
     number = node.meta.get("seq_nr")

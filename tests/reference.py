@@ -48,6 +48,17 @@ def build_llama(
     return model.to(dtype)
 
 
+def expected_sites(layers: int) -> list[tuple[str, tuple[str, ...]]]:
+    sites = []
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        attention = tuple(f"{layer}.self_attn.{n}_proj" for n in "qkv")
+        mlp = (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
+        sites += [(f"{layer}.input_layernorm", attention)]
+        sites += [(f"{layer}.post_attention_layernorm", mlp)]
+    return sites
+
+
 def token_ids(batch: int = 2, length: int = 16) -> Tensor:
     return torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(1))
 

@@ -12,7 +12,8 @@ ROOT = Path(mxnorm_pass.__file__).parent
 LAYERS = [
     {"__init__"},
     {"tracing"},
-    {"backend"},
+    {"backend", "export"},
+    {"announce"},
     {"recording", "inductor_e8m0"},
     {"graph_pass"},
     {"insert", "rewrite"},

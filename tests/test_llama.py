@@ -14,6 +14,7 @@ from reference import (
     Recipe,
     build_llama,
     convert_to_mxfp8_training,
+    expected_sites,
     quantize_with_torchao,
     reference_of,
     token_ids,
@@ -64,17 +65,6 @@ def assert_gradients_close(a: Gradients, b: Gradients, tolerance: float) -> None
     assert a.keys() == b.keys()
     name, error = worst_gradient(a, b)
     assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
-
-
-def expected_sites(layers: int) -> list[tuple[str, tuple[str, ...]]]:
-    sites = []
-    for i in range(layers):
-        layer = f"model.layers.{i}"
-        attention = tuple(f"{layer}.self_attn.{n}_proj" for n in "qkv")
-        mlp = (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
-        sites += [(f"{layer}.input_layernorm", attention)]
-        sites += [(f"{layer}.post_attention_layernorm", mlp)]
-    return sites
 
 
 MODELS = {
