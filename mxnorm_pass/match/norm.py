@@ -212,12 +212,12 @@ def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
     assert value is not None
     width = value.shape[-1]
     upcasts = _exclusive_upcasts(start, found)
-    x: fx.Node = upcasts[0].args[0] if upcasts else start.squared  # type: ignore[assignment]
+    x: fx.Node = upcasts[0].args[0] if upcasts else found.x  # type: ignore[assignment]
     tail = _follow_output(found.node, width, found.gain)
     statistic = found.statistic
     in_float32 = (start.squared, start.squares, start.statistic.node, statistic.node)
     canonical = (
-        found.x in (start.squared, x)
+        strip(start.squared, _is_upcast) is strip(found.x, _is_upcast)
         and found.gain is None
         and all(dtype_of(n) == torch.float32 for n in in_float32 if n is not None)
         and start.statistic.node.target in _MEANS
@@ -242,6 +242,10 @@ def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
     )
 
 
+def _is_upcast(node: fx.Node) -> bool:
+    return is_dtype_cast(node) and not is_narrowing(node)
+
+
 def _exclusive_upcasts(start: _SumOfSquares, found: _Normalization) -> tuple[fx.Node, ...]:
     """The casts between x and what is squared or scaled, if they lose nothing.
 
@@ -250,11 +254,7 @@ def _exclusive_upcasts(start: _SumOfSquares, found: _Normalization) -> tuple[fx.
     operands = tuple(dict.fromkeys((start.squared, found.x)))
     readers = {found.node, found.scaled, start.squares, start.statistic.node}
     casts = tuple(
-        node
-        for node in operands
-        if is_dtype_cast(node)
-        and not is_narrowing(node)
-        and readers.issuperset(forward_users(node))
+        node for node in operands if _is_upcast(node) and readers.issuperset(forward_users(node))
     )
     sources = {node.args[0] if node in casts else node for node in operands}
     return casts if len(sources) == 1 else ()
