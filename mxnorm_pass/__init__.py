@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mxnorm_pass.backend import CalibrationWarning as CalibrationWarning
     from mxnorm_pass.backend import MXNormWarning as MXNormWarning
     from mxnorm_pass.config import MXNormConfig as MXNormConfig
+    from mxnorm_pass.layers import compile_layers as compile_layers
     from mxnorm_pass.recording import record as record
     from mxnorm_pass.report import Graph as Graph
     from mxnorm_pass.report import Report as Report
@@ -30,6 +31,7 @@ _HOME = {
     "Report": "report",
     "Site": "report",
     "SkipReason": "report",
+    "compile_layers": "layers",
     "explain": "tracing",
     "record": "recording",
 }

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -21,9 +22,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import recording
-from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
+from mxnorm_pass.config import MXNormConfig, ParsedOptions, UnmatchedPattern, parse_options
 from mxnorm_pass.graph_pass import DecomposeOps, MXNormPass, PassResult, source_digest
-from mxnorm_pass.graph_utils import aten, clean_module_path
+from mxnorm_pass.graph_utils import aten, clean_module_path, qualify_modules, subgraphs
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
 from mxnorm_pass.report import SkipReason
 
@@ -113,6 +114,8 @@ class CompileJob:
     def of(
         cls, gm: fx.GraphModule, example_inputs: Sequence[Any], options: ParsedOptions
     ) -> CompileJob:
+        if options.config.prefix:
+            qualify_modules(gm, options.config.prefix)
         return cls(gm, example_inputs, options, _module_names(gm), _subclass(example_inputs))
 
     @property
@@ -122,7 +125,7 @@ class CompileJob:
     def graph_pass(self, decompositions: dict[Any, Any]) -> MXNormPass:
         return MXNormPass(
             self.config,
-            salt=repr(self.module_names),
+            module_names=self.module_names,
             tensor_subclass=self.tensor_subclass,
             parameters=_parameter_positions(self.gm),
             on_result=self._accept,
@@ -162,7 +165,8 @@ def _torchao_version() -> str:
 
 
 def _module_names(gm: fx.GraphModule) -> tuple[str, ...]:
-    stacks = (node.meta.get("nn_module_stack") or {} for node in gm.graph.nodes)
+    nodes = chain.from_iterable(graph.nodes for graph in subgraphs(gm))
+    stacks = (node.meta.get("nn_module_stack") or {} for node in nodes)
     paths = dict.fromkeys(entry[0] for stack in stacks for entry in stack.values())
     return tuple(sorted(filter(None, map(clean_module_path, paths))))
 
@@ -368,6 +372,7 @@ def _announce(job: CompileJob, result: PassResult) -> None:
     for site in result.sites:
         log.debug("%s", site)
     log.debug("before:\n%s\nafter:\n%s", result.graph.before, result.graph.after)
+    _warn_last_compile(job)
     _warn_unmatched_patterns(job, result)
     if not fused:
         _warn_nothing_fused(job, result)
@@ -384,6 +389,31 @@ def _warn_once(job: CompileJob, kind: str, message: str, category: type[MXNormWa
     warnings.warn(message, category, stacklevel=2)
 
 
+def _warn_last_compile(job: CompileJob) -> None:
+    """Layers of one class run the same code, whose compiles Dynamo counts against one limit."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    frame_compile_id = compile_id.frame_compile_id if compile_id is not None else None
+    limit = torch._dynamo.config.recompile_limit
+    if not job.config.prefix or frame_compile_id is None or frame_compile_id + 1 < limit:
+        return
+    if _is_isolated():
+        return
+    _warn_once(
+        job,
+        "limit",
+        f"mxnorm: with {job.config.prefix!r} torch._dynamo.config.recompile_limit ({limit}) is "
+        "reached; further modules of this class will run uncompiled. Compile them with "
+        "torch.compile(..., isolate_recompiles=True) where this torch has it, or raise the limit",
+        MXNormWarning,
+    )
+
+
+def _is_isolated() -> bool:
+    """Does the ``torch.compile`` call at work count its compiles apart from others?"""
+    region = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_isolate_recompiles_id", None)
+    return region is not None and region() >= 0
+
+
 def _warn_unmatched_patterns(job: CompileJob, result: PassResult) -> None:
     consumers = [name for site in result.sites for name in site.consumers]
     names = dict.fromkeys([*(s.norm for s in result.sites), *consumers, *result.matmul_modules])
@@ -393,9 +423,19 @@ def _warn_unmatched_patterns(job: CompileJob, result: PassResult) -> None:
             job,
             "pattern",
             f"mxnorm: the pattern {unmatched.pattern!r} in `modules` matches no norm and no "
-            f"linear of this graph; nearest names: {nearest}",
+            f"linear of this graph; nearest names: {nearest}{_prefix_hint(job, unmatched)}",
             MXNormWarning,
         )
+
+
+def _prefix_hint(job: CompileJob, unmatched: UnmatchedPattern) -> str:
+    first = {name.split(".")[0] for name in unmatched.nearest}
+    if job.config.prefix or unmatched.pattern.split(".")[0] in first:
+        return ""
+    return (
+        ". Names are relative to the module that is compiled: give one that is compiled on its "
+        "own its full name as options={'prefix': ...}, or use mxnorm_pass.compile_layers"
+    )
 
 
 def _warn_nothing_fused(job: CompileJob, result: PassResult) -> None:

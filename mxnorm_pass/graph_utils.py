@@ -155,6 +155,24 @@ def module_path(node: fx.Node) -> str:
     return clean_module_path(next(reversed(stack.values()))[0]) if stack else ""
 
 
+def qualify_modules(gm: fx.GraphModule, prefix: str) -> None:
+    """Say of all nodes, subgraphs included, that their modules are inside of ``prefix``."""
+    root = {prefix: (prefix, torch.nn.Module)}
+    for graph in subgraphs(gm):
+        for node in graph.nodes:
+            stack = node.meta.get("nn_module_stack") or {}
+            inner = {
+                key: (f"{prefix}.{clean_module_path(path)}".rstrip("."), kind)
+                for key, (path, kind) in stack.items()
+            }
+            node.meta["nn_module_stack"] = {**root, **inner}
+
+
+def subgraphs(gm: fx.GraphModule) -> Iterator[fx.Graph]:
+    """The graph of ``gm`` and those of the modules in it, such as checkpointed layers."""
+    return (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
+
+
 def seq_nr(node: fx.Node) -> int | None:
     """Number that autograd gives to an op; the op's forward and backward nodes share it."""
     number = node.meta.get("seq_nr")

@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "calibration": None,
     "inner": "inductor",
     "freezing": False,
+    "prefix": "",
 }
 ALLOWED = {
     "estimator": ("mxnorm", "exact"),
