@@ -133,8 +133,12 @@ def strip(node: fx.Node, *through: Callable[[fx.Node], bool]) -> fx.Node:
     return node
 
 
-_STACK_PREFIX = re.compile(r"^[LG]\['[^']*'\]\.?")
-_MODULES_ITEM = re.compile(r"\._modules\['([^']+)'\]")
+_STACK_PREFIX = re.compile(r"^[LG]\['[^']*'\]")
+_MODULES_ITEM = re.compile(r"(?:\.__dict__\['_modules'\]|\._modules)\['([^']+)'\]")
+# Wrappers that torch itself leaves out of the names of what they wrap.
+_WRAPPER = re.compile(
+    r"(?:^|\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?![^.\[])"
+)
 _GETATTR = re.compile(r"getattr\((.+?), ['\"]([^'\"]+)['\"]\)")
 _ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
 
@@ -145,7 +149,7 @@ def clean_module_path(path: str) -> str:
     while (found := _GETATTR.search(path)) is not None:
         path = f"{path[: found.start()]}{found[1]}.{found[2]}{path[found.end() :]}"
     path = _STACK_PREFIX.sub("", path)
-    path = _MODULES_ITEM.sub(r".\1", path)
+    path = _WRAPPER.sub("", _MODULES_ITEM.sub(r".\1", path))
     return _ITEM.sub(r".\1", path).strip(".")
 
 

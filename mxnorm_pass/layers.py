@@ -13,6 +13,7 @@ from torch import nn
 
 from mxnorm_pass.backend import MXNormWarning, parse
 from mxnorm_pass.config import MXNormConfig, compile_pattern, nearest_names
+from mxnorm_pass.graph_utils import clean_module_path
 from mxnorm_pass.inductor_options import mode_options
 
 
@@ -44,7 +45,7 @@ def compile_layers(
     """
     given = {**mode_options(mode), **(options or {})}
     config = parse(given).config
-    names = _names(getattr(model, "_orig_mod", model), config.prefix)
+    names = _names(model, config.prefix)
     layers = _outermost_matches(names, pattern)
     _warn_rules_without_effect(config, names, layers)
     arguments = {**_isolation(), **compile_arguments}
@@ -55,7 +56,8 @@ def compile_layers(
 
 def _names(model: nn.Module, prefix: str) -> dict[str, nn.Module]:
     """The submodules by name, parents first."""
-    return {f"{prefix}.{n}".strip("."): m for n, m in model.named_modules() if n}
+    named = ((clean_module_path(f"{prefix}.{n}"), m) for n, m in model.named_modules())
+    return {name: module for name, module in named if name != prefix}
 
 
 def _outermost_matches(names: Mapping[str, nn.Module], pattern: str) -> tuple[str, ...]:

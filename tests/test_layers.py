@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mxnorm_pass
 from mxnorm_pass import MXNormWarning, functional, layers
+from mxnorm_pass.graph_utils import clean_module_path
 
 IDS = token_ids()
 ISOLATED = layers._isolation()
@@ -295,3 +296,33 @@ def test_options_that_treat_layers_alike_have_one_fingerprint() -> None:
 
     assert fingerprint(0) == fingerprint(3)
     assert len({fingerprint(i) for i in range(3)} | {fingerprint(0, gradient="paper")}) == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("L['self'].model.layers.0.mlp", "model.layers.0.mlp"),
+        ("L['self'].layers[0].norm", "layers.0.norm"),
+        ("L['self']._modules['tower']._modules['0'].norm", "tower.0.norm"),
+        (
+            "L['self'].__dict__['_modules']['base'].__dict__['_modules']['model'].norm",
+            "base.model.norm",
+        ),
+        ("getattr(L['self'].layers, '0').norm", "layers.0.norm"),
+        ("L['self'].layers.0._orig_mod.norm", "layers.0.norm"),
+        ("L['self']._orig_mod.norm", "norm"),
+        ("L['self'].layers.0._checkpoint_wrapped_module.norm", "layers.0.norm"),
+        ("L['self']._orig_model.norm", "_orig_model.norm"),
+    ],
+)
+def test_dynamos_spellings_of_a_name(path, name) -> None:
+    assert clean_module_path(path) == name
+
+
+def test_a_compiled_layer_within_a_compiled_model_has_the_names_of_the_original() -> None:
+    model = Stack(2)
+    model.blocks[0] = torch.compile(model.blocks[0], backend="mxnorm", options=aot_eager())
+    options = aot_eager(modules={"blocks.0.*": False})
+    report = mxnorm_pass.explain(model, inputs(), options=options)
+    assert [s.norm for s in report.sites] == ["blocks.0.norm", "blocks.1.norm"]
+    assert [s.norm for s in report.fused] == ["blocks.1.norm"]
