@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import recording
 from mxnorm_pass.config import MXNormConfig, ParsedOptions, UnmatchedPattern, parse_options
-from mxnorm_pass.graph_pass import DecomposeOps, MXNormPass, PassResult, source_digest
+from mxnorm_pass.graph_pass import DecomposeOps, LeaveAlone, MXNormPass, PassResult, source_digest
 from mxnorm_pass.graph_utils import aten, clean_module_path, qualify_modules, subgraphs
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
 from mxnorm_pass.report import SkipReason
@@ -69,6 +69,8 @@ def mxnorm(
     job = CompileJob.of(gm, example_inputs, parse(options, mode))
     key = job.report_key()
     compiled = _INNER[job.config.inner](job)
+    if job.is_backward:
+        return compiled
     result = job.results[-1] if job.results else None
     if result is not None:
         recording.store(key, result)
@@ -100,6 +102,8 @@ class CompileJob:
     Attributes:
         module_names: dotted names of the modules in the graph; ``modules`` selects by them.
         tensor_subclass: name of a subclass that the inputs have, torchao's aside.
+        is_backward: compiled autograd captured the graph. The forward's compile has rewritten
+            what is in it, which knows no module names and no forward from backward; it stays.
         results: what each run of the pass did; empty after a warm cache.
     """
 
@@ -108,6 +112,7 @@ class CompileJob:
     options: ParsedOptions
     module_names: tuple[str, ...]
     tensor_subclass: str | None
+    is_backward: bool
     results: list[PassResult] = field(default_factory=list)
 
     @classmethod
@@ -116,13 +121,16 @@ class CompileJob:
     ) -> CompileJob:
         if options.config.prefix:
             qualify_modules(gm, options.config.prefix)
-        return cls(gm, example_inputs, options, _module_names(gm), _subclass(example_inputs))
+        subclass = _subclass(example_inputs)
+        return cls(gm, example_inputs, options, _module_names(gm), subclass, _is_backward())
 
     @property
     def config(self) -> MXNormConfig:
         return self.options.config
 
-    def graph_pass(self, decompositions: dict[Any, Any]) -> MXNormPass:
+    def graph_pass(self, decompositions: dict[Any, Any]) -> CustomGraphPass:
+        if self.is_backward:
+            return LeaveAlone()
         return MXNormPass(
             self.config,
             module_names=self.module_names,
@@ -169,6 +177,11 @@ def _module_names(gm: fx.GraphModule) -> tuple[str, ...]:
     stacks = (node.meta.get("nn_module_stack") or {} for node in nodes)
     paths = dict.fromkeys(entry[0] for stack in stacks for entry in stack.values())
     return tuple(sorted(filter(None, map(clean_module_path, paths))))
+
+
+def _is_backward() -> bool:
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    return compile_id is not None and compile_id.compiled_autograd_id is not None
 
 
 def _subclass(example_inputs: Sequence[Any]) -> str | None:

@@ -166,6 +166,16 @@ class MXNormPass(CustomGraphPass):
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+class LeaveAlone(CustomGraphPass):
+    """In the place of :class:`MXNormPass` for a graph that is not to be rewritten."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        return
+
+    def uuid(self) -> str:
+        return "mxnorm_pass.LeaveAlone"
+
+
 class DecomposeOps(CustomGraphPass):
     """Inductor's ``post_grad_custom_pre_pass`` that gives it the insides of this package's ops."""
 

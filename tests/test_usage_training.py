@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, get_peft_model
 from reference import Recipe, build_llama, convert_to_mxfp8_training, reference_of, token_ids
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +24,7 @@ from training import (
     expected_sites,
     gradients_of,
     train,
+    with_lora,
 )
 from transformers import Trainer, TrainingArguments
 
@@ -99,23 +100,21 @@ def _record_fused_casts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, .
     return calls
 
 
-def test_checkpointing_saves_no_more_than_without_the_backend() -> None:
-    """The rewrite keeps what checkpointing drops: nothing of a layer but its input is saved."""
-    saved = {}
-    for name, backend in (("mxnorm", compiled), ("plain", _aot_eager)):
+@pytest.mark.filterwarnings("ignore::mxnorm_pass.MXNormWarning")
+def test_the_rewrite_saves_nothing_that_checkpointing_drops() -> None:
+    saved = []
+    for quantize in ("norm-fed", "existing"):
         torch._dynamo.reset()
         model = build_llama().train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        saved[name] = _saved_activations(backend(model), model)
-    assert saved["mxnorm"] <= saved["plain"]
-
-
-def _aot_eager(model: nn.Module) -> Any:
-    return torch.compile(model, backend="aot_eager_decomp_partition")
+        with mxnorm_pass.record() as report:
+            saved.append(_saved_activations(compiled(model, quantize=quantize), model))
+        assert len(report.fused) == (4 if quantize == "norm-fed" else 0)
+    assert saved[0] == saved[1]
 
 
 def _saved_activations(run: Callable[..., Any], model: nn.Module) -> int:
-    """Elements that the forward keeps for the backward, parameters aside."""
+    """Bytes that the forward keeps for the backward, parameters aside."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -209,7 +208,7 @@ def test_training_on_changing_batches_compiles_twice() -> None:
     reference = reference_of(model, Recipe())
     run = compiled(model)
     with every_site_fused(layers=1, graphs=2):
-        for batch in (2, 3, 5, 4):
+        for batch in (2, 3, 5):
             ids = token_ids(batch)
             results = []
             for forward, parameters in ((run, model), (reference, reference)):
@@ -239,7 +238,6 @@ def test_autocast_around_an_fp32_model() -> None:
 # Parameters
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize(
     "frozen",
     [
@@ -252,15 +250,15 @@ def test_autocast_around_an_fp32_model() -> None:
     ],
     ids="+".join,
 )
-def test_frozen_parameters(frozen, dtype) -> None:
-    model = build_llama(dtype)
+def test_frozen_parameters(frozen) -> None:
+    model = build_llama()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(word in name for word in frozen))
     reference = reference_of(model, Recipe())
     with every_site_fused():
         got, gradients = train(compiled(model), model)
     assert gradients
-    assert_step_is_that_of(reference, got, gradients, dtype)
+    assert_step_is_that_of(reference, got, gradients, F32)
 
 
 def test_tied_embeddings_with_a_fused_head() -> None:
@@ -285,16 +283,6 @@ def test_one_layer_used_twice() -> None:
 
 
 # PEFT
-
-
-def with_lora(rank: int, dropout: float = 0.0) -> PeftModel:
-    config = LoraConfig(
-        r=rank,
-        target_modules=["q_proj", "v_proj", "up_proj"],
-        lora_dropout=dropout,
-        init_lora_weights=False,
-    )
-    return get_peft_model(build_llama(), config).train()
 
 
 def lora_sites(adapters: bool) -> list[tuple[str, tuple[str, ...]]]:
@@ -393,13 +381,29 @@ def test_huggingface_trainer_on_a_compiled_model(tmp_path) -> None:
         assert torch.equal(a, b), name
 
 
-def test_compiled_autograd() -> None:
-    model = build_llama()
-    reference = reference_of(model, Recipe())
+def test_compiled_autograd_leaves_the_backward_as_it_is() -> None:
+    """It hands the backward to the backend as a graph of its own, without names.
+
+    The checkpointed layer is in it with its recomputed forward: q_proj must stay plain there too,
+    and the matmuls of the backward must not be taken for linears.
+    """
+    options = {"inner": "aot_eager", "quantize": "all", "modules": {"*.q_proj": False}}
+    model = build_llama(layers=1).train()
+    reference = reference_of(model, Recipe(every_linear=True, off=("q_proj",)))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def step(ids: Tensor) -> Tensor:
+        output = model(ids, labels=ids, use_cache=False)
+        output.loss.backward()
+        return output.logits
+
+    counters.clear()
     with torch._dynamo.config.patch(compiled_autograd=True), mxnorm_pass.record() as report:
-        got, gradients = train(compiled(model), model)
-    assert [(s.norm, s.consumers) for s in report.fused] == expected_sites(2)
-    assert_step_is_that_of(reference, got, gradients, F32)
+        got = torch.compile(step, backend="mxnorm", options=options)(IDS).detach()
+    assert counters["compiled_autograd"]["captures"] == 1
+    assert [g.name for g in report.graphs] == ["training_0"]
+    assert len(report.fused) == 2
+    assert_step_is_that_of(reference, got, gradients_of(model), F32)
 
 
 # One process of a distributed run
@@ -426,17 +430,16 @@ def test_ddp(process_group) -> None:
 def test_ddp_in_buckets_keeps_names_and_bits(process_group, monkeypatch) -> None:
     """Dynamo cuts the graph at DDP's buckets, here between the linears that share a norm."""
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
-    model = convert_to_mxfp8_training(build_llama())
+    model = convert_to_mxfp8_training(build_llama(layers=1))
     want, want_gradients = train(model, model)
     parallel = DistributedDataParallel(model, bucket_cap_mb=0.05)
     with mxnorm_pass.record() as report:
         got, gradients = train(compiled(parallel, estimator="exact"), model)
+    sites = dict(expected_sites(1))
     assert len(report.graphs) > 2
-    assert sorted(s.norm for s in report.sites) == sorted(
-        ["model.norm", *(name for name, _ in expected_sites(2))]
-    )
-    known = {norm: set(consumers) for norm, consumers in expected_sites(2)}
-    assert report.fused and all(set(s.consumers) <= known[s.norm] for s in report.fused)
+    assert sorted(s.norm for s in report.sites) == sorted([*sites, "model.norm"])
+    assert report.fused
+    assert all(set(s.consumers) < set(sites[s.norm]) for s in report.fused)
     assert torch.equal(got, want)
     assert_gradients_close(gradients, want_gradients, GRADIENT_TOLERANCE[F32])
 

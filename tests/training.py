@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from reference import token_ids
+from peft import LoraConfig, PeftModel, get_peft_model
+from reference import build_llama, token_ids
 from torch import Tensor, nn
 
 IDS = token_ids()
@@ -59,3 +60,14 @@ def expected_sites(layers: int) -> list[tuple[str, tuple[str, ...]]]:
         sites += [(f"{layer}.input_layernorm", attention)]
         sites += [(f"{layer}.post_attention_layernorm", mlp)]
     return sites
+
+
+def with_lora(rank: int, dropout: float = 0.0, layers: int = 2) -> PeftModel:
+    """A Llama with adapters, away from their zero initialisation, at some of its linears."""
+    config = LoraConfig(
+        r=rank,
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        lora_dropout=dropout,
+        init_lora_weights=False,
+    )
+    return get_peft_model(build_llama(layers=layers), config).train()
