@@ -418,12 +418,15 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def test_ddp(process_group) -> None:
-    model = build_llama()
+@pytest.mark.parametrize("optimize", [True, False], ids=["one bucket", "optimize_ddp off"])
+def test_ddp(process_group, monkeypatch, optimize) -> None:
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 2**20 if optimize else 1000)
+    model = build_llama(layers=1)
     reference = reference_of(model, Recipe())
-    with mxnorm_pass.record() as report:
-        got, gradients = train(compiled(DistributedDataParallel(model)), model)
-    assert [(s.norm, s.consumers) for s in report.fused] == expected_sites(2)
+    parallel = DistributedDataParallel(model, bucket_cap_mb=25 if optimize else 0.05)
+    with torch._dynamo.config.patch(optimize_ddp=optimize), mxnorm_pass.record() as report:
+        got, gradients = train(compiled(parallel), model)
+    assert [(s.norm, s.consumers) for s in report.fused] == expected_sites(1)
     assert_step_is_that_of(reference, got, gradients, F32)
 
 
