@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mxnorm_pass.announce import MXNormWarning as MXNormWarning
     from mxnorm_pass.config import MXNormConfig as MXNormConfig
     from mxnorm_pass.export import apply as apply
+    from mxnorm_pass.layers import compile_layers as compile_layers
     from mxnorm_pass.recording import record as record
     from mxnorm_pass.report import Graph as Graph
     from mxnorm_pass.report import Report as Report
@@ -32,6 +33,7 @@ _HOME = {
     "Site": "report",
     "SkipReason": "report",
     "apply": "export",
+    "compile_layers": "layers",
     "explain": "tracing",
     "record": "recording",
 }

@@ -7,8 +7,10 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from mxnorm_pass import recording
-from mxnorm_pass.config import MXNormConfig
+from mxnorm_pass.config import MXNormConfig, UnmatchedPattern
 from mxnorm_pass.graph_pass import PassResult
 from mxnorm_pass.report import SkipReason
 
@@ -56,11 +58,31 @@ def _warn_once(warning: MXNormWarning, owner: tuple[str, ...]) -> None:
 
 
 def _warnings_of(result: PassResult, config: MXNormConfig) -> Iterator[MXNormWarning]:
+    yield from _last_compile(config)
     yield from _unmatched_patterns(result, config)
     if not any(site.status == "fused" for site in result.sites):
         yield from _nothing_fused(result)
     elif result.graph.name == "inference":
         yield from _uncalibrated(result, config)
+
+
+def _last_compile(config: MXNormConfig) -> Iterator[MXNormWarning]:
+    """Layers of one class run the same code, whose compiles Dynamo counts against one limit."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    number = compile_id.frame_compile_id if compile_id is not None else None
+    limit = torch._dynamo.config.recompile_limit
+    if config.prefix and number is not None and number + 1 >= limit and not _is_isolated():
+        yield MXNormWarning(
+            f"mxnorm: with {config.prefix!r} torch._dynamo.config.recompile_limit ({limit}) is "
+            "reached; further modules of this class will run uncompiled. Compile them with "
+            "torch.compile(..., isolate_recompiles=True) where torch has it, or raise the limit"
+        )
+
+
+def _is_isolated() -> bool:
+    """Does the ``torch.compile`` call at work count its compiles apart from others?"""
+    region = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_isolate_recompiles_id", None)
+    return region is not None and region() >= 0
 
 
 def _unmatched_patterns(result: PassResult, config: MXNormConfig) -> Iterator[MXNormWarning]:
@@ -70,8 +92,19 @@ def _unmatched_patterns(result: PassResult, config: MXNormConfig) -> Iterator[MX
         nearest = ", ".join(unmatched.nearest) or "none"
         yield MXNormWarning(
             f"mxnorm: the pattern {unmatched.pattern!r} in `modules` matches no norm and no "
-            f"linear of this graph; nearest names: {nearest}"
+            f"linear of this graph; nearest names: {nearest}{_prefix_hint(config, unmatched)}"
         )
+
+
+def _prefix_hint(config: MXNormConfig, unmatched: UnmatchedPattern) -> str:
+    first = {name.split(".")[0] for name in unmatched.nearest}
+    if config.prefix or unmatched.pattern.split(".")[0] in first:
+        return ""
+    return (
+        ". Names are relative to what is compiled. If that is a layer on its own, give its full "
+        "name as options={'prefix': ...} or use mxnorm_pass.compile_layers; what follows a graph "
+        "break is compiled on its own too"
+    )
 
 
 def _nothing_fused(result: PassResult) -> Iterator[MXNormWarning]:

@@ -23,12 +23,13 @@ from mxnorm_pass.announce import announce
 from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
 from mxnorm_pass.graph_pass import (
     DecomposeOps,
+    LeaveAlone,
     MXNormPass,
     PassResult,
     foreign_subclass,
     source_digest,
 )
-from mxnorm_pass.graph_utils import aten, module_names
+from mxnorm_pass.graph_utils import aten, module_names, qualify_modules
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
 
 log = logging.getLogger("mxnorm_pass")
@@ -64,6 +65,8 @@ def mxnorm(
     job = CompileJob.of(gm, example_inputs, parse(options, mode))
     key = job.report_key()
     compiled = _INNER[job.config.inner](job)
+    if job.is_backward:
+        return compiled
     result = job.results[-1] if job.results else None
     if result is not None:
         recording.store(key, result)
@@ -95,6 +98,8 @@ class CompileJob:
     Attributes:
         module_names: dotted names of the modules in the graph; ``modules`` selects by them.
         tensor_subclass: name of a subclass that the inputs have, torchao's aside.
+        is_backward: compiled autograd captured the graph. The forward's compile has rewritten
+            what is in it, which knows no module names and no forward from backward; it stays.
         results: what each run of the pass did; empty after a warm cache.
     """
 
@@ -103,24 +108,28 @@ class CompileJob:
     options: ParsedOptions
     module_names: tuple[str, ...]
     tensor_subclass: str | None
+    is_backward: bool
     results: list[PassResult] = field(default_factory=list)
 
     @classmethod
     def of(
         cls, gm: fx.GraphModule, example_inputs: Sequence[Any], options: ParsedOptions
     ) -> CompileJob:
-        return cls(
-            gm, example_inputs, options, module_names(gm.graph), foreign_subclass(example_inputs)
-        )
+        if options.config.prefix:
+            qualify_modules(gm, options.config.prefix)
+        subclass = foreign_subclass(example_inputs)
+        return cls(gm, example_inputs, options, module_names(gm), subclass, _is_backward())
 
     @property
     def config(self) -> MXNormConfig:
         return self.options.config
 
-    def graph_pass(self, decompositions: dict[Any, Any]) -> MXNormPass:
+    def graph_pass(self, decompositions: dict[Any, Any]) -> CustomGraphPass:
+        if self.is_backward:
+            return LeaveAlone()
         return MXNormPass(
             self.config,
-            salt=repr(self.module_names),
+            module_names=self.module_names,
             tensor_subclass=self.tensor_subclass,
             parameters=_parameter_positions(self.gm),
             on_result=self._accept,
@@ -157,6 +166,11 @@ def _torchao_version() -> str:
         return metadata.version("torchao")
     except metadata.PackageNotFoundError:
         return ""
+
+
+def _is_backward() -> bool:
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    return compile_id is not None and compile_id.compiled_autograd_id is not None
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:

@@ -133,8 +133,8 @@ class MXNormPass(CustomGraphPass):
 
     Args:
         config: options of this compile.
-        salt: what else decides the result of the pass: the graph's module names, by which
-            ``config.modules`` selects, are no part of Inductor's cache key.
+        module_names: names of the graph's modules. ``config.modules`` selects by them, and they
+            are no part of Inductor's cache key.
         tensor_subclass, parameters, decompositions: see :func:`run_pass`.
         on_result: called with the result of every run.
     """
@@ -143,14 +143,14 @@ class MXNormPass(CustomGraphPass):
         self,
         config: MXNormConfig,
         *,
-        salt: str = "",
+        module_names: tuple[str, ...] = (),
         tensor_subclass: str | None = None,
         parameters: frozenset[int] = frozenset(),
         on_result: Callable[[PassResult], None] | None = None,
         decompositions: dict[Any, Any] | None = None,
     ) -> None:
         self.config = config
-        self._salt = salt
+        self._module_names = module_names
         self._tensor_subclass = tensor_subclass
         self._parameters = parameters
         self._on_result = on_result
@@ -170,12 +170,21 @@ class MXNormPass(CustomGraphPass):
     def uuid(self) -> str:
         parts = (
             source_digest(),
-            self.config.fingerprint(),
-            self._salt,
+            self.config.fingerprint_for(self._module_names),
             self._tensor_subclass,
             sorted(self._parameters),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+class LeaveAlone(CustomGraphPass):
+    """In the place of :class:`MXNormPass` for a graph that is not to be rewritten."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        return
+
+    def uuid(self) -> str:
+        return "mxnorm_pass.LeaveAlone"
 
 
 class DecomposeOps(CustomGraphPass):

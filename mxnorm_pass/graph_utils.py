@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -165,8 +166,12 @@ def same_value(a: Any, b: Any, depth: int = _SAME_VALUE_DEPTH) -> bool:
     )
 
 
-_STACK_PREFIX = re.compile(r"^[LG]\['[^']*'\]\.?")
-_MODULES_ITEM = re.compile(r"\._modules\['([^']+)'\]")
+_STACK_PREFIX = re.compile(r"^[LG]\['[^']*'\]")
+_MODULES_ITEM = re.compile(r"(?:\.__dict__\['_modules'\]|\._modules)\['([^']+)'\]")
+# Wrappers that torch itself leaves out of the names of what they wrap.
+_WRAPPER = re.compile(
+    r"(?:^|\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?![^.\[])"
+)
 _GETATTR = re.compile(r"getattr\((.+?), ['\"]([^'\"]+)['\"]\)")
 _ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
 
@@ -177,7 +182,7 @@ def clean_module_path(path: str) -> str:
     while (found := _GETATTR.search(path)) is not None:
         path = f"{path[: found.start()]}{found[1]}.{found[2]}{path[found.end() :]}"
     path = _STACK_PREFIX.sub("", path)
-    path = _MODULES_ITEM.sub(r".\1", path)
+    path = _WRAPPER.sub("", _MODULES_ITEM.sub(r".\1", path))
     return _ITEM.sub(r".\1", path).strip(".")
 
 
@@ -187,11 +192,30 @@ def module_path(node: fx.Node) -> str:
     return clean_module_path(next(reversed(stack.values()))[0]) if stack else ""
 
 
-def module_names(graph: fx.Graph) -> tuple[str, ...]:
-    """Dotted names of all modules that made a node of the graph, sorted."""
-    stacks = (node.meta.get("nn_module_stack") or {} for node in graph.nodes)
+def module_names(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Dotted names of all modules that made a node of the graph, sorted; subgraphs included."""
+    nodes = chain.from_iterable(graph.nodes for graph in subgraphs(gm))
+    stacks = (node.meta.get("nn_module_stack") or {} for node in nodes)
     paths = dict.fromkeys(entry[0] for stack in stacks for entry in stack.values())
     return tuple(sorted(filter(None, map(clean_module_path, paths))))
+
+
+def qualify_modules(gm: fx.GraphModule, prefix: str) -> None:
+    """Say of all nodes, subgraphs included, that their modules are inside of ``prefix``."""
+    root = {prefix: (prefix, torch.nn.Module)}
+    for graph in subgraphs(gm):
+        for node in graph.nodes:
+            stack = node.meta.get("nn_module_stack") or {}
+            inner = {
+                key: (f"{prefix}.{clean_module_path(path)}".rstrip("."), kind)
+                for key, (path, kind) in stack.items()
+            }
+            node.meta["nn_module_stack"] = {**root, **inner}
+
+
+def subgraphs(gm: fx.GraphModule) -> Iterator[fx.Graph]:
+    """The graph of ``gm`` and those of the modules in it, such as checkpointed layers."""
+    return (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
 
 
 def seq_nr(node: fx.Node) -> int | None:

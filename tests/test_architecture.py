@@ -11,7 +11,7 @@ ROOT = Path(mxnorm_pass.__file__).parent
 # From the top of the house to its floor; a module imports only from layers below its own.
 LAYERS = [
     {"__init__"},
-    {"tracing"},
+    {"layers", "tracing"},
     {"backend", "export"},
     {"announce"},
     {"recording", "inductor_e8m0"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"match.skip", "ops", "graph_code", "canonicalize"},
     {"functional", "graph_utils"},
     {"config", "report"},
-    {"formats", "report_page"},
+    {"formats", "inductor_options", "report_page"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 

@@ -17,21 +17,24 @@ from reference import (
     expected_sites,
     quantize_with_torchao,
     reference_of,
-    token_ids,
 )
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from training import (
+    GRADIENT_TOLERANCE,
+    IDS,
+    assert_gradients_close,
+    flat,
+    relative_error,
+    train,
+    worst_gradient,
+)
 
 import mxnorm_pass
 from mxnorm_pass import SkipReason
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
 
-IDS = token_ids()
 DTYPES = [torch.float32, torch.bfloat16]
-# Relative norm. Sums of gradients in another order differ by float32's last bit; bf16 keeps 8.
-GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-Gradients = dict[str, Tensor]
 
 
 def infer(model: Callable[..., Any]) -> Tensor:
@@ -39,32 +42,9 @@ def infer(model: Callable[..., Any]) -> Tensor:
         return model(IDS, use_cache=False).logits
 
 
-def train(model: Callable[..., Any], parameters: nn.Module) -> tuple[Tensor, Gradients]:
-    parameters.zero_grad()
-    output = model(IDS, labels=IDS, use_cache=False)
-    output.loss.backward()
-    gradients = {n: p.grad.clone() for n, p in parameters.named_parameters()}
-    return output.logits.detach(), gradients
-
-
 def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:
     torch._dynamo.reset()
     return torch.compile(model, backend="mxnorm", options={"inner": "aot_eager", **options})
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def worst_gradient(a: Gradients, b: Gradients) -> tuple[str, float]:
-    errors = {name: relative_error(a[name], b[name]) for name in b}
-    return max(errors.items(), key=lambda item: item[1])
-
-
-def assert_gradients_close(a: Gradients, b: Gradients, tolerance: float) -> None:
-    assert a.keys() == b.keys()
-    name, error = worst_gradient(a, b)
-    assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
 
 
 MODELS = {
@@ -242,10 +222,6 @@ def test_inductor_error_is_that_of_aot_eager(dtype, training) -> None:
         for inner in ("aot_eager", "inductor"):
             errors[inner] = relative_error(infer(compiled(model, inner=inner)), truth)
     assert errors["inductor"] <= 1.5 * errors["aot_eager"], errors
-
-
-def flat(gradients: Gradients) -> Tensor:
-    return torch.cat([g.double().flatten() for g in gradients.values()])
 
 
 def plain_inductor(gm: torch.fx.GraphModule, inputs: Any) -> Any:
