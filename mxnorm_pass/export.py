@@ -63,7 +63,7 @@ def apply(
     _drop_metadata_checks(graph)
     mark_inputs(graph, _weight_names(program))
     result = run_pass(graph, options)
-    announce(result, options, module_names(graph_module))
+    announce(result, options, module_names(program.graph_module))
     decomposed = ops.decompose(graph, {}) if decompose else 0
     if not decomposed and result.graph.before == result.graph.after:
         copied = _copied(exported_program.graph_module)
