@@ -18,11 +18,11 @@ from torchao.prototype.mx_formats.config import (
     ScaleCalculationMode,
 )
 from torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
-from torchao.prototype.mx_formats.mx_tensor import to_dtype, to_mx
+from torchao.prototype.mx_formats.kernels import triton_to_mxfp8_dim0
+from torchao.prototype.mx_formats.mx_tensor import MXTensor, to_dtype, to_mx
+from torchao.prototype.mx_formats.utils import to_blocked
 from torchao.quantization import quantize_
 from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
-
-from mxnorm_pass import SkipReason
 
 WIDTH = 128
 MODES = ("floor", "rceil", "ceil", "even")
@@ -50,6 +50,7 @@ class Case:
         outcome: what the pass must say of its one norm.
         shape, dtype: of the input.
         train: record the joint graph.
+        export: record what ``torch.export`` makes of it; else ``torch.compile``.
         sm100: record what an sm100 GPU would run.
         needs_triton: torchao uses its Triton kernels here.
         options: of the pass.
@@ -57,17 +58,19 @@ class Case:
 
     name: str
     model: Callable[[], nn.Module]
-    outcome: Fused | SkipReason
+    outcome: Fused
     shape: tuple[int, ...] = (2, 16, WIDTH)
     dtype: torch.dtype = BF16
     train: bool = False
+    export: bool = False
     sm100: bool = False
     needs_triton: bool = False
     options: dict[str, Any] = field(default_factory=lambda: {"quantize": "existing"})
 
     @property
     def device(self) -> str:
-        return "cuda:0" if self.sm100 else "cpu"
+        """Where the graph's tensors are. A CPU build cannot differentiate fake CUDA tensors."""
+        return "cuda:0" if self.sm100 and not self.train else "cpu"
 
 
 # Models
@@ -84,6 +87,53 @@ class Cast(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scales, values = to_mx(x, self.elem, 32, self.mode)
         return F.linear(to_dtype(values, scales, self.elem, 32, x.dtype), self.weight)
+
+
+class ScaledLinear(nn.Module):
+    """``F.scaled_mm`` on torchao's swizzled scales."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = ScaleCalculationMode[mode.upper()]
+        scales, values = self.cast(torch.ones(WIDTH, WIDTH, dtype=BF16))
+        self.register_buffer("values", values)
+        self.register_buffer("scales", scales)
+
+    def cast(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # The method: Dynamo does not look into it, where it would see tensors on the CPU.
+        cast = MXTensor.to_mx(x, E4M3, 32, self.mode, is_swizzled_scales=True)
+        return cast.scale, cast.qdata
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales, values = self.cast(x.flatten(0, -2))
+        recipe, swizzle = F.ScalingType.BlockWise1x32, F.SwizzleType.SWIZZLE_32_4_4
+        return F.scaled_mm(
+            values,
+            self.values.t(),
+            scale_a=scales,
+            scale_recipe_a=recipe,
+            scale_b=self.scales,
+            scale_recipe_b=recipe,
+            swizzle_a=swizzle,
+            swizzle_b=swizzle,
+            output_dtype=BF16,
+        )
+
+
+class KernelLinear(nn.Module):
+    """torchao's dim0 cast kernel, which ``torch.export`` keeps as an op."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+        scales, values = to_mx(torch.ones(WIDTH, WIDTH, dtype=BF16), E4M3, 32)
+        self.register_buffer("values", values)
+        self.register_buffer("scales", to_blocked(scales))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, scales = triton_to_mxfp8_dim0(x.flatten(0, -2), scaling_mode=self.mode)
+        operands = (values, self.values.t(), to_blocked(scales), self.scales)
+        return torch._scaled_mm(*operands, out_dtype=BF16)
 
 
 class TrainingLinear(nn.Linear):
@@ -166,11 +216,6 @@ def _format(mode: str, elem: str = "e4m3fn") -> str:
     return f"mxfp8 {elem} {mode} block 32"
 
 
-def _saturates(elem: torch.dtype) -> bool:
-    """Does this torch cast what is too large to the largest element?"""
-    return bool(torch.tensor(1e6).to(elem).float().isfinite())
-
-
 def _casts() -> Iterator[Case]:
     for mode in MODES:
         for elem, dtype in (("e4m3fn", BF16), ("e4m3fn", F32), ("e5m2", BF16)):
@@ -178,11 +223,7 @@ def _casts() -> Iterator[Case]:
             def model(m=mode, e=ELEMENTS[elem], d=dtype) -> nn.Module:
                 return Model(_llama_norm(d), q=Cast(m, e, d))
 
-            outcome: Fused | SkipReason = Fused(_format(mode, elem), ("q",), "activation")
-            # Dynamo drops torchao's clamp but for RCEIL's: what overflows, infinity at least, is
-            # for torch to decide.
-            if mode != "rceil" and not _saturates(ELEMENTS[elem]):
-                outcome = SkipReason.CAST_NOT_RECOGNIZED
+            outcome = Fused(_format(mode, elem), ("q",), "activation")
             name = f"cast-{mode}-{elem}-{dtype_abbrs[dtype]}"
             yield Case(name, model, outcome, dtype=dtype)
 
@@ -219,32 +260,34 @@ def _plain() -> Iterator[Case]:
 
 
 def _on_sm100() -> Iterator[Case]:
-    inference_outcomes = {
-        "rceil": SkipReason.CAST_NOT_RECOGNIZED,
-        "floor": SkipReason.CAST_ESCAPES,
-    }
-    for mode, outcome in inference_outcomes.items():
+    for mode in ("rceil", "floor"):
 
         def inference(m=mode) -> nn.Module:
             return _inference(m, KernelPreference.AUTO)
 
+        outcome = Fused(_format(mode), ("q", "k"), "activation")
         yield Case(f"sm100-inference-{mode}", inference, outcome, sm100=True)
-    training_outcomes = {
-        ("rceil", "triton", "cuda"): SkipReason.NO_MX_CAST,
-        ("floor", "triton", "cuda"): SkipReason.NO_MX_CAST,
-        ("rceil", "torch", "triton"): SkipReason.CAST_NOT_RECOGNIZED,
-    }
-    for (mode, *kernels), outcome in training_outcomes.items():
 
-        def model(m=mode, k=tuple(kernels)) -> nn.Module:
+        def scaled_mm(m=mode) -> nn.Module:
+            return Model(_llama_norm(), q=ScaledLinear(m))
+
+        outcome = Fused(_format(mode), ("q",), "activation")
+        yield Case(f"sm100-scaled_mm-{mode}", scaled_mm, outcome, sm100=True)
+    for mode, *kernels in (
+        ("rceil", "triton", "cuda"),
+        ("floor", "triton", "cuda"),
+        ("rceil", "torch", "triton"),
+    ):
+
+        def training(m=mode, k=tuple(kernels)) -> nn.Module:
             return Model(_llama_norm(), q=TrainingLinear(m, k))
 
-        name = f"sm100-training-{mode}-{'-'.join(kernels)}"
-        # The dim1 kernels take multiples of 128 rows.
         yield Case(
-            name,
-            model,
-            outcome,
+            f"sm100-training-{mode}-{'-'.join(kernels)}",
+            training,
+            # The swizzle of its scales hides the weight's cast.
+            Fused(_format(mode), ("q",), "activation"),
+            # The dim1 kernels take multiples of 128 rows.
             shape=(1, 128, WIDTH),
             train=True,
             sm100=True,
@@ -252,4 +295,25 @@ def _on_sm100() -> Iterator[Case]:
         )
 
 
-CASES = {case.name: case for case in (*_casts(), *_emulated(), *_plain(), *_on_sm100())}
+def _exported() -> Iterator[Case]:
+    def inference() -> nn.Module:
+        return _inference("rceil", KernelPreference.EMULATED)
+
+    outcome = Fused(_format("rceil"), ("q", "k"), "activation")
+    yield Case("export-inference-rceil", inference, outcome, export=True)
+
+    def kernels() -> nn.Module:
+        return Model(_llama_norm(), q=KernelLinear("rceil"))
+
+    yield Case(
+        "sm100-export-rceil-triton",
+        kernels,
+        Fused(_format("rceil"), ("q",), "activation"),
+        export=True,
+        sm100=True,
+        needs_triton=True,
+    )
+
+
+_KINDS = (_casts, _emulated, _plain, _on_sm100, _exported)
+CASES = {case.name: case for kind in _KINDS for case in kind()}

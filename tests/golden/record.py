@@ -61,6 +61,9 @@ def trace(case: Any, decompositions: dict[Any, Any]) -> fx.GraphModule:
     mode = sm100() if case.sm100 else nullcontext()
     try:
         with mode, torch.set_grad_enabled(case.train):
+            if case.export:
+                exported = torch.export.export(model, (x,))
+                return exported.run_decompositions(decompositions).graph_module
             torch.compile(model, backend=backend, fullgraph=True)(x)
     except Traced as traced:
         return traced.module

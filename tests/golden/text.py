@@ -47,7 +47,7 @@ _DTYPES = {name: dtype for dtype, name in dtype_abbrs.items()}
 
 
 class MissingOp(Exception):
-    """The installed torch does not have an op of the graph."""
+    """The installed torch does not have an op of the graph, or not with these arguments."""
 
 
 # Graph to text
@@ -271,8 +271,11 @@ class _Builder:
         if getattr(node.target, "namespace", "aten") not in _EVALUATED:
             return _fake(kind, self.mode)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self.mode, torch.no_grad():
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        try:
+            with self.mode, torch.no_grad():
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
+        except TypeError as error:
+            raise MissingOp(f"such {node.target}: {error}") from None
         if kind:
             assert _describe(value) == _describe(_fake(kind, self.mode)), (str(node), kind, value)
         return value
