@@ -140,7 +140,7 @@ class MXNormConfig:
         for name, validate in _VALIDATORS.items():
             object.__setattr__(self, name, validate(name, getattr(self, name)))
 
-    def resolve(self, name: str) -> ModuleConfig:
+    def resolve(self, name: str, opt_in: bool = False) -> ModuleConfig:
         """Return what applies to the module of that full dotted name.
 
         Every rule of ``modules`` is tried on the whole name, in order, and the last that matches
@@ -149,10 +149,12 @@ class MXNormConfig:
 
         A name whose last component is ``lm_head`` or ``output`` is disabled unless the winning
         pattern's text contains that component: "*" does not enable it, "*lm_head" does.
+        ``opt_in`` asks the same of any other name.
         """
-        resolved = self._resolved.get(name)
+        key = (name, opt_in)
+        resolved = self._resolved.get(key)
         if resolved is None:
-            resolved = self._resolved[name] = self._resolve_uncached(name)
+            resolved = self._resolved[key] = self._resolve_uncached(name, opt_in)
         return resolved
 
     def turns_off(self, name: str) -> bool:
@@ -193,16 +195,16 @@ class MXNormConfig:
     def _winner(self, name: str) -> _Rule | None:
         return next((rule for rule in reversed(self._rules) if rule.matches(name)), None)
 
-    def _resolve_uncached(self, name: str) -> ModuleConfig:
+    def _resolve_uncached(self, name: str, opt_in: bool) -> ModuleConfig:
         winner = self._winner(name)
         enabled = winner is None or winner.enabled
         component = name.rpartition(".")[2]
-        if component in _HEAD_NAMES:
+        if opt_in or component in _HEAD_NAMES:
             enabled = enabled and winner is not None and component in winner.pattern
         return ModuleConfig(enabled, self if winner is None else winner.config)
 
     @cached_property
-    def _resolved(self) -> dict[str, ModuleConfig]:
+    def _resolved(self) -> dict[tuple[str, bool], ModuleConfig]:
         return {}
 
     @cached_property

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ScaleMode = Literal["rceil", "floor", "ceil", "even"]
+ScaleLayout = Literal["row-major", "blocked"]
 SCALE_MODES: Final[tuple[ScaleMode, ...]] = get_args(ScaleMode)
 
 MX_BLOCK_SIZE: Final = 32
@@ -107,6 +109,23 @@ def _rceil_exponent(descale: Tensor) -> Tensor:
     return torch.where(torch.isnan(descale), E8M0_NAN, special)
 
 
+def round_up_to_e8m0(x: Tensor) -> Tensor:
+    """Biased exponent of the smallest E8M0 number that is not below ``x``; 254 at most.
+
+    Args:
+        x: float32, non-negative or NaN, any shape.
+
+    Returns:
+        uint8 of ``x``'s shape; 255 encodes NaN.
+    """
+    bits = x.view(torch.int32)
+    exponent = (bits >> F32_MANTISSA_BITS) & 0xFF
+    # Below 2**-126 float32 has no exponent; the smallest E8M0 number, 2**-127, is 1 << 22.
+    above = torch.where(exponent == 0, bits > (1 << 22), (bits & 0x7FFFFF) > 0)
+    rounded = (exponent + above.to(torch.int32)).clamp(max=254).to(torch.uint8)
+    return torch.where(torch.isnan(x), E8M0_NAN, rounded)
+
+
 def cast_elements(
     x: Tensor, exponent: Tensor, elem_dtype: torch.dtype, scale_mode: ScaleMode
 ) -> Tensor:
@@ -150,3 +169,24 @@ def e8m0_to_float(scales: Tensor) -> Tensor:
     # 2**-127 is subnormal in float32 and has no exponent bits: its pattern is 1 << 22.
     bits = torch.where(exponent == 0, 1 << 22, exponent << F32_MANTISSA_BITS)
     return torch.where(exponent == E8M0_NAN, float("nan"), bits.view(torch.float32))
+
+
+def blocked_scales(scales: Tensor) -> Tensor:
+    """Scales in the 128x4 blocked layout that ``torch._scaled_mm`` reads.
+
+    Tiles of 128 rows by 4 blocks, padded with zero bytes; row 32 i + j of a tile lies at [j, i].
+    Source: cuBLAS documentation, "1D block scaling factors layout".
+
+    Args:
+        scales: [..., K], one byte per block or any other number.
+
+    Returns:
+        [32 ceil(T / 128), 16 ceil(K / 4)], T the product of the leading dimensions.
+    """
+    width = scales.shape[-1]
+    rows = scales.reshape(-1, width)
+    height = rows.shape[0]
+    tiles_down, tiles_across = (height + 127) // 128, (width + 3) // 4
+    padded = F.pad(rows, (0, 4 * tiles_across - width, 0, 128 * tiles_down - height))
+    tiles = padded.reshape(tiles_down, 4, 32, tiles_across, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(32 * tiles_down, 16 * tiles_across)

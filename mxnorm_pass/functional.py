@@ -19,9 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mxnorm_pass.config import Estimator, Gradient
-from mxnorm_pass.formats import ScaleMode, cast_elements, e8m0_exponent, e8m0_to_float
+from mxnorm_pass.formats import (
+    ScaleLayout,
+    ScaleMode,
+    blocked_scales,
+    cast_elements,
+    e8m0_exponent,
+    e8m0_to_float,
+)
 
 __all__ = [
+    "blocked_scales",
     "inverse_rms",
     "inverse_rms_vjp",
     "mx_cast",
@@ -375,6 +383,7 @@ def mxnorm_cast(
     scale_mode: ScaleMode = "rceil",
     norm_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    scale_layout: ScaleLayout = "row-major",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norm and MX cast in one: the op that the rewritten graph calls.
 
@@ -387,11 +396,14 @@ def mxnorm_cast(
     Args:
         x: [..., D], float32, bfloat16 or float16.
         weight: [D] or None.
+        scale_layout: "row-major", or "blocked" as in :func:`blocked_scales`.
 
     Returns:
-        values [..., D], scales [..., K], rho [..., 1] (float32); none carries a gradient.
+        values [..., D], scales [..., K] (or blocked), rho [..., 1] (float32); none carries a
+        gradient.
     """
     _check_choice("estimator", estimator, get_args(Estimator))
+    _check_choice("scale_layout", scale_layout, get_args(ScaleLayout))
     x32 = x.to(torch.float32)
     if estimator == "exact":
         rho = torch.rsqrt(_mean_square(x32, estimator, p, block_size) + eps)
@@ -399,7 +411,7 @@ def mxnorm_cast(
         values, scales = mx_cast(
             y, elem_dtype=elem_dtype, scale_mode=scale_mode, block_size=block_size
         )
-        return values, scales, rho
+        return values, _lay_out(scales, scale_layout), rho
     absmax = _block_absmax(x32, block_size)
     rho = torch.rsqrt(_mean_square_from_absmax(absmax, p, block_size) + eps)
     y = x32 * rho
@@ -411,7 +423,13 @@ def mxnorm_cast(
     values, scales = _cast_blocks(
         x, _blocks(y, block_size), absmax.unsqueeze(-1), elem_dtype, scale_mode
     )
-    return values, scales, rho
+    return values, _lay_out(scales, scale_layout), rho
+
+
+def _lay_out(scales: Tensor, layout: ScaleLayout) -> Tensor:
+    if layout == "row-major":
+        return scales
+    return blocked_scales(scales.view(torch.uint8)).view(torch.float8_e8m0fnu)
 
 
 class _MXLinear(torch.autograd.Function):

@@ -5,15 +5,21 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -99,6 +105,10 @@ def is_view(node: fx.Node) -> bool:
     return source is not None and result is not None and same_size(source.numel(), result.numel())
 
 
+def is_expand(node: fx.Node) -> bool:
+    return is_call(node, (aten.expand.default,))
+
+
 def is_transpose(node: fx.Node) -> bool:
     """Does the node swap the dimensions of a matrix?"""
     value = tensor_of(node)
@@ -131,6 +141,28 @@ def strip(node: fx.Node, *through: Callable[[fx.Node], bool]) -> fx.Node:
     while any(see(node) for see in through):
         node = node.args[0]  # type: ignore[assignment]
     return node
+
+
+_SAME_VALUE_DEPTH = 8
+
+
+def same_value(a: Any, b: Any, depth: int = _SAME_VALUE_DEPTH) -> bool:
+    """Are two nodes one, or equal computations of the same nodes? False where that is unclear."""
+    if a is b:
+        return True
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same_value(x, y, depth) for x, y in zip(a, b, strict=True))
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return type(a) is type(b) and bool(a == b)
+    if depth == 0 or a.op != "call_function" or b.op != "call_function" or a.target != b.target:
+        return False
+    if torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ()):
+        return False
+    return (
+        a.kwargs.keys() == b.kwargs.keys()
+        and same_value(a.args, b.args, depth - 1)
+        and all(same_value(a.kwargs[k], b.kwargs[k], depth - 1) for k in a.kwargs)
+    )
 
 
 _STACK_PREFIX = re.compile(r"^[LG]\['[^']*'\]\.?")
@@ -190,6 +222,13 @@ def call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
 def outputs_of(graph: fx.Graph, like: fx.Node, node: fx.Node) -> tuple[fx.Node, ...]:
     """One getitem node per output of a multi-output call."""
     return tuple(call(graph, like, operator.getitem, node, i) for i in range(len(node.meta["val"])))
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Leave the fake mode under which graphs are compiled."""
+    with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
+        yield
 
 
 class SubgraphCache:

@@ -35,6 +35,7 @@ from mxnorm_pass.graph_utils import (
 )
 from mxnorm_pass.match.linear import CastIndex, PlainLinear, plain_linear, readers
 from mxnorm_pass.match.norm import Norm
+from mxnorm_pass.match.router import is_router
 
 _LINEAR_DTYPES = (torch.bfloat16, torch.float32)
 
@@ -46,7 +47,7 @@ def insert_casts(graph: fx.Graph, norms: Iterable[Norm], config: MXNormConfig) -
     linears = _all_linears(graph) if config.quantize == "all" else _norm_fed(norms)
     inserted = 0
     for linear in linears:
-        resolved = config.resolve(linear.name)
+        resolved = config.resolve(linear.name, opt_in=is_router(linear))
         if not resolved.enabled or not _can_quantize(linear):
             continue
         fmt = MXFormat(resolved.config.elem_dtype, resolved.config.scale_mode, MX_BLOCK_SIZE)
@@ -77,12 +78,13 @@ def _all_linears(graph: fx.Graph) -> Iterator[PlainLinear]:
 
 
 def _can_quantize(linear: PlainLinear) -> bool:
+    """MX matmuls want both sides of the weight in whole blocks; that leaves out small adapters."""
     activation, weight = tensor_of(linear.activation), tensor_of(linear.weight)
     if activation is None or weight is None or activation.dtype != weight.dtype:
         return False
-    width = weight.shape[0]
-    divisible = isinstance(width, int) and width % MX_BLOCK_SIZE == 0
-    return divisible and activation.dtype in _LINEAR_DTYPES
+    if not all(isinstance(n, int) and n % MX_BLOCK_SIZE == 0 for n in weight.shape):
+        return False
+    return activation.dtype in _LINEAR_DTYPES
 
 
 def _quantize(graph: fx.Graph, linear: PlainLinear, fmt: MXFormat) -> None:

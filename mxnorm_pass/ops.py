@@ -33,6 +33,7 @@ def _norm_cast(
     scale_mode: str,
     norm_dtype: torch.dtype | None,
     out_dtype: torch.dtype,
+    scale_layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return functional.mxnorm_cast(
         x,
@@ -45,6 +46,7 @@ def _norm_cast(
         scale_mode=scale_mode,  # type: ignore[arg-type]
         norm_dtype=norm_dtype,
         out_dtype=out_dtype,
+        scale_layout=scale_layout,  # type: ignore[arg-type]
     )
 
 
@@ -82,8 +84,11 @@ def _fake_norm_cast(
     scale_mode: str,
     norm_dtype: torch.dtype | None,
     out_dtype: torch.dtype,
+    scale_layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     values, scales = _fake_cast(x, block_size, elem_dtype, scale_mode)
+    if scale_layout == "blocked":
+        scales = functional.blocked_scales(scales)
     return values, scales, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
@@ -104,7 +109,8 @@ def _define(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) ->
 
 norm_cast = _define(
     "norm_cast(Tensor x, Tensor? weight, float eps, str estimator, float p, int block_size, "
-    "ScalarType elem_dtype, str scale_mode, ScalarType? norm_dtype, ScalarType out_dtype) "
+    "ScalarType elem_dtype, str scale_mode, ScalarType? norm_dtype, ScalarType out_dtype, "
+    "str scale_layout) "
     "-> (Tensor values, Tensor scales, Tensor rho)",
     _norm_cast,
     _fake_norm_cast,

@@ -23,6 +23,7 @@ class SkipReason(Enum):
     CAST_ESCAPES = "the cast's values or scales are read by something that is no matmul"
     NORM_DIMENSION = "the mean is not over the last dimension alone"
     NORM_FORM = "not 1 / sqrt(mean(x^2) + eps)"
+    LAYER_NORM = "a LayerNorm: it subtracts the mean, which MXNorm does not estimate"
     EPS_INPUT = "eps is an input of the graph, not a constant"
     WIDTH = "the width is not a multiple of the block size"
     DTYPE = "the dtype is not supported"

@@ -12,7 +12,7 @@ cotangent that comes from the fused consumers. All other readers keep the exact 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 
 import torch
@@ -74,6 +74,7 @@ def _fuse_casts(graph: fx.Graph, fusion: Fusion, cast: FusedCast) -> fx.Node:
             fmt.scale_mode,
             rounding.norm_dtype,
             cast.out_dtype,
+            cast.scale_layout,
         )
         values, scales, rho = outputs_of(graph, origin, op)
         _redirect_casts(graph, origin, consumers, values, scales)
@@ -87,19 +88,22 @@ def _redirect_casts(
     views: dict[object, fx.Node] = {}
     for cast in dict.fromkeys(c.cast for c in consumers):
         new_values = _shared_view(graph, at, values, cast.values, views)
-        new_scales = _shared_view(graph, at, scales, cast.scales, views)
         use = cast_use(cast)
-        if all(m.matmul in matmuls for m in use.matmuls):
-            _replace_cast(cast, new_values, new_scales)
-            continue
-        replaced = {cast.values: new_values, cast.scales: new_scales}
+        exclusive = all(m.matmul in matmuls for m in use.matmuls)
         for matmul in use.matmuls:
-            if matmul.matmul in matmuls:
+            if matmul.matmul not in matmuls:
+                continue
+            old_scales = matmul.blocked_scales or cast.scales
+            new_scales = _shared_view(graph, at, scales, old_scales, views)
+            replaced = {cast.values: new_values, old_scales: new_scales}
+            if exclusive:
+                _replace_cast(cast, replaced)
+            else:
                 _clone_dequantization(graph, matmul.slice, matmul.matmul, replaced)
 
 
-def _replace_cast(cast: Cast, values: fx.Node, scales: fx.Node) -> None:
-    for old, new in ((cast.values, values), (cast.scales, scales)):
+def _replace_cast(cast: Cast, replaced: Mapping[fx.Node, fx.Node]) -> None:
+    for old, new in replaced.items():
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in cast.nodes)
 
 
@@ -127,13 +131,14 @@ def _clone_dequantization(
     graph: fx.Graph,
     nodes: Iterable[fx.Node],
     matmul: fx.Node,
-    replaced: dict[fx.Node, fx.Node],
+    replaced: Mapping[fx.Node, fx.Node],
 ) -> None:
     """Give one matmul a copy of a dequantisation that it shared with others."""
     env = dict(replaced)
     with graph.inserting_before(matmul):
         for node in nodes:
-            env[node] = graph.node_copy(node, lambda n: env.get(n, n))
+            if node not in replaced:
+                env[node] = graph.node_copy(node, lambda n: env.get(n, n))
     for old, new in env.items():
         matmul.replace_input_with(old, new)
 
@@ -154,10 +159,10 @@ def _fold_gain(graph: fx.Graph, fusion: Fusion) -> None:
         if gain > at:
             stable_topological_sort(graph)
         use = cast_use(weight.cast)
-        if all(m.matmul is matmul for m in use.matmuls):
-            _replace_cast(weight.cast, new_values, new_scales)
-            continue
         replaced = {weight.cast.values: new_values, weight.cast.scales: new_scales}
+        if all(m.matmul is matmul for m in use.matmuls):
+            _replace_cast(weight.cast, replaced)
+            continue
         for other in use.matmuls:
             if other.matmul is matmul:
                 _clone_dequantization(graph, other.slice, matmul, replaced)

@@ -93,10 +93,23 @@ def two_upcasts(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return (x.float() * torch.rsqrt(mean_square(x.float()) + eps) * w).type_as(x)
 
 
+def input_computed_twice(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    return (x + x.tanh()) * torch.rsqrt(mean_square(x + x.tanh()) + eps) * w
+
+
 def eps_before_the_division(x: Tensor, w: Tensor, eps: float) -> Tensor:
     width = x.shape[-1]
     rho = torch.rsqrt((x.float().square().sum(-1, keepdim=True) + eps * width) / width)
     return (x.float() * rho * w).type_as(x)
+
+
+def gain_on_x(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    return (w * x.float() / torch.sqrt(mean_square(x.float()) + eps)).type_as(x)
+
+
+def gain_on_rho(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    h = x.float()
+    return (h * (torch.rsqrt(mean_square(h) + eps) * w)).type_as(x)
 
 
 def vector_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
@@ -123,6 +136,27 @@ def eps_outside_sqrt(x: Tensor, w: Tensor, eps: float) -> Tensor:
 
 def layer_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), w, None, eps)
+
+
+def layer_norm_by_hand(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    return w * (x - mean) / torch.sqrt((x - mean).pow(2).mean(-1, keepdim=True) + eps)
+
+
+def layer_norm_of_variance(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    centered = x.float() - x.float().mean(-1, keepdim=True)
+    variance = x.float().var(-1, unbiased=False, keepdim=True)
+    return (centered / torch.sqrt(variance + eps)).type_as(x) * w
+
+
+def layer_norm_of_var_mean(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    variance, mean = torch.var_mean(x, -1, unbiased=False, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + eps) * w
+
+
+def variance_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """Divides by the deviation without subtracting the mean: neither norm."""
+    return x * torch.rsqrt(x.var(-1, unbiased=False, keepdim=True) + eps) * w
 
 
 # Models
@@ -339,6 +373,8 @@ SPELLINGS = {
     "one over sqrt": Spelling(one_over_sqrt),
     "own dtype": Spelling(in_its_own_dtype),
     "two upcasts": Spelling(two_upcasts),
+    "gain on x": Spelling(gain_on_x),
+    "gain on rho": Spelling(gain_on_rho),
     "eps before the division": Spelling(eps_before_the_division),
     "vector norm": Spelling(vector_norm, eps=0.0),
 }

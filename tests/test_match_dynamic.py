@@ -75,7 +75,7 @@ LAYER_KINDS = {
     "double": (lambda x, w, eps: olmo(olmo(x, w, eps), w, eps), None),
     "layer_norm": (layer_norm, None),
 }
-NORMS_OF = {"double": 2, "layer_norm": 0}
+NORMS_OF = {"double": 2}
 
 
 class Layer(nn.Module):
@@ -127,7 +127,7 @@ def test_explain_with_everything_off(train: bool) -> None:
         report = mxnorm_pass.explain(model, x, options=options)
     (graph,) = report.graphs
     assert graph.name == ("training_0" if train else "inference_0")
-    assert len(graph.sites) == 8 and report.fused == []
+    assert len(graph.sites) == 9 and report.fused == []
     assert {s.reason for s in graph.sites} == {SkipReason.DISABLED}
     assert_untouched(report)
 
@@ -135,7 +135,7 @@ def test_explain_with_everything_off(train: bool) -> None:
 @in_both_modes
 @pytest.mark.parametrize("quantize", ["norm-fed", "existing"])
 def test_graph_without_a_norm(quantize: str, train: bool) -> None:
-    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 32))
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
     x = inputs(2, 4, 64).requires_grad_(train)
     got, report = run(model, x, train=train, quantize=quantize)
     assert report.sites == [] and len(report.graphs) == 1

@@ -26,8 +26,12 @@ from matching import (
     huggingface,
     in_both_modes,
     in_its_own_dtype,
+    input_computed_twice,
     inputs,
     layer_norm,
+    layer_norm_by_hand,
+    layer_norm_of_var_mean,
+    layer_norm_of_variance,
     mean_over_tokens,
     mean_square,
     narrowed_first,
@@ -37,9 +41,11 @@ from matching import (
     run,
     spellings,
     uncompiled,
+    variance_norm,
 )
 from torch import Tensor, nn
 
+import mxnorm_pass
 from mxnorm_pass import SkipReason
 
 pytestmark = expected_warnings
@@ -243,7 +249,7 @@ def scales_another_tensor(x: Tensor, w: Tensor, eps: float) -> Tensor:
 
 @pytest.mark.parametrize(
     "function",
-    [layer_norm, fourth_power, fourth_root, scales_another_tensor],
+    [variance_norm, fourth_power, fourth_root, scales_another_tensor],
     ids=lambda f: f.__name__,
 )
 def test_no_rms_norm_gives_no_site(function: NormFunction) -> None:
@@ -252,6 +258,38 @@ def test_no_rms_norm_gives_no_site(function: NormFunction) -> None:
     assert report.sites == [] and len(report.graphs) == 1
     assert_untouched(report)
     assert_same_bits(got, uncompiled(model, x))
+
+
+LAYER_NORMS = [
+    layer_norm,
+    layer_norm_by_hand,
+    layer_norm_of_variance,
+    layer_norm_of_var_mean,
+]
+
+
+@in_both_modes
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("function", LAYER_NORMS, ids=lambda f: f.__name__)
+def test_layer_norm(function: NormFunction, inner: str, train: bool) -> None:
+    """Fused as one op, or decomposed by Inductor or by hand."""
+    with torch.set_grad_enabled(train):
+        report = mxnorm_pass.explain(Model(function), inputs(), options={"inner": inner})
+    assert_skipped(report, SkipReason.LAYER_NORM)
+    assert_untouched(report)
+
+
+@in_both_modes
+def test_input_computed_twice(train: bool) -> None:
+    """Both computations are one x; its gradient is the sum over both."""
+    model, x = Model(input_computed_twice), inputs()
+    x.requires_grad_(train)
+    got, report = run(model, x, train=train)
+    assert_fused(report)
+    want = reference(model, x + x.tanh(), model.norm.weight)
+    assert_same_bits(got, want)
+    if train:
+        assert_gradients(model, x, got, want, GRADIENT_TOLERANCE[F32])
 
 
 def no_keepdim(x: Tensor, w: Tensor, eps: float) -> Tensor:

@@ -257,6 +257,58 @@ def test_another_reader_of_the_norm() -> None:
     assert_gradients(model, x, got, want, GRADIENT_TOLERANCE[F32])
 
 
+class Router(Model):
+    """Two linears, and one whose output picks experts."""
+
+    def __init__(self) -> None:
+        super().__init__(olmo)
+        self.gate = nn.Linear(WIDTH, 32, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.norm(x)
+        logits = self.gate(y.view(-1, WIDTH))
+        picked = torch.softmax(logits, -1).topk(2).indices
+        return self.first(y), self.second(y), logits, picked
+
+
+@in_both_modes
+@pytest.mark.parametrize("modules", [{}, {"*": True}], ids=str)
+def test_router_keeps_the_exact_norm(train: bool, modules: dict[str, bool]) -> None:
+    model, x = Router(), inputs()
+    got, report = run(model, x, train=train, modules=modules)
+    assert_fused(report)
+    assert torch.equal(got[2], uncompiled(model, x)[2])
+
+
+def test_router_that_is_named() -> None:
+    _, report = run(Router(), inputs(), modules={"gate": True})
+    assert only_site(report).consumers == ("gate", *CONSUMERS)
+
+
+class Gate(Router):
+    """The same linear, whose output only scales."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.norm(x)
+        return self.first(y), self.second(y), torch.softmax(self.gate(y), -1)
+
+
+def test_gate_is_no_router() -> None:
+    _, report = run(Gate(), inputs())
+    assert only_site(report).consumers == (*CONSUMERS, "gate")
+
+
+@pytest.mark.parametrize(("rows", "fused"), [(8, False), (48, False), (64, True)])
+def test_linears_in_whole_blocks_are_cast(rows: int, fused: bool) -> None:
+    """Torch's MX matmul wants the weight's rows in blocks of 32 too; an adapter has fewer."""
+    model, x = Model(olmo), inputs()
+    model.second = nn.Linear(WIDTH, rows)
+    got, report = run(model, x)
+    assert_fused(report, consumers=CONSUMERS if fused else ["first"])
+    if not fused:
+        assert torch.equal(got[1], uncompiled(model, x)[1])
+
+
 # Readers that are no linears
 
 

@@ -2,29 +2,20 @@
 
 A cast is the region between a tensor viewed as blocks and two results: float8 values and one
 scale per block. Spellings differ by torchao version, scale mode and chip, so the region is not
-compared with patterns but evaluated: its scalar ops run on a fixed probe of blocks on the CPU,
-once per spelling, and the outcome is compared bit for bit with ``functional.mx_cast`` under every
-scale mode. The probe holds each exponent with the mantissas around which the modes differ, and
-the special values.
+compared with patterns but evaluated, see ``cast_program``. Casts that are a single op, whose
+inside no graph shows, are known by name.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import is_fake, unset_fake_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
 
-from mxnorm_pass import functional, ops
-from mxnorm_pass.formats import ELEMENT_FORMATS, SCALE_MODES, MXFormat
+from mxnorm_pass import ops
+from mxnorm_pass.formats import ELEMENT_FORMATS, MX_BLOCK_SIZE, MXFormat, ScaleMode
 from mxnorm_pass.graph_utils import (
     aten,
     dtype_of,
@@ -33,29 +24,17 @@ from mxnorm_pass.graph_utils import (
     is_call,
     is_dtype_cast,
     is_view,
-    prims,
     same_size,
     tensor_of,
 )
+from mxnorm_pass.match.cast_program import CONSTANTS, recognize
 
 _MAX_REGION = 200
-_CONSTANTS = frozenset({aten.full.default, aten.scalar_tensor.default, aten.full_like.default})
-_REDUCTIONS = frozenset({aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim})
 _HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
-_EVALUATED = frozenset(
-    {
-        prims.convert_element_type.default,
-        aten._to_copy.default,
-        aten.to.dtype,
-        aten.view.dtype,
-        aten.where.self,
-        aten.index_put.default,
-        aten.masked_fill.Scalar,
-        aten.masked_fill.Tensor,
-        aten.copy.default,
-        aten.full_like.default,
-    }
-)
+# torchao's casts that are one op: values and row-major scales of the elements along the last
+# dimension, e4m3 (torchao/prototype/mx_formats/kernels.py).
+_CAST_OPS = frozenset({"torchao::triton_to_mxfp8_dim0"})
+_OPEN_NAMESPACES = frozenset({"aten", "prims", "prim", "mxnorm_pass"})
 
 
 @dataclass(frozen=True)
@@ -93,6 +72,8 @@ def find_casts(graph: fx.Graph) -> list[Cast | UnknownCast]:
             continue
         if node.target is ops.cast:
             found.append(_own_cast(node))
+        elif _is_opaque_cast(node):
+            found.append(_opaque_cast(node))
         elif is_dtype_cast(node) and dtype_of(node) in ELEMENT_FORMATS:
             cast = _match_region(node)
             if cast is not None:
@@ -112,6 +93,36 @@ def _own_cast(node: fx.Node) -> Cast:
     )
 
 
+def _is_opaque_cast(node: fx.Node) -> bool:
+    """An op of some library that returns float8 elements and scales."""
+    namespace = getattr(node.target, "namespace", None)
+    if namespace is None or namespace in _OPEN_NAMESPACES:
+        return False
+    outputs = node.meta.get("val")
+    if not isinstance(outputs, (list, tuple)) or not isinstance(node.args[0], fx.Node):
+        return False
+    dtypes = {t.dtype for t in outputs if isinstance(t, Tensor)}
+    return torch.float8_e8m0fnu in dtypes and not dtypes.isdisjoint(ELEMENT_FORMATS)
+
+
+def _opaque_cast(node: fx.Node) -> Cast | UnknownCast:
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    name = node.target._schema.name  # type: ignore[union-attr]
+    block_size = _argument(node, 1, "inner_block_size", MX_BLOCK_SIZE)
+    mode = _argument(node, 2, "scaling_mode", "rceil")
+    outputs = {user.args[1]: user for user in node.users}
+    if name not in _CAST_OPS or outputs.keys() != {0, 1} or mode not in get_args(ScaleMode):
+        return UnknownCast(source, f"{name} is not known")
+    fmt = MXFormat(torch.float8_e4m3fn, mode, block_size)
+    return Cast(source, outputs[0], outputs[1], fmt, frozenset((node, *node.users)))
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
 def _match_region(values: fx.Node) -> Cast | UnknownCast | None:
     region = _collect_region(values)
     if region is None:
@@ -123,15 +134,14 @@ def _match_region(values: fx.Node) -> Cast | UnknownCast | None:
     leak = _leak(region, scales)
     if leak is not None:
         return UnknownCast(blocks, f"{leak} inside the cast is read from outside")
-    value = tensor_of(blocks)
-    assert value is not None
-    full = _Region(blocks, (*region.nodes, *(n for n in scales.nodes if n not in region.nodes)))
-    fmt = _recognize(full, values, scales.node)
+    nodes = (*region.nodes, *(n for n in scales.nodes if n not in region.nodes))
+    fmt = recognize(blocks, nodes, values, scales.node)
     if fmt is None:
         return UnknownCast(blocks, f"the cast to {values.name} matches no MX scale mode")
     last_values, last_scales = _last_view(values), _last_view(scales.node)
-    nodes = frozenset((*full.nodes, last_values, last_scales))
-    return Cast(blocks, last_values, last_scales, fmt, nodes)
+    return Cast(
+        blocks, last_values, last_scales, fmt, frozenset((*nodes, last_values, last_scales))
+    )
 
 
 @dataclass(frozen=True)
@@ -224,7 +234,7 @@ def _leak(region: _Region, scales: _Scales) -> fx.Node | None:
     """A node of the region that the graph reads past values and scales."""
     inside = {*region.nodes, *scales.nodes}
     for node in region.nodes[:-1]:
-        if node.op == "get_attr" or node.target in _CONSTANTS or node is scales.node:
+        if node.op == "get_attr" or node.target in CONSTANTS or node is scales.node:
             continue
         if any(user not in inside for user in node.users):
             return node
@@ -238,195 +248,3 @@ def _last_view(node: fx.Node) -> fx.Node:
         if len(users) != 1 or not is_view(users[0]):
             return node
         node = users[0]
-
-
-def _recognize(region: _Region, values: fx.Node, scales: fx.Node) -> MXFormat | None:
-    value, elem = tensor_of(region.blocks), tensor_of(values)
-    assert value is not None and elem is not None
-    block_size = value.shape[-1]
-    if not isinstance(block_size, int) or block_size < 2:
-        return None
-    program = _program(region, values, scales)
-    if program is None:
-        return None
-    return _classify(program, value.dtype, elem.dtype, block_size)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One node of a region as a function of the results before it (0 is the probe)."""
-
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class _Result:
-    """Reference to a step's result within a program."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class _Program:
-    """A region with its shapes taken out; equal programs are equal spellings."""
-
-    steps: tuple[_Step, ...]
-    values: int
-    scales: int
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _program(region: _Region, values: fx.Node, scales: fx.Node) -> _Program | None:
-    index: dict[fx.Node, int] = {region.blocks: 0}
-    steps: list[_Step] = []
-    for node in region.nodes:
-        step = _step(node, index)
-        if step is None:
-            return None
-        steps.append(step)
-        index[node] = len(steps)
-    return _Program(tuple(steps), index[values], index[scales])
-
-
-def _step(node: fx.Node, index: dict[fx.Node, int]) -> _Step | None:
-    def encode(arg: Any) -> Any:
-        if isinstance(arg, fx.Node):
-            return _Result(index[arg])
-        if isinstance(arg, (list, tuple)):
-            return tuple(map(encode, arg))
-        return arg
-
-    if node.op == "get_attr":
-        return _attribute_step(node)
-    if is_view(node) or is_call(node, (aten.expand.default,)):
-        return _Step(_identity, (encode(node.args[0]),), ())
-    if node.target in _CONSTANTS:
-        value = tensor_of(node)
-        fill = node.args[0 if node.target is aten.scalar_tensor.default else 1]
-        if value is None or not isinstance(fill, (int, float, bool)):
-            return None
-        return _constant_step(fill, value.dtype)
-    if node.target in _REDUCTIONS:
-        return _block_reduction(node, encode)
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.pointwise not in tags and node.target not in _EVALUATED:
-        return None
-    kwargs = {k: v for k, v in node.kwargs.items() if k in ("dtype", "alpha", "rounding_mode")}
-    encoded = tuple((k, encode(v)) for k, v in sorted(kwargs.items()))
-    return _Step(node.target, tuple(map(encode, node.args)), encoded)
-
-
-def _attribute_step(node: fx.Node) -> _Step | None:
-    owner = node.graph.owning_module
-    value = operator.attrgetter(str(node.target))(owner) if owner is not None else None
-    if not isinstance(value, Tensor) or value.numel() != 1 or is_fake(value):
-        return None
-    with _real_tensors():
-        return _constant_step(value.item(), value.dtype)
-
-
-@contextmanager
-def _real_tensors() -> Iterator[None]:
-    """Leave the fake mode under which graphs are compiled."""
-    with _disable_current_modes(), unset_fake_temporarily(), torch.no_grad():
-        yield
-
-
-def _constant_step(value: float, dtype: torch.dtype) -> _Step:
-    # One NaN object, so that equal programs compare equal.
-    value = math.nan if value != value else value
-    return _Step(torch.tensor, (value,), (("dtype", dtype),))
-
-
-def _block_reduction(node: fx.Node, encode: Callable[[Any], Any]) -> _Step | None:
-    source = tensor_of(node.args[0])  # type: ignore[arg-type]
-    dims = node.args[1] if len(node.args) > 1 else None
-    dims = dims if isinstance(dims, (list, tuple)) else [dims]
-    if source is None or len(dims) != 1 or not isinstance(dims[0], int):
-        return None
-    if dims[0] % source.ndim != source.ndim - 1:
-        return None
-    if node.target not in (aten.amax.default, aten.amin.default):
-        return None
-    return _Step(node.target, (encode(node.args[0]), (-1,), True), ())
-
-
-@lru_cache(maxsize=256)
-def _classify(
-    program: _Program, source: torch.dtype, elem: torch.dtype, block_size: int
-) -> MXFormat | None:
-    """Run the program on the probe and find the scale mode that gives the same bits."""
-    with _real_tensors():
-        probe = _probe(source, block_size)
-        try:
-            values, scales = _evaluate(program, probe)
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):
-            return None
-        for mode in SCALE_MODES:
-            want_values, want_scales = functional.mx_cast(
-                probe, elem_dtype=elem, scale_mode=mode, block_size=block_size
-            )
-            if _same_bits(values, want_values) and torch.equal(
-                scales.view(torch.uint8).flatten(), want_scales.view(torch.uint8).flatten()
-            ):
-                return MXFormat(elem, mode, block_size)
-    return None
-
-
-def _evaluate(program: _Program, probe: Tensor) -> tuple[Tensor, Tensor]:
-    results = [probe]
-
-    def decode(arg: Any) -> Any:
-        if isinstance(arg, _Result):
-            return results[arg.index]
-        if isinstance(arg, tuple):
-            return [decode(a) for a in arg]
-        return arg
-
-    for step in program.steps:
-        kwargs = {k: decode(v) for k, v in step.kwargs}
-        results.append(step.target(*map(decode, step.args), **kwargs))
-    return results[program.values], results[program.scales]
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Bitwise equality of float8 tensors, where all NaNs count as one."""
-    if a.numel() != b.numel() or a.dtype != b.dtype:
-        return False
-    a, b = a.flatten(), b.flatten()
-    both_nan = a.float().isnan() & b.float().isnan()
-    return bool(((a.view(torch.uint8) == b.view(torch.uint8)) | both_nan).all())
-
-
-def _probe(dtype: torch.dtype, block_size: int) -> Tensor:
-    """Blocks [N, block_size] that tell the scale modes apart."""
-    info = torch.finfo(dtype)
-    ulp = info.eps
-    # Around 1 FLOOR, CEIL and EVEN part; around 1.75 = 448 / 256 (e4m3) and 57344 / 32768 (e5m2)
-    # RCEIL does; around 1.9375 and 1.875 EVEN rounds up to the next power of two.
-    edges = [1.0, 1.25, 1.5, 1.75, 1.875, 1.9375]
-    mantissas = [m + d * ulp for m in edges for d in (-1, 0, 1) if 1 <= m + d * ulp < 2]
-    mantissas.append(2 - ulp)
-    exponents = torch.arange(-149, 128, dtype=torch.float64)
-    largest = torch.tensor(mantissas, dtype=torch.float64)[None, :] * 2.0 ** exponents[:, None]
-    largest = largest.flatten()
-    largest = largest[largest <= info.max]
-    shape = torch.linspace(-1, 1, block_size - 1, dtype=torch.float64)
-    shape = torch.cat([torch.ones(1, dtype=torch.float64), shape * 2.0 ** -(shape.abs() * 12)])
-    probe = (largest[:, None] * shape[None, :]).to(dtype)
-    return torch.cat([probe, _special_blocks(dtype, block_size)])
-
-
-def _special_blocks(dtype: torch.dtype, block_size: int) -> Tensor:
-    inf, nan = float("inf"), float("nan")
-    firsts: Sequence[float] = (0.0, -0.0, nan, inf, -inf, torch.finfo(dtype).max)
-    blocks = torch.ones(len(firsts) + 1, block_size, dtype=dtype)
-    for row, first in enumerate(firsts):
-        blocks[row, 0] = first
-    blocks[-1] = 0.0
-    return blocks

@@ -22,11 +22,11 @@ from mxnorm_pass.graph_utils import (
     is_view,
     module_path,
     prims,
-    same_size,
     strip,
     tensor_of,
 )
 from mxnorm_pass.match.cast import Cast
+from mxnorm_pass.match.scale_layout import is_blocked, moves_bytes
 
 _MATMULS = frozenset(
     {
@@ -37,6 +37,7 @@ _MATMULS = frozenset(
         aten.matmul.default,
         aten.linear.default,
         aten._scaled_mm.default,
+        aten._scaled_mm_v2.default,
     }
 )
 # Position of activation and weight among the operands.
@@ -44,6 +45,7 @@ _LINEAR_OPERANDS: dict[Any, tuple[int, int]] = {aten.mm.default: (0, 1), aten.ad
 _LAYOUT = frozenset({aten.permute.default, aten.t.default, aten.transpose.int, aten.slice.Tensor})
 # What turns scales into numbers, beside pointwise ops.
 _DECODING = frozenset({aten.view.dtype, aten.where.self, aten.full_like.default, aten.full.default})
+_CONSTANTS = frozenset({aten.full.default, aten.scalar_tensor.default, aten.zeros.default})
 _PRODUCTS = frozenset({aten.mul.Tensor, ops.dequantize})
 
 
@@ -162,11 +164,16 @@ class QuantizedMatmul:
         matmul: the matmul node.
         slice: nodes from the cast's values and scales (excluded) to the matmul (excluded), in
             graph order.
+        of_scales: those of them that hold nothing but scales.
+        blocked_scales: the node that holds the scales in the 128x4 blocked layout for the matmul;
+            None where the slice needs them in row-major order.
     """
 
     name: str
     matmul: fx.Node
     slice: tuple[fx.Node, ...]
+    of_scales: frozenset[fx.Node] = frozenset()
+    blocked_scales: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -205,13 +212,20 @@ def cast_use(cast: Cast) -> CastUse:
             elif user not in inputs and user not in holds:
                 heappush(queue, user)
             inputs.setdefault(user, set()).add(node)
-    sources = (cast.values, cast.scales)
-    return CastUse(
-        tuple(
-            QuantizedMatmul(module_path(m) or m.name, m, _ancestors(m, inputs, sources))
-            for m in matmuls
-        )
-    )
+    return CastUse(tuple(_quantized_matmul(m, cast, inputs, holds) for m in matmuls))
+
+
+def _quantized_matmul(
+    matmul: fx.Node,
+    cast: Cast,
+    inputs: Mapping[fx.Node, set[fx.Node]],
+    holds: Mapping[fx.Node, _Holds],
+) -> QuantizedMatmul:
+    nodes = _ancestors(matmul, inputs, (cast.values, cast.scales))
+    of_scales = frozenset(n for n in nodes if holds[n] is _Holds.SCALES)
+    operands = [n for n in inputs[matmul] if n in of_scales]
+    blocked = operands[0] if len(operands) == 1 and is_blocked(cast.scales, operands[0]) else None
+    return QuantizedMatmul(module_path(matmul) or matmul.name, matmul, nodes, of_scales, blocked)
 
 
 class _Holds(Enum):
@@ -234,12 +248,15 @@ def _hold(node: fx.Node, holds: Mapping[fx.Node, _Holds]) -> _Holds | None:
     if is_view(node) or is_call(node, _LAYOUT) or _is_conversion(node):
         return held
     tags = getattr(node.target, "tags", ())
-    decodes = torch.Tag.pointwise in tags or is_call(node, _DECODING)
+    decodes = torch.Tag.pointwise in tags or is_call(node, _DECODING) or moves_bytes(node)
     return held if held is _Holds.SCALES and decodes else None
 
 
 def _is_constant(node: fx.Node) -> bool:
-    return is_call(node, (aten.full.default, aten.scalar_tensor.default)) or node.op == "get_attr"
+    if is_call(node, _CONSTANTS) or node.op == "get_attr":
+        return True
+    inputs = node.all_input_nodes if node.op == "call_function" else []
+    return bool(inputs) and all(map(_is_constant, inputs))
 
 
 def _is_conversion(node: fx.Node) -> bool:
@@ -289,21 +306,17 @@ def weight_cast(
 ) -> WeightCast | None:
     """The cast of the [N, D] weight in activation @ weight^T; None where none is in the graph."""
     others = [c for c in casts.get(matmul.matmul, ()) if c is not activation]
-    if len(others) != 1 or any(is_call(n, _LAYOUT) for n in matmul.slice):
+    values = [n for n in matmul.slice if n not in matmul.of_scales]
+    if len(others) != 1 or any(is_call(n, _LAYOUT) for n in values):
         return None
     weight = strip(others[0].source, is_view)
     value = tensor_of(weight)
-    slices = [u.slice for u in cast_use(others[0]).matmuls if u.matmul is matmul.matmul]
+    own = next(u for u in cast_use(others[0]).matmuls if u.matmul is matmul.matmul)
     # The channels must be what the matmul contracts: an odd number of transpositions of values.
-    value_path = [n for n in slices[0] if is_transpose(n) and _carries_values(n, others[0])]
-    if value is None or value.ndim != 2 or len(value_path) % 2 == 0:
+    transpositions = sum(is_transpose(n) and n not in own.of_scales for n in own.slice)
+    if value is None or value.ndim != 2 or transpositions % 2 == 0:
         return None
     return WeightCast(others[0], weight)
-
-
-def _carries_values(node: fx.Node, cast: Cast) -> bool:
-    own, values = tensor_of(node), tensor_of(cast.values)
-    return own is not None and values is not None and same_size(own.numel(), values.numel())
 
 
 def narrowest_dtype(nodes: Iterable[fx.Node]) -> torch.dtype | None:

@@ -10,8 +10,7 @@ goes on through the gain and the dtype casts to the norm's output::
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -23,28 +22,23 @@ from mxnorm_pass.graph_utils import (
     is_backward,
     is_call,
     is_dtype_cast,
+    is_expand,
     is_view,
     module_path,
     same_shape,
-    same_size,
+    same_value,
     seq_nrs,
     strip,
     tensor_of,
 )
+from mxnorm_pass.match.layer_norm import is_centered
 from mxnorm_pass.match.skip import Skip
+from mxnorm_pass.match.statistic import ADDS, Statistic, follow, is_narrowing, is_per_channel
 from mxnorm_pass.report import SkipReason
 
 _MEANS = frozenset({aten.mean.dim})
 _SUMS = frozenset({aten.sum.dim_IntList})
 _VECTOR_NORMS = frozenset({aten.linalg_vector_norm.default})
-_ADDS = frozenset({aten.add.Tensor, aten.add.Scalar})
-_MULS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
-_DIVS = frozenset({aten.div.Tensor, aten.div.Scalar})
-_POWER_OF = {
-    aten.sqrt.default: 0.5,
-    aten.rsqrt.default: -0.5,
-    aten.reciprocal.default: -1.0,
-}
 _SUPPORTED_INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -88,24 +82,10 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class _Statistic:
-    """A node that holds (scale * sum(x^2) + eps) ^ power, one number per row."""
-
-    node: fx.Node
-    scale: float
-    eps: float
-    power: float
-    trail: tuple[fx.Node, ...]
-    eps_outside_root: bool = False
-    eps_input: fx.Node | None = None
-    rounded: bool = False
-
-
-@dataclass(frozen=True)
 class _SumOfSquares:
     """The reduction that a norm starts from."""
 
-    statistic: _Statistic
+    statistic: Statistic
     squared: fx.Node
     squares: fx.Node | None
     dims: tuple[int, ...]
@@ -113,11 +93,18 @@ class _SumOfSquares:
 
 @dataclass(frozen=True)
 class _Normalization:
-    """The node that divides x by its RMS."""
+    """The node that divides x by its RMS.
+
+    Attributes:
+        gain: where it is applied to x or to 1 / rms, and so before they meet.
+        scaled: the node that applies it to x.
+    """
 
     node: fx.Node
-    statistic: _Statistic
+    statistic: Statistic
     x: fx.Node
+    gain: fx.Node | None = None
+    scaled: fx.Node | None = None
 
 
 def find_norms(graph: fx.Graph) -> list[Norm]:
@@ -153,7 +140,7 @@ def _sum_of_squares(node: fx.Node) -> _SumOfSquares | None:
         squared = _squared(squares)
     if not isinstance(squared, fx.Node):
         return None
-    statistic = _Statistic(
+    statistic = Statistic(
         node,
         scale=1 / count if node.target in _MEANS else 1.0,
         eps=0.0,
@@ -177,39 +164,38 @@ def _squared(node: fx.Node) -> fx.Node | None:
 def _normalization(start: _SumOfSquares) -> _Normalization | None:
     """Follow the statistic to the node that scales x by 1 / rms."""
     root = strip(start.squared, is_view, is_dtype_cast)
-    pending = [start.statistic]
-    seen: set[fx.Node] = set()
-    while pending:
-        statistic = pending.pop()
-        if statistic.node in seen:
+    for statistic, user in follow(start.statistic):
+        operand = _scaled_by(user, statistic)
+        if operand is None or not _broadcasts_over(start.dims, statistic, operand):
             continue
-        seen.add(statistic.node)
-        for user in forward_users(statistic.node):
-            scaled = _scaled_by(user, statistic)
-            if (
-                scaled is not None
-                and strip(scaled, is_view, is_dtype_cast) is root
-                and _broadcasts_over(start.dims, statistic.node, scaled)
-            ):
-                return _Normalization(user, statistic, scaled)
-            pending += _next_statistic(statistic, user)
+        if same_value(strip(operand, is_view, is_dtype_cast), root):
+            return _Normalization(user, statistic, operand, statistic.gain)
+        x, gain = _without_gain(operand)
+        if statistic.gain is None and same_value(strip(x, is_view, is_dtype_cast), root):
+            return _Normalization(user, statistic, x, gain, operand)
     return None
 
 
-def _broadcasts_over(dims: tuple[int, ...], statistic: fx.Node, x: fx.Node) -> bool:
+def _without_gain(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """x and gain where the node is x * gain; else the node alone."""
+    if is_call(node, (aten.mul.Tensor,)):
+        for x, gain in (node.args[:2], node.args[1::-1]):
+            value = tensor_of(x) if isinstance(x, fx.Node) else None
+            if value is not None and value.ndim > 1 and is_per_channel(gain, value.shape[-1]):
+                return x, gain  # type: ignore[return-value]
+    return node, None
+
+
+def _broadcasts_over(dims: tuple[int, ...], statistic: Statistic, x: fx.Node) -> bool:
     """Does each row's statistic meet its own row, and not the row it broadcasts to?"""
-    own, value = tensor_of(strip(statistic, _is_expand)), tensor_of(x)
+    own, value = tensor_of(strip(statistic.per_row, is_expand)), tensor_of(x)
     if own is None or value is None or own.ndim != value.ndim:
         return False
     expected = [1 if d in dims else size for d, size in enumerate(value.shape)]
     return same_shape(own.shape, expected)
 
 
-def _is_expand(node: fx.Node) -> bool:
-    return is_call(node, (aten.expand.default,))
-
-
-def _scaled_by(user: fx.Node, statistic: _Statistic) -> fx.Node | None:
+def _scaled_by(user: fx.Node, statistic: Statistic) -> fx.Node | None:
     """The tensor that ``user`` multiplies by 1 / rms, given the statistic."""
     if len(user.args) < 2 or not all(isinstance(a, fx.Node) for a in user.args[:2]):
         return None
@@ -221,87 +207,26 @@ def _scaled_by(user: fx.Node, statistic: _Statistic) -> fx.Node | None:
     return None
 
 
-def _next_statistic(s: _Statistic, user: fx.Node) -> Iterator[_Statistic]:
-    onward = replace(s, node=user, trail=(*s.trail, user))
-    if is_view(user) or is_call(user, (aten.expand.default,)):
-        yield onward
-    elif is_dtype_cast(user):
-        yield replace(onward, rounded=s.rounded or _is_narrowing(user))
-    elif user.target in _POWER_OF:
-        yield replace(onward, power=s.power * _POWER_OF[user.target])
-    elif is_call(user, (aten.pow.Tensor_Scalar,)) and isinstance(user.args[1], (int, float)):
-        yield replace(onward, power=s.power * user.args[1])
-    elif is_call(user, _ADDS | _MULS | _DIVS):
-        yield from _arithmetic(s, user, onward)
-
-
-def _arithmetic(s: _Statistic, user: fx.Node, onward: _Statistic) -> Iterator[_Statistic]:
-    first, second = user.args[:2]
-    other = second if first is s.node else first
-    constant = _constant(other)
-    if user.kwargs.get("alpha", 1) != 1:
-        return
-    if constant is None:
-        if user.target in _ADDS and _is_scalar_tensor(other):
-            yield replace(onward, eps_input=other)  # type: ignore[arg-type]
-        return
-    if user.target in _ADDS:
-        if s.power == 1.0:
-            yield replace(onward, eps=s.eps + constant)
-        elif constant != 0:
-            yield replace(onward, eps_outside_root=True)
-        return
-    if user.target in _DIVS and first is not s.node:
-        onward = replace(onward, power=-s.power)
-    elif user.target in _DIVS:
-        constant = 1 / constant if constant else 0.0
-    if constant > 0:
-        factor = constant ** (1 / onward.power)
-        yield replace(onward, scale=s.scale * factor, eps=s.eps * factor)
-
-
-def _constant(arg: object) -> float | None:
-    if isinstance(arg, (int, float)) and not isinstance(arg, bool):
-        return float(arg)
-    if isinstance(arg, fx.Node):
-        if is_call(arg, (aten.full.default,)) and isinstance(arg.args[1], (int, float)):
-            return float(arg.args[1])
-        if is_call(arg, (aten.scalar_tensor.default,)) and isinstance(arg.args[0], (int, float)):
-            return float(arg.args[0])
-    return None
-
-
-def _is_scalar_tensor(arg: object) -> bool:
-    value = tensor_of(arg) if isinstance(arg, fx.Node) else None
-    return value is not None and value.ndim == 0
-
-
-def _is_narrowing(cast: fx.Node) -> bool:
-    source, result = tensor_of(cast.args[0]), tensor_of(cast)  # type: ignore[arg-type]
-    assert source is not None and result is not None
-    return torch.finfo(result.dtype).bits < torch.finfo(source.dtype).bits
-
-
 def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
     value = tensor_of(start.squared)
     assert value is not None
     width = value.shape[-1]
     upcasts = _exclusive_upcasts(start, found)
     x: fx.Node = upcasts[0].args[0] if upcasts else start.squared  # type: ignore[assignment]
-    tail = _follow_output(found.node, width)
+    tail = _follow_output(found.node, width, found.gain)
     statistic = found.statistic
     in_float32 = (start.squared, start.squares, start.statistic.node, statistic.node)
     canonical = (
-        start.squared is found.x
+        found.x in (start.squared, x)
+        and found.gain is None
         and all(dtype_of(n) == torch.float32 for n in in_float32 if n is not None)
         and start.statistic.node.target in _MEANS
         and statistic.node.target is aten.rsqrt.default
-        and [n.target in _ADDS for n in statistic.trail].count(True) <= 1
+        and [n.target in ADDS for n in statistic.trail].count(True) <= 1
         and len(statistic.trail) <= 3
     )
     nodes = {found.node, *upcasts, *statistic.trail, *tail.nodes}
-    if start.squares is not None:
-        nodes.add(start.squares)
+    nodes |= {n for n in (start.squares, found.scaled) if n is not None}
     anchor = start.statistic.node
     return Norm(
         name=module_path(anchor) or anchor.name,
@@ -318,15 +243,20 @@ def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
 
 
 def _exclusive_upcasts(start: _SumOfSquares, found: _Normalization) -> tuple[fx.Node, ...]:
-    """The casts of x to float32, if they serve the norm alone and lose nothing."""
-    casts = tuple(dict.fromkeys((start.squared, found.x)))
-    readers = {found.node, start.squares, start.statistic.node}
-    for cast in casts:
-        if not is_dtype_cast(cast) or _is_narrowing(cast):
-            return ()
-        if not readers.issuperset(forward_users(cast)):
-            return ()
-    sources = {cast.args[0] for cast in casts}
+    """The casts between x and what is squared or scaled, if they lose nothing.
+
+    Such a cast serves the norm alone. The mean may read float32 where the product reads x itself.
+    """
+    operands = tuple(dict.fromkeys((start.squared, found.x)))
+    readers = {found.node, found.scaled, start.squares, start.statistic.node}
+    casts = tuple(
+        node
+        for node in operands
+        if is_dtype_cast(node)
+        and not is_narrowing(node)
+        and readers.issuperset(forward_users(node))
+    )
+    sources = {node.args[0] if node in casts else node for node in operands}
     return casts if len(sources) == 1 else ()
 
 
@@ -339,9 +269,9 @@ class _Tail:
     odd_gain: fx.Node | None
 
 
-def _follow_output(normalized: fx.Node, width: object) -> _Tail:
-    """Walk through dtype casts and one gain to the tensor that readers see."""
-    node, gain, odd_gain = normalized, None, None
+def _follow_output(normalized: fx.Node, width: object, gain: fx.Node | None) -> _Tail:
+    """Walk through dtype casts and, unless it was met before, one gain to what readers see."""
+    node, odd_gain = normalized, None
     before: list[torch.dtype] = []
     after: list[torch.dtype] = []
     at_gain: torch.dtype | None = None
@@ -357,10 +287,10 @@ def _follow_output(normalized: fx.Node, width: object) -> _Tail:
             pass
         elif gain is None and is_call(user, (aten.mul.Tensor,)):
             factor = user.args[1] if user.args[0] is node else user.args[0]
-            if not isinstance(factor, fx.Node) or not _is_gain(factor, width):
+            if not is_per_channel(factor, width):
                 odd_gain = _odd_gain(factor, user, node)
                 break
-            gain = factor
+            gain = factor  # type: ignore[assignment]
             at_gain = dtype_of(node)
         else:
             break
@@ -370,13 +300,6 @@ def _follow_output(normalized: fx.Node, width: object) -> _Tail:
     if rounding is not None and at_gain not in (None, rounding.norm_dtype or torch.float32):
         rounding = None
     return _Tail(node, gain, rounding, tuple(nodes), odd_gain)
-
-
-def _is_gain(factor: fx.Node, width: object) -> bool:
-    value = tensor_of(factor)
-    if value is None or value.ndim == 0 or not same_size(value.shape[-1], width):
-        return False
-    return all(isinstance(s, int) and s == 1 for s in value.shape[:-1])
 
 
 def _odd_gain(factor: object, user: fx.Node, node: fx.Node) -> fx.Node | None:
@@ -405,6 +328,8 @@ def _problem(start: _SumOfSquares, found: _Normalization, x: fx.Node, tail: _Tai
     value = tensor_of(start.squared)
     assert value is not None
     statistic = found.statistic
+    if is_centered(start.squared):
+        return Skip(SkipReason.LAYER_NORM, "x - mean(x) is normalised", found.node)
     if start.dims != (value.ndim - 1,):
         dims = ", ".join(map(str, start.dims))
         return Skip(SkipReason.NORM_DIMENSION, f"mean over dim {dims} of {value.ndim}", found.node)

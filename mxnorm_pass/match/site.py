@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from mxnorm_pass.config import Estimator, Gradient, MXNormConfig
-from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat
+from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat, ScaleLayout
 from mxnorm_pass.graph_utils import same_size, seq_nrs, tensor_of
 from mxnorm_pass.match.backward import (
     BackwardIndex,
@@ -21,6 +21,7 @@ from mxnorm_pass.match.backward import (
     split_cotangent,
 )
 from mxnorm_pass.match.cast import Cast, UnknownCast, find_casts
+from mxnorm_pass.match.layer_norm import LayerNorm, find_layer_norms
 from mxnorm_pass.match.linear import (
     CastIndex,
     Consumer,
@@ -43,6 +44,7 @@ class FusedCast:
 
     format: MXFormat
     out_dtype: torch.dtype
+    scale_layout: ScaleLayout
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Fusion:
     def cast_of(self, consumer: Consumer) -> FusedCast:
         output = tensor_of(self.norm.output)
         assert output is not None
-        return FusedCast(consumer.cast.format, consumer.rounds_to or output.dtype)
+        layout: ScaleLayout = "blocked" if consumer.linear.blocked_scales else "row-major"
+        return FusedCast(consumer.cast.format, consumer.rounds_to or output.dtype, layout)
 
     def site(self) -> Site:
         return Site(
@@ -102,13 +105,14 @@ class Fusion:
 class Refusal:
     """A norm that stays as it is."""
 
-    norm: Norm
+    name: str
+    anchor: fx.Node
     skip: Skip
     consumers: tuple[str, ...] = ()
 
     def site(self) -> Site:
         return Site(
-            norm=self.norm.name,
+            norm=self.name,
             consumers=self.consumers,
             reason=self.skip.reason,
             detail=self.skip.detail,
@@ -131,7 +135,7 @@ def find_sites(
     config: MXNormConfig,
     tensor_subclass: str | None = None,
 ) -> list[Fusion | Refusal]:
-    """One fusion or refusal per norm, in the norms' order. Changes nothing.
+    """One fusion or refusal per norm, LayerNorms included, in graph order. Changes nothing.
 
     Args:
         tensor_subclass: name of a tensor subclass on whose inner tensors the graph works.
@@ -146,7 +150,23 @@ def find_sites(
         config=config,
         subclass=tensor_subclass,
     )
-    return [_find_site(norm, context) for norm in norms]
+    sites = [_find_site(norm, context) for norm in norms]
+    sites += [_refuse_layer_norm(norm, config) for norm in find_layer_norms(graph)]
+    return sorted(sites, key=_anchor)
+
+
+def _anchor(site: Fusion | Refusal) -> fx.Node:
+    return site.norm.anchor if isinstance(site, Fusion) else site.anchor
+
+
+def _refuse_layer_norm(norm: LayerNorm, config: MXNormConfig) -> Refusal:
+    enabled = config.resolve(norm.name).enabled
+    skip = Skip(SkipReason.LAYER_NORM) if enabled else _turned_off(norm.name, norm.anchor)
+    return Refusal(norm.name, norm.anchor, skip)
+
+
+def _turned_off(name: str, anchor: fx.Node) -> Skip:
+    return Skip(SkipReason.DISABLED, f"modules turns {name!r} off", anchor)
 
 
 def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
@@ -157,10 +177,10 @@ def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
     skip = _legality(norm, context, found, enabled, resolved.enabled)
     names = tuple(dict.fromkeys(c.name for c in found.consumers))
     if skip is not None:
-        return Refusal(norm, skip, names)
+        return _refuse(norm, skip, names)
     gain = _gain_mode(norm, enabled, resolved.config)
     if isinstance(gain, Skip):
-        return Refusal(norm, gain, names)
+        return _refuse(norm, gain, names)
     fusion = Fusion(
         norm=norm,
         consumers=enabled,
@@ -171,7 +191,11 @@ def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
     if fusion.estimator == "exact":
         return fusion
     complete = _with_backward(fusion, read_by, context)
-    return complete if isinstance(complete, Fusion) else Refusal(norm, complete, names)
+    return complete if isinstance(complete, Fusion) else _refuse(norm, complete, names)
+
+
+def _refuse(norm: Norm, skip: Skip, consumers: tuple[str, ...]) -> Refusal:
+    return Refusal(norm.name, norm.anchor, skip, consumers)
 
 
 @dataclass
@@ -212,7 +236,7 @@ def _legality(
     if context.subclass is not None:
         return Skip(SkipReason.DTENSOR, context.subclass, norm.anchor)
     if not norm_enabled:
-        return Skip(SkipReason.DISABLED, f"modules turns {norm.name!r} off", norm.anchor)
+        return _turned_off(norm.name, norm.anchor)
     if norm.problem is not None:
         return norm.problem
     if found.escapes:
@@ -222,7 +246,7 @@ def _legality(
         off = [name for name in found.plain if context.config.turns_off(name)]
         if off:
             return Skip(SkipReason.DISABLED, f"consumers off: {', '.join(off)}", norm.output)
-        return _no_cast(norm, context)
+        return _no_cast(norm, found, context)
     if not enabled:
         names = ", ".join(dict.fromkeys(c.name for c in found.consumers))
         return Skip(SkipReason.DISABLED, f"every consumer is off: {names}", norm.output)
@@ -236,7 +260,7 @@ def _legality(
     return None
 
 
-def _no_cast(norm: Norm, context: _Context) -> Skip:
+def _no_cast(norm: Norm, found: _Consumers, context: _Context) -> Skip:
     pending = [norm.output]
     for reader in readers(norm.output, CastIndex.of(())):
         pending += [*reader.path, reader.node]
@@ -247,7 +271,9 @@ def _no_cast(norm: Norm, context: _Context) -> Skip:
     if norm.width % MX_BLOCK_SIZE:
         detail = f"width {norm.width}, block size {MX_BLOCK_SIZE}"
         return Skip(SkipReason.WIDTH, detail, norm.output)
-    return Skip(SkipReason.NO_MX_CAST, "", norm.output)
+    linears = ", ".join(dict.fromkeys(found.plain))
+    detail = f"linears without a cast: {linears}" if linears else ""
+    return Skip(SkipReason.NO_MX_CAST, detail, norm.output)
 
 
 def _gain_mode(
