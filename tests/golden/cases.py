@@ -285,8 +285,7 @@ def _on_sm100() -> Iterator[Case]:
         yield Case(
             f"sm100-training-{mode}-{'-'.join(kernels)}",
             training,
-            # The swizzle of its scales hides the weight's cast.
-            Fused(_format(mode), ("q",), "activation"),
+            Fused(_format(mode), ("q",), "fold"),
             # The dim1 kernels take multiples of 128 rows.
             shape=(1, 128, WIDTH),
             train=True,

@@ -62,12 +62,29 @@ def trace(case: Any, decompositions: dict[Any, Any]) -> fx.GraphModule:
     try:
         with mode, torch.set_grad_enabled(case.train):
             if case.export:
-                exported = torch.export.export(model, (x,))
-                return exported.run_decompositions(decompositions).graph_module
+                table = {**_composite_decompositions(), **decompositions}
+                exported = torch.export.export(model, (x,)).run_decompositions(table)
+                return _without_assertions(exported.graph_module)
             torch.compile(model, backend=backend, fullgraph=True)(x)
     except Traced as traced:
         return traced.module
     raise AssertionError("nothing was compiled")
+
+
+def _composite_decompositions() -> dict[Any, Any]:
+    """Ops that ``torch.compile`` never shows and ``torch.export`` keeps, as where.ScalarSelf."""
+    table = torch.export.default_decompositions()
+    composite = "CompositeImplicitAutograd"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {op: f for op, f in table.items() if has_kernel(op.name(), composite)}
+
+
+def _without_assertions(module: fx.GraphModule) -> fx.GraphModule:
+    """Only exported graphs have them, and they go before the pass."""
+    target = torch.ops.aten._assert_tensor_metadata.default
+    for node in module.graph.find_nodes(op="call_function", target=target):
+        module.graph.erase_node(node)
+    return module
 
 
 def record(names: list[str]) -> Iterator[Recording]:
@@ -84,6 +101,8 @@ def record(names: list[str]) -> Iterator[Recording]:
                 module = trace(case, table())
             except Unavailable as reason:
                 yield Recording(case.name, kind, None, str(reason))
+            except torch._dynamo.exc.Unsupported as error:
+                yield Recording(case.name, kind, None, f"Dynamo: {str(error).splitlines()[0]}")
             else:
                 title = f"{case.name}, decompositions: {kind}."
                 yield Recording(case.name, kind, to_text(module.graph, title, case.device))

@@ -18,14 +18,12 @@ def graph(
     x: "bf16[2, 16, 128]",
 ):
     # norm
-    _assert_tensor_metadata_1 = torch.ops.aten._assert_tensor_metadata.default(x, None, None, torch.bfloat16, device=device(type='cpu'), layout=torch.strided)
     convert_element_type_1: "f32[2, 16, 128]" = torch.ops.prims.convert_element_type.default(x, torch.float32)
     pow_1: "f32[2, 16, 128]" = torch.ops.aten.pow.Tensor_Scalar(convert_element_type_1, 2)
     mean_1: "f32[2, 16, 1]" = torch.ops.aten.mean.dim(pow_1, [-1], True)
     add_1: "f32[2, 16, 1]" = torch.ops.aten.add.Tensor(mean_1, 1e-05)
     rsqrt_1: "f32[2, 16, 1]" = torch.ops.aten.rsqrt.default(add_1)
     mul_1: "f32[2, 16, 128]" = torch.ops.aten.mul.Tensor(convert_element_type_1, rsqrt_1)
-    _assert_tensor_metadata_2 = torch.ops.aten._assert_tensor_metadata.default(mul_1, None, None, torch.float32, device=device(type='cpu'), layout=torch.strided)
     convert_element_type_2: "bf16[2, 16, 128]" = torch.ops.prims.convert_element_type.default(mul_1, torch.bfloat16)
     mul_2: "bf16[2, 16, 128]" = torch.ops.aten.mul.Tensor(p_norm_weight, convert_element_type_2)
     # q
