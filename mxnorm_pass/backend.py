@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import recording
 from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
-from mxnorm_pass.graph_pass import DecomposeOps, MXNormPass, PassResult, source_digest
-from mxnorm_pass.graph_utils import aten, clean_module_path
+from mxnorm_pass.graph_pass import DecomposeOps, MXNormPass, PassResult
+from mxnorm_pass.graph_utils import aten, module_path
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
 from mxnorm_pass.report import SkipReason
 
@@ -84,12 +84,23 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> ParsedO
         parsed = parse_options(options, mode)
     except ValueError as error:
         raise InvalidOptionsError(str(error)) from None
-    if parsed.inductor.get("use_joint_graph_passes", True) is False:
+    if parsed.config.inner == "inductor" and not _inductor_setting(parsed, _JOINT_PASSES):
         raise InvalidOptionsError(
-            f"mode {mode!r} or options set use_joint_graph_passes=False, which turns off the "
-            "Inductor stage that backend='mxnorm' works in; use another mode, or inner='aot_eager'"
+            f"mode {mode!r}, options or torch._inductor.config set {_JOINT_PASSES}=False, which "
+            "turns off the Inductor stage that backend='mxnorm' works in; use another mode, or "
+            "inner='aot_eager'"
         )
     return parsed
+
+
+_JOINT_PASSES = "use_joint_graph_passes"
+
+
+def _inductor_setting(options: ParsedOptions, name: str) -> Any:
+    """What holds during the compile: the options' value, else the global one."""
+    from torch._inductor import config as inductor_config
+
+    return options.inductor.get(name, getattr(inductor_config, name))
 
 
 @dataclass
@@ -97,7 +108,7 @@ class CompileJob:
     """One call of the backend.
 
     Attributes:
-        module_names: dotted names of the modules in the graph; ``modules`` selects by them.
+        module_paths: dotted name of the module of each node; ``modules`` selects by them.
         tensor_subclass: name of a subclass that the inputs have, torchao's aside.
         results: what each run of the pass did; empty after a warm cache.
     """
@@ -105,7 +116,7 @@ class CompileJob:
     gm: fx.GraphModule
     example_inputs: Sequence[Any]
     options: ParsedOptions
-    module_names: tuple[str, ...]
+    module_paths: tuple[str, ...]
     tensor_subclass: str | None
     results: list[PassResult] = field(default_factory=list)
 
@@ -113,21 +124,28 @@ class CompileJob:
     def of(
         cls, gm: fx.GraphModule, example_inputs: Sequence[Any], options: ParsedOptions
     ) -> CompileJob:
-        return cls(gm, example_inputs, options, _module_names(gm), _subclass(example_inputs))
+        return cls(gm, example_inputs, options, _module_paths(gm), _subclass(example_inputs))
 
     @property
     def config(self) -> MXNormConfig:
         return self.options.config
 
-    def graph_pass(self, decompositions: dict[Any, Any]) -> MXNormPass:
-        return MXNormPass(
+    def joint_pass(self, decompositions: dict[Any, Any]) -> CustomGraphPass:
+        """The user's passes in Inductor's slot, then ours."""
+        ours = MXNormPass(
             self.config,
-            salt=repr(self.module_names),
+            salt=repr(self.module_paths),
             tensor_subclass=self.tensor_subclass,
             parameters=_parameter_positions(self.gm),
             on_result=self._accept,
             decompositions=decompositions,
         )
+        return self.with_users_passes("joint_custom_pre_pass", ours)
+
+    def with_users_passes(self, slot: str, ours: CustomGraphPass) -> CustomGraphPass:
+        if self.config.inner != "inductor":
+            return ours
+        return PassSequence.of(_inductor_setting(self.options, slot), ours)
 
     def _accept(self, result: PassResult) -> None:
         _specialize(self.gm, result.eps_inputs)
@@ -136,11 +154,9 @@ class CompileJob:
     def report_key(self) -> str:
         """Hash of all that decides the result of the pass, computed before gm is consumed."""
         parts = (
-            source_digest(),
-            self.config.fingerprint(),
-            sorted((k, repr(v)) for k, v in self.options.inductor.items()),
-            self.module_names,
-            self.tensor_subclass,
+            self.joint_pass({}).uuid(),
+            sorted((k, _pass_uuid(v) or repr(v)) for k, v in self.options.inductor.items()),
+            self.module_paths,
             self.gm.print_readable(print_output=False),
             [_describe(x) for x in self.example_inputs],
             torch.is_grad_enabled(),
@@ -161,10 +177,10 @@ def _torchao_version() -> str:
         return ""
 
 
-def _module_names(gm: fx.GraphModule) -> tuple[str, ...]:
-    stacks = (node.meta.get("nn_module_stack") or {} for node in gm.graph.nodes)
-    paths = dict.fromkeys(entry[0] for stack in stacks for entry in stack.values())
-    return tuple(sorted(filter(None, map(clean_module_path, paths))))
+def _module_paths(gm: fx.GraphModule) -> tuple[str, ...]:
+    """In graph order: equal graphs may run the same modules in another order."""
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    return tuple(module_path(node) for graph in graphs for node in graph.nodes)
 
 
 def _subclass(example_inputs: Sequence[Any]) -> str | None:
@@ -210,26 +226,28 @@ def _float_symbols(placeholder: fx.Node) -> list[str]:
 
 
 def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        layout = "" if is_traceable_wrapper_subclass(value) else tuple(value.stride())
-        kind = type(value).__name__
-        return f"{kind}{tuple(value.shape)}{layout}{value.dtype}{value.device}{value.requires_grad}"
-    return repr(value)
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    parts: list[Any] = [type(value).__name__, tuple(value.shape), value.dtype, value.device]
+    parts.append(value.requires_grad)
+    if is_traceable_wrapper_subclass(value):
+        names, context = value.__tensor_flatten__()
+        parts += [context, *(_describe(getattr(value, name)) for name in names)]
+    else:
+        parts.append(tuple(value.stride()))
+    return repr(parts)
 
 
 def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
-    from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
-    ours = {
-        "joint_custom_pre_pass": job.graph_pass(select_decomp_table()),
-        "post_grad_custom_pre_pass": DecomposeOps(),
+    post_grad = "post_grad_custom_pre_pass"
+    patches = {
+        **job.options.inductor,
+        "joint_custom_pre_pass": job.joint_pass(select_decomp_table()),
+        post_grad: job.with_users_passes(post_grad, DecomposeOps()),
     }
-    patches = dict(job.options.inductor)
-    for name, graph_pass in ours.items():
-        users = patches.get(name, getattr(inductor_config, name))
-        patches[name] = PassSequence.of(users, graph_pass)
     compiled: Any = compile_fx(
         job.gm,
         job.example_inputs,
@@ -258,8 +276,12 @@ class PassSequence(CustomGraphPass):
 
     def uuid(self) -> Any:
         """None, which turns Inductor's cache off, if a user's pass cannot name itself."""
-        uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._passes]
-        return None if None in uuids else tuple(uuids)
+        uuids = tuple(map(_pass_uuid, self._passes))
+        return None if None in uuids else uuids
+
+
+def _pass_uuid(graph_pass: Any) -> Any:
+    return graph_pass.uuid() if isinstance(graph_pass, CustomGraphPass) else None
 
 
 def _norm_decompositions() -> dict[Any, Any]:
@@ -273,7 +295,7 @@ def _norm_decompositions() -> dict[Any, Any]:
 def _compile_with_aot(
     job: CompileJob, compiler: Callable[..., Any], decompositions: dict[Any, Any]
 ) -> CompiledFunction:
-    graph_pass = job.graph_pass(decompositions)
+    graph_pass = job.joint_pass(decompositions)
 
     def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
         graph_pass(gm.graph)
@@ -376,7 +398,7 @@ def _announce(job: CompileJob, result: PassResult) -> None:
 
 
 def _warn_once(job: CompileJob, kind: str, message: str, category: type[MXNormWarning]) -> None:
-    key = (kind, message, job.config.fingerprint(), *job.module_names)
+    key = (kind, message, job.config.fingerprint(), *job.module_paths)
     with _warned_lock:
         if key in _warned:
             return
