@@ -7,7 +7,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import recording
 from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
+from mxnorm_pass.freezing import FrozenGraph, is_static
 from mxnorm_pass.graph_pass import DecomposeOps, MXNormPass, PassResult
 from mxnorm_pass.graph_utils import aten, module_path
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
@@ -198,9 +199,7 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
 
 def _parameter_positions(gm: fx.GraphModule) -> frozenset[int]:
     """Which inputs of Dynamo's graph are parameters or buffers of a module."""
-    static = "_dynamo_static_input_type"
-    nodes = enumerate(_placeholders(gm))
-    return frozenset(i for i, node in nodes if static in (node.meta.get("tensor_dict") or {}))
+    return frozenset(i for i, node in enumerate(_placeholders(gm)) if is_static(node))
 
 
 def _specialize(gm: fx.GraphModule, positions: Sequence[int]) -> None:
@@ -242,6 +241,10 @@ def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
+    freezing = _inductor_setting(job.options, "freezing") and not torch.is_grad_enabled()
+    frozen = FrozenGraph.of(job.gm, job.example_inputs) if freezing else None
+    if frozen is not None:
+        job = replace(job, gm=frozen.gm, example_inputs=frozen.select(job.example_inputs))
     post_grad = "post_grad_custom_pre_pass"
     patches = {
         **job.options.inductor,
@@ -254,7 +257,7 @@ def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
         inner_compile=cpu_e8m0_support()(compile_fx_inner),
         config_patches=patches,
     )
-    return cast(CompiledFunction, compiled)
+    return cast(CompiledFunction, compiled if frozen is None else frozen.wrap(compiled))
 
 
 class PassSequence(CustomGraphPass):

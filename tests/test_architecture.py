@@ -13,7 +13,7 @@ LAYERS = [
     {"__init__"},
     {"tracing"},
     {"backend"},
-    {"recording", "inductor_e8m0"},
+    {"recording", "inductor_e8m0", "freezing"},
     {"graph_pass"},
     {"insert", "rewrite"},
     {"match"},
