@@ -127,6 +127,10 @@ class CompileJob:
     ) -> CompileJob:
         return cls(gm, example_inputs, options, _module_paths(gm), _subclass(example_inputs))
 
+    def __deepcopy__(self, memo: Any) -> CompileJob:
+        """Itself: who copies Inductor's config copies our pass, but not the user's model."""
+        return self
+
     @property
     def config(self) -> MXNormConfig:
         return self.options.config
