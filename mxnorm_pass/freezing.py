@@ -31,12 +31,14 @@ class FrozenGraph:
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FrozenGraph:
         """Copy ``gm``; from now on Dynamo compiles anew where a weight is another tensor."""
-        frozen = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        placeholders = list(frozen.graph.find_nodes(op="placeholder"))
+        frozen, placeholders = _copy(gm)
         for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
             if is_static(node):
-                install_guard(node.meta["grapharg"].source.make_guard(GuardBuilder.ID_MATCH))
-                _make_attribute(frozen, node, f"_mxnorm_frozen_{index}", value)
+                source = node.meta["grapharg"].source
+                install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+                name = f"_mxnorm_frozen_{index}"
+                _make_attribute(frozen, node, name, value)
+                frozen._param_name_to_source[name] = source  # type: ignore[index, operator]
         frozen.recompile()
         kept = (i for i, node in enumerate(placeholders) if not is_static(node))
         return cls(frozen, tuple(kept))
@@ -53,6 +55,17 @@ class FrozenGraph:
 def is_static(placeholder: fx.Node) -> bool:
     """Whether an input of Dynamo's graph is a parameter or buffer of a module."""
     return "_dynamo_static_input_type" in (placeholder.meta.get("tensor_dict") or {})
+
+
+def _copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """With what AOTAutograd reads of Dynamo's graph beside its nodes to guard on its inputs."""
+    frozen = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    frozen.meta.update(gm.meta)
+    frozen._param_name_to_source = dict(gm._param_name_to_source)  # type: ignore[arg-type, assignment]
+    placeholders = list(frozen.graph.find_nodes(op="placeholder"))
+    for node, original in zip(placeholders, gm.graph.find_nodes(op="placeholder"), strict=True):
+        node._dynamo_source = original._dynamo_source
+    return frozen, placeholders
 
 
 def _make_attribute(gm: fx.GraphModule, node: fx.Node, name: str, value: torch.Tensor) -> None:

@@ -92,6 +92,22 @@ def test_a_second_compile_hits_the_cache(autograd_cache: bool, train: bool) -> N
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_warm_compile_with_dynamic_shapes() -> None:
+    """The first compile starts over, for eps is a graph input at first."""
+    reports, outputs = [], []
+    for hits in (0, 1):
+        torch._dynamo.reset()
+        counters.clear()
+        with mxnorm_pass.record() as report, torch.no_grad():
+            compiled = torch.compile(Block(), backend="mxnorm", dynamic=True)
+            outputs.append([compiled(inputs()[:rows].clone()) for rows in (4, 3)])
+        assert autograd_cache_hits() == hits
+        reports.append(report)
+    assert_equal(*outputs)
+    assert reports[0] == reports[1]
+    assert len(reports[0].graphs) == len(reports[0].fused) == 1
+
+
 _SCRIPT = """
 import hashlib, torch, mxnorm_pass
 from torch._dynamo.utils import counters

@@ -277,15 +277,16 @@ def test_default_backend() -> None:
 
 
 def test_explain_of_a_model_compiled_in_place() -> None:
-    model = build_llama()
-    want = mxnorm_pass.explain(model, IDS, use_cache=False, options=AOT)
-    model.compile(backend="mxnorm", options={**AOT, "modules": {"*": False}})
-    with mxnorm_pass.record() as recorded:
-        got = mxnorm_pass.explain(model, IDS, use_cache=False, options=AOT)
-    assert got.sites == want.sites and len(got.fused) == 4
-    assert not recorded.graphs
-    infer(model)
-    assert not mxnorm_pass.explain(model, IDS, options={"modules": {"*": False}}).fused
+    """It traces with its own options and not with those of the model."""
+    block, x = Block(), inputs(4, 64)
+    want = mxnorm_pass.explain(block, x, options=AOT)
+    block.compile(backend="mxnorm", options={**AOT, "modules": {"*": False}})
+    for _ in range(2):
+        with mxnorm_pass.record() as recorded:
+            got = mxnorm_pass.explain(block, x, options=AOT)
+        assert got.sites == want.sites and len(got.fused) == 1
+        assert not recorded.graphs
+        block(x)
 
 
 def test_mode_and_options_together_are_refused_by_torch() -> None:
@@ -442,6 +443,59 @@ def test_each_graph_says_what_it_saw(kind: type[Block], statuses: Any, inner: st
         assert_as_good_as_eager(got, want, truth)
     for graph in report.graphs:
         assert (graph.before == graph.after) == ("fused" not in {s.status for s in graph.sites})
+
+
+# Mutations
+
+
+class Mutating(Block):
+    """Writes into its input before the norm, and the norm's output into a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(4, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2)
+        y = self.norm(x)
+        self.last.copy_(y.detach())
+        return self.linear(y)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+def test_mutated_inputs_and_buffers(train: bool) -> None:
+    block = Mutating()
+    with mxnorm_pass.record() as report, torch.set_grad_enabled(train):
+        compiled = torch.compile(block, backend="mxnorm", options=AOT)
+        for seed in range(2):
+            x = inputs(4, 64, seed=seed)
+            twice = 2 * x
+            got = compiled(x)
+            assert torch.equal(x, twice)
+            assert torch.equal(got, block_reference(block, twice))
+            # Not fused, so it holds the exact norm.
+            torch.testing.assert_close(block.last, block.norm(twice), rtol=1e-6, atol=1e-6)
+    assert len(report.fused) == len(report.graphs) == 1
+
+
+def test_freezing_keeps_guards_on_shared_storage() -> None:
+    """Two inputs of one storage are compiled for, and not taken for two that share none."""
+
+    class TwoInputs(Block):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            x.mul_(2)
+            return super().forward(y)
+
+    block, base = TwoInputs(), inputs(8, 64)
+    with torch.no_grad(), mxnorm_pass.record() as report:
+        compiled = torch.compile(block, backend="mxnorm", options={"freezing": True})
+        for first, second in (((0, 4), (4, 8)), ((0, 4), (0, 4)), ((2, 6), (4, 8))):
+            rows, want = base.clone(), base.clone()
+            got = compiled(rows[slice(*first)], rows[slice(*second)])
+            want[slice(*first)] *= 2
+            assert torch.equal(rows, want)
+            assert_as_good_as_eager(got, *eager_and_truth(Block(), want[slice(*second)]))
+    assert len(report.fused) == len(report.graphs)
 
 
 # Tensor subclasses
