@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,39 +103,6 @@ def test_a_warm_compile_with_dynamic_shapes() -> None:
     assert_equal(*outputs)
     assert reports[0] == reports[1]
     assert len(reports[0].graphs) == len(reports[0].fused) == 1
-
-
-_SCRIPT = """
-import hashlib, torch, mxnorm_pass
-from torch._dynamo.utils import counters
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.RMSNorm(64, eps=1e-6), torch.nn.Linear(64, 32))
-x = torch.randn(4, 64)
-with mxnorm_pass.record() as report:
-    compiled = torch.compile(model, backend="mxnorm")
-    with torch.no_grad():
-        y = compiled(x)
-    compiled(x).sum().backward()
-print("HITS", counters["aot_autograd"]["autograd_cache_hit"])
-for t in (y, *(p.grad for p in model.parameters())):
-    print(hashlib.sha256(t.detach().numpy().tobytes()).hexdigest())
-print(report.to_json())
-"""
-
-
-def test_a_second_process_hits_the_cache() -> None:
-    cold, warm = (run(_SCRIPT).partition("HITS ")[2].split("\n", 1) for _ in range(2))
-    assert (cold[0], warm[0]) == ("0", "2")
-    assert warm[1] == cold[1]
-    report = Report.from_json(warm[1].split("\n", 4)[4])
-    assert [graph.name for graph in report.graphs] == ["inference_0", "training_1"]
-    assert len(report.fused) == 2
-
-
-def run(script: str) -> str:
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=True)
-    return done.stdout
 
 
 def test_cache_artifacts_of_another_machine(tmp_path, monkeypatch) -> None:

@@ -189,13 +189,14 @@ def test_padding_mask() -> None:
 
 def generate(model: LlamaForCausalLM, **kwargs: Any) -> Tensor:
     model.generation_config.eos_token_id = None
-    return model.generate(max_new_tokens=6, do_sample=False, pad_token_id=0, **kwargs)
+    return model.generate(max_new_tokens=4, do_sample=False, pad_token_id=0, **kwargs)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "left-padded"])
-def test_generate(padded: bool, cache: str) -> None:
-    model = build_llama()
+@pytest.mark.parametrize(
+    ("cache", "padded"), [("dynamic", False), ("static", False), ("static", True)]
+)
+def test_generate(cache: str, padded: bool) -> None:
+    model = build_llama(layers=1)
     batch = left_padded() if padded else {"input_ids": IDS}
     reference = reference_of(model, Recipe())
     want = generate(reference, **batch, cache_implementation=cache)
@@ -203,7 +204,7 @@ def test_generate(padded: bool, cache: str) -> None:
     with mxnorm_pass.record() as report:
         got = generate(model, **batch, cache_implementation=cache)
     assert torch.equal(got, want)
-    assert_every_graph_fuses(report)
+    assert_every_graph_fuses(report, fused=2)
     assert len(report.graphs) >= 2  # the prompt, and one token
 
 
@@ -231,14 +232,13 @@ def plain_for_the_prompt(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return mixed
 
 
-@pytest.mark.parametrize("freezing", [False, True])
-def test_generate_through_inductor(freezing: bool) -> None:
-    """With a static cache, of which each step changes a part in place, frozen weights or not."""
+def test_generate_through_inductor_with_frozen_weights() -> None:
+    """The static cache, of which each step changes a part in place, must not freeze with them."""
     model = build_llama(layers=1)
     reference = reference_of(model, Recipe())
     truth = generate_logits(copy.deepcopy(reference).double())
     eager = generate_logits(reference)
-    model.compile(backend="mxnorm", options={"freezing": freezing})
+    model.compile(backend="mxnorm", options={"freezing": True})
     with mxnorm_pass.record() as report:
         got = generate_logits(model)
     assert_as_good_as_eager(got, eager, truth)
@@ -415,34 +415,34 @@ class BreakBetweenSites(Block):
 
 
 @pytest.mark.filterwarnings("ignore::mxnorm_pass.MXNormWarning")
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(
-    ("kind", "statuses"),
+    ("kind", "inner", "statuses"),
     [
-        (BreakBeforeLinear, [["NO_MX_CAST"], []]),
-        (BreakInsideNorm, [[], []]),
-        (BreakBetweenSites, [["fused"], ["fused"]]),
+        (BreakBeforeLinear, "aot_eager", [["NO_MX_CAST"], []]),
+        (BreakInsideNorm, "aot_eager", [[], []]),
+        (BreakBetweenSites, "aot_eager", [["fused"], ["fused"]]),
+        (BreakBetweenSites, "inductor", [["fused"], ["fused"]]),
     ],
 )
-def test_each_graph_says_what_it_saw(kind: type[Block], statuses: Any, inner: str) -> None:
+def test_each_graph_says_what_it_saw(kind: type[Block], inner: str, statuses: Any) -> None:
     block, x = kind(), inputs(4, 64)
     with mxnorm_pass.record() as report, torch.no_grad():
         got = torch.compile(block, backend="mxnorm", options={"inner": inner})(x)
-        if kind is BreakBetweenSites:
-            y = x + F.pad(block_reference(block, x), (0, 32))
-            want = block_reference(block, y)
-            y = x.double() + F.pad(eager_and_truth(block, x)[1], (0, 32))
-            truth = eager_and_truth(block, y.float())[1]
-        else:
-            want, truth = block(x), copy.deepcopy(block).double()(x.double())
     seen = [[s.reason.name if s.reason else s.status for s in g.sites] for g in report.graphs]
     assert seen == statuses
+    for graph in report.graphs:
+        assert (graph.before == graph.after) == ("fused" not in {s.status for s in graph.sites})
+    with torch.no_grad():
+        want = two_sites(block, x) if kind is BreakBetweenSites else block(x)
+        truth = two_sites(copy.deepcopy(block).double(), x.double())
     if inner == "aot_eager":
         assert torch.equal(got, want)
     else:
         assert_as_good_as_eager(got, want, truth)
-    for graph in report.graphs:
-        assert (graph.before == graph.after) == ("fused" not in {s.status for s in graph.sites})
+
+
+def two_sites(block: Block, x: Tensor) -> Tensor:
+    return block_reference(block, x + F.pad(block_reference(block, x), (0, 32)))
 
 
 # Mutations
