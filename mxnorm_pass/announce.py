@@ -29,7 +29,7 @@ _warned: set[tuple[str, ...]] = set()
 _warned_lock = threading.Lock()
 
 
-def announce(result: PassResult, config: MXNormConfig, module_names: Sequence[str]) -> None:
+def announce(result: PassResult, config: MXNormConfig, module_paths: Sequence[str]) -> None:
     """Report, log and warn; the same after a cold and a warm compile."""
     recording.publish(result)
     fused = sum(site.status == "fused" for site in result.sites)
@@ -45,7 +45,7 @@ def announce(result: PassResult, config: MXNormConfig, module_names: Sequence[st
         log.debug("%s", site)
     log.debug("before:\n%s\nafter:\n%s", result.graph.before, result.graph.after)
     for warning in _warnings_of(result, config):
-        _warn_once(warning, (config.fingerprint(), *module_names))
+        _warn_once(warning, (config.fingerprint(), *module_paths))
 
 
 def _warn_once(warning: MXNormWarning, owner: tuple[str, ...]) -> None:

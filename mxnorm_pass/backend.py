@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, cast
 
@@ -21,16 +21,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mxnorm_pass import recording
 from mxnorm_pass.announce import announce
 from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
+from mxnorm_pass.freezing import FrozenGraph, is_static
 from mxnorm_pass.graph_pass import (
     DecomposeOps,
     LeaveAlone,
     MXNormPass,
     PassResult,
     foreign_subclass,
-    source_digest,
 )
-from mxnorm_pass.graph_utils import aten, module_names, qualify_modules
+from mxnorm_pass.graph_utils import aten
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
+from mxnorm_pass.module_names import module_paths, qualify_modules
 
 log = logging.getLogger("mxnorm_pass")
 
@@ -73,7 +74,7 @@ def mxnorm(
     else:
         result = recording.load(key) or _retrace(job)
     if result is not None:
-        announce(result, job.config, job.module_names)
+        announce(result, job.config, job.module_paths)
     return compiled
 
 
@@ -83,12 +84,23 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> ParsedO
         parsed = parse_options(options, mode)
     except ValueError as error:
         raise InvalidOptionsError(str(error)) from None
-    if parsed.inductor.get("use_joint_graph_passes", True) is False:
+    if parsed.config.inner == "inductor" and not _inductor_setting(parsed, _JOINT_PASSES):
         raise InvalidOptionsError(
-            f"mode {mode!r} or options set use_joint_graph_passes=False, which turns off the "
-            "Inductor stage that backend='mxnorm' works in; use another mode, or inner='aot_eager'"
+            f"mode {mode!r}, options or torch._inductor.config set {_JOINT_PASSES}=False, which "
+            "turns off the Inductor stage that backend='mxnorm' works in; use another mode, or "
+            "inner='aot_eager'"
         )
     return parsed
+
+
+_JOINT_PASSES = "use_joint_graph_passes"
+
+
+def _inductor_setting(options: ParsedOptions, name: str) -> Any:
+    """What holds during the compile: the options' value, else the global one."""
+    from torch._inductor import config as inductor_config
+
+    return options.inductor.get(name, getattr(inductor_config, name))
 
 
 @dataclass
@@ -96,7 +108,7 @@ class CompileJob:
     """One call of the backend.
 
     Attributes:
-        module_names: dotted names of the modules in the graph; ``modules`` selects by them.
+        module_paths: dotted name of the module of each node; ``modules`` selects by them.
         tensor_subclass: name of a subclass that the inputs have, torchao's aside.
         is_backward: compiled autograd captured the graph. The forward's compile has rewritten
             what is in it, which knows no module names and no forward from backward; it stays.
@@ -106,7 +118,7 @@ class CompileJob:
     gm: fx.GraphModule
     example_inputs: Sequence[Any]
     options: ParsedOptions
-    module_names: tuple[str, ...]
+    module_paths: tuple[str, ...]
     tensor_subclass: str | None
     is_backward: bool
     results: list[PassResult] = field(default_factory=list)
@@ -118,23 +130,34 @@ class CompileJob:
         if options.config.prefix:
             qualify_modules(gm, options.config.prefix)
         subclass = foreign_subclass(example_inputs)
-        return cls(gm, example_inputs, options, module_names(gm), subclass, _is_backward())
+        return cls(gm, example_inputs, options, module_paths(gm), subclass, _is_backward())
+
+    def __deepcopy__(self, memo: Any) -> CompileJob:
+        """Itself: who copies Inductor's config copies our pass, but not the user's model."""
+        return self
 
     @property
     def config(self) -> MXNormConfig:
         return self.options.config
 
-    def graph_pass(self, decompositions: dict[Any, Any]) -> CustomGraphPass:
+    def joint_pass(self, decompositions: dict[Any, Any]) -> CustomGraphPass:
+        """The user's passes in Inductor's slot, then ours."""
         if self.is_backward:
-            return LeaveAlone()
-        return MXNormPass(
+            return self.with_users_passes("joint_custom_pre_pass", LeaveAlone())
+        ours = MXNormPass(
             self.config,
-            module_names=self.module_names,
+            module_paths=self.module_paths,
             tensor_subclass=self.tensor_subclass,
             parameters=_parameter_positions(self.gm),
             on_result=self._accept,
             decompositions=decompositions,
         )
+        return self.with_users_passes("joint_custom_pre_pass", ours)
+
+    def with_users_passes(self, slot: str, ours: CustomGraphPass) -> CustomGraphPass:
+        if self.config.inner != "inductor":
+            return ours
+        return PassSequence.of(_inductor_setting(self.options, slot), ours)
 
     def _accept(self, result: PassResult) -> None:
         _specialize(self.gm, result.eps_inputs)
@@ -143,11 +166,9 @@ class CompileJob:
     def report_key(self) -> str:
         """Hash of all that decides the result of the pass, computed before gm is consumed."""
         parts = (
-            source_digest(),
-            self.config.fingerprint(),
-            sorted((k, repr(v)) for k, v in self.options.inductor.items()),
-            self.module_names,
-            self.tensor_subclass,
+            self.joint_pass({}).uuid(),
+            sorted((k, _pass_uuid(v) or repr(v)) for k, v in self.options.inductor.items()),
+            self.module_paths,
             self.gm.print_readable(print_output=False),
             [_describe(x) for x in self.example_inputs],
             torch.is_grad_enabled(),
@@ -179,9 +200,7 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
 
 def _parameter_positions(gm: fx.GraphModule) -> frozenset[int]:
     """Which inputs of Dynamo's graph are parameters or buffers of a module."""
-    static = "_dynamo_static_input_type"
-    nodes = enumerate(_placeholders(gm))
-    return frozenset(i for i, node in nodes if static in (node.meta.get("tensor_dict") or {}))
+    return frozenset(i for i, node in enumerate(_placeholders(gm)) if is_static(node))
 
 
 def _specialize(gm: fx.GraphModule, positions: Sequence[int]) -> None:
@@ -207,33 +226,39 @@ def _float_symbols(placeholder: fx.Node) -> list[str]:
 
 
 def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        layout = "" if is_traceable_wrapper_subclass(value) else tuple(value.stride())
-        kind = type(value).__name__
-        return f"{kind}{tuple(value.shape)}{layout}{value.dtype}{value.device}{value.requires_grad}"
-    return repr(value)
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    parts: list[Any] = [type(value).__name__, tuple(value.shape), value.dtype, value.device]
+    parts.append(value.requires_grad)
+    if is_traceable_wrapper_subclass(value):
+        names, context = value.__tensor_flatten__()
+        parts += [context, *(_describe(getattr(value, name)) for name in names)]
+    else:
+        parts.append(tuple(value.stride()))
+    return repr(parts)
 
 
 def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
-    from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
-    ours = {
-        "joint_custom_pre_pass": job.graph_pass(select_decomp_table()),
-        "post_grad_custom_pre_pass": DecomposeOps(),
+    freezing = _inductor_setting(job.options, "freezing") and not torch.is_grad_enabled()
+    frozen = FrozenGraph.of(job.gm, job.example_inputs) if freezing else None
+    if frozen is not None:
+        job = replace(job, gm=frozen.gm, example_inputs=frozen.select(job.example_inputs))
+    post_grad = "post_grad_custom_pre_pass"
+    patches = {
+        **job.options.inductor,
+        "joint_custom_pre_pass": job.joint_pass(select_decomp_table()),
+        post_grad: job.with_users_passes(post_grad, DecomposeOps()),
     }
-    patches = dict(job.options.inductor)
-    for name, graph_pass in ours.items():
-        users = patches.get(name, getattr(inductor_config, name))
-        patches[name] = PassSequence.of(users, graph_pass)
     compiled: Any = compile_fx(
         job.gm,
         job.example_inputs,
         inner_compile=cpu_e8m0_support()(compile_fx_inner),
         config_patches=patches,
     )
-    return cast(CompiledFunction, compiled)
+    return cast(CompiledFunction, compiled if frozen is None else frozen.wrap(compiled))
 
 
 class PassSequence(CustomGraphPass):
@@ -255,8 +280,12 @@ class PassSequence(CustomGraphPass):
 
     def uuid(self) -> Any:
         """None, which turns Inductor's cache off, if a user's pass cannot name itself."""
-        uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._passes]
-        return None if None in uuids else tuple(uuids)
+        uuids = tuple(map(_pass_uuid, self._passes))
+        return None if None in uuids else uuids
+
+
+def _pass_uuid(graph_pass: Any) -> Any:
+    return graph_pass.uuid() if isinstance(graph_pass, CustomGraphPass) else None
 
 
 def _norm_decompositions() -> dict[Any, Any]:
@@ -270,7 +299,7 @@ def _norm_decompositions() -> dict[Any, Any]:
 def _compile_with_aot(
     job: CompileJob, compiler: Callable[..., Any], decompositions: dict[Any, Any]
 ) -> CompiledFunction:
-    graph_pass = job.graph_pass(decompositions)
+    graph_pass = job.joint_pass(decompositions)
 
     def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
         graph_pass(gm.graph)

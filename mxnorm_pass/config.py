@@ -193,18 +193,21 @@ class MXNormConfig:
         return self._fingerprint
 
     def fingerprint_for(self, names: Iterable[str]) -> str:
-        """Return a hash of what these options mean to a graph of modules with those full names.
+        """Return a hash of what these options mean to nodes of modules with those full names.
 
         It is the same for two layers that are compiled on their own and that ``modules`` treats
         alike, so that they can share a compiler's cache entries.
         """
         if not self.prefix:
-            parts: tuple[object, ...] = (self.fingerprint(), sorted(names))
+            parts: tuple[object, ...] = (self.fingerprint(), *names)
         else:
-            local = {name.removeprefix(self.prefix): self.resolve(name) for name in names}
-            plain = replace(self, modules={}, prefix="").fingerprint()
-            parts = (plain, sorted((name, r.enabled, r.overrides) for name, r in local.items()))
+            parts = (replace(self, modules={}, prefix="").fingerprint(), *map(self._local, names))
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _local(self, name: str) -> tuple[object, ...]:
+        """What the rules make of a module, without the name of what is compiled on its own."""
+        resolved, opted_in = self.resolve(name), self.resolve(name, opt_in=True).enabled
+        return name.removeprefix(self.prefix), resolved.enabled, opted_in, resolved.overrides
 
     def __eq__(self, other: object) -> bool:
         # Comparing the fields would call two orders of `modules` equal, and order decides there.

@@ -18,8 +18,9 @@ from mxnorm_pass import ops
 from mxnorm_pass.announce import announce
 from mxnorm_pass.config import MXNormConfig, parse_options
 from mxnorm_pass.graph_pass import foreign_subclass, run_pass
-from mxnorm_pass.graph_utils import aten, module_names, prims, tensor_of
+from mxnorm_pass.graph_utils import aten, prims, tensor_of
 from mxnorm_pass.match.linear import mark_inputs
+from mxnorm_pass.module_names import module_paths
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 # Composite ops that backends match as one: the pass reads the first two and needs none open.
@@ -63,7 +64,7 @@ def apply(
     _drop_metadata_checks(graph)
     mark_inputs(graph, _weight_names(program))
     result = run_pass(graph, options)
-    announce(result, options, module_names(program.graph_module))
+    announce(result, options, module_paths(program.graph_module))
     decomposed = ops.decompose(graph, {}) if decompose else 0
     if not decomposed and result.graph.before == result.graph.after:
         copied = _copied(exported_program.graph_module)

@@ -20,12 +20,13 @@ from mxnorm_pass import ops
 from mxnorm_pass.canonicalize import remove_dead
 from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.graph_code import graph_code
-from mxnorm_pass.graph_utils import SubgraphCache, input_position, is_backward, module_path
+from mxnorm_pass.graph_utils import SubgraphCache, input_position, is_backward
 from mxnorm_pass.insert import insert_casts
 from mxnorm_pass.match import Fusion, find_sites
 from mxnorm_pass.match.linear import is_matmul, mark_parameters
 from mxnorm_pass.match.norm import find_norms
 from mxnorm_pass.match.skip import Skip
+from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import Graph, Site, SkipReason, count_ops
 from mxnorm_pass.rewrite import rewrite
 
@@ -133,7 +134,7 @@ class MXNormPass(CustomGraphPass):
 
     Args:
         config: options of this compile.
-        module_names: names of the graph's modules. ``config.modules`` selects by them, and they
+        module_paths: module name of each node. ``config.modules`` selects by them, and they
             are no part of Inductor's cache key.
         tensor_subclass, parameters, decompositions: see :func:`run_pass`.
         on_result: called with the result of every run.
@@ -143,14 +144,14 @@ class MXNormPass(CustomGraphPass):
         self,
         config: MXNormConfig,
         *,
-        module_names: tuple[str, ...] = (),
+        module_paths: tuple[str, ...] = (),
         tensor_subclass: str | None = None,
         parameters: frozenset[int] = frozenset(),
         on_result: Callable[[PassResult], None] | None = None,
         decompositions: dict[Any, Any] | None = None,
     ) -> None:
         self.config = config
-        self._module_names = module_names
+        self._module_paths = module_paths
         self._tensor_subclass = tensor_subclass
         self._parameters = parameters
         self._on_result = on_result
@@ -170,7 +171,7 @@ class MXNormPass(CustomGraphPass):
     def uuid(self) -> str:
         parts = (
             source_digest(),
-            self.config.fingerprint_for(self._module_names),
+            self.config.fingerprint_for(self._module_paths),
             self._tensor_subclass,
             sorted(self._parameters),
         )

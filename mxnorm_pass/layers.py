@@ -14,8 +14,8 @@ from torch import nn
 from mxnorm_pass.announce import MXNormWarning
 from mxnorm_pass.backend import parse
 from mxnorm_pass.config import MXNormConfig, compile_pattern, nearest_names
-from mxnorm_pass.graph_utils import clean_module_path
 from mxnorm_pass.inductor_options import mode_options
+from mxnorm_pass.module_names import clean_module_path
 
 
 def compile_layers(

@@ -41,11 +41,17 @@ def explain(
             report.add(result.graph)
         return stand_in
 
-    original = getattr(model, "_orig_mod", model)
     limits = {"recompile_limit": 2**20, "accumulated_recompile_limit": 2**20}
     with torch._dynamo.config.patch(limits):
-        torch.compile(original, backend=backend)(*args, **kwargs)  # type: ignore[no-untyped-call]
+        torch.compile(_uncompiled(model), backend=backend)(*args, **kwargs)  # type: ignore[no-untyped-call]
     return report
+
+
+def _uncompiled(model: Any) -> Any:
+    original = getattr(model, "_orig_mod", model)
+    # After ``model.compile()`` a call of the model runs what that compiled.
+    in_place = getattr(original, "_compiled_call_impl", None) is not None
+    return original._call_impl if in_place else original
 
 
 def _without_content(gm: fx.GraphModule) -> Callable[..., Any]:

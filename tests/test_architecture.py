@@ -14,7 +14,7 @@ LAYERS = [
     {"layers", "tracing"},
     {"backend", "export"},
     {"announce"},
-    {"recording", "inductor_e8m0"},
+    {"recording", "inductor_e8m0", "freezing"},
     {"graph_pass"},
     {"insert", "rewrite"},
     {"match"},
@@ -25,7 +25,7 @@ LAYERS = [
     {"match.layer_norm"},
     {"match.statistic"},
     {"match.skip", "ops", "graph_code", "canonicalize"},
-    {"functional", "graph_utils"},
+    {"functional", "graph_utils", "module_names"},
     {"config", "report"},
     {"formats", "inductor_options", "report_page"},
 ]

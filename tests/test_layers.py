@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mxnorm_pass
 from mxnorm_pass import MXNormWarning, functional, layers
-from mxnorm_pass.graph_utils import clean_module_path
+from mxnorm_pass.module_names import clean_module_path
 
 IDS = token_ids()
 ISOLATED = layers._isolation()

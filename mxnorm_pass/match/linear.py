@@ -20,13 +20,13 @@ from mxnorm_pass.graph_utils import (
     is_dtype_cast,
     is_transpose,
     is_view,
-    module_path,
     prims,
     strip,
     tensor_of,
 )
 from mxnorm_pass.match.cast import Cast
 from mxnorm_pass.match.scale_layout import is_blocked, moves_bytes
+from mxnorm_pass.module_names import module_path
 
 _MATMULS = frozenset(
     {

@@ -24,7 +24,6 @@ from mxnorm_pass.graph_utils import (
     is_dtype_cast,
     is_expand,
     is_view,
-    module_path,
     same_shape,
     same_value,
     seq_nrs,
@@ -34,6 +33,7 @@ from mxnorm_pass.graph_utils import (
 from mxnorm_pass.match.layer_norm import is_centered
 from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.match.statistic import ADDS, Statistic, follow, is_narrowing, is_per_channel
+from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import SkipReason
 
 _MEANS = frozenset({aten.mean.dim})
