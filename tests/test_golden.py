@@ -11,26 +11,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 from golden.cases import CASES, Fused
 from golden.index import GRAPHS, Index, Recording, installed
+from golden.record import DECOMPOSITIONS
 from golden.text import MissingOp, rebuild
 from torch import Tensor, fx
-from torch._inductor.decomposition import select_decomp_table
 
 from mxnorm_pass import SkipReason
-from mxnorm_pass.backend import _norm_decompositions
 from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.formats import ELEMENT_FORMATS
 from mxnorm_pass.graph_pass import run_pass
 from mxnorm_pass.graph_utils import is_backward
 
 INDEX = Index.load()
-DECOMPOSITIONS = {"aten": _norm_decompositions, "inductor": select_decomp_table}
 RECORD = Path(__file__).parent / "golden" / "record.py"
 
 
@@ -132,7 +129,6 @@ def _random(like: Tensor) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype).copy_(x)
 
 
-@lru_cache(maxsize=1)
 def _traced_now(directory: Path) -> list[Recording]:
     """What the installed versions trace; in a process of its own, which imports torchao anew."""
     output = directory / "recordings.json"

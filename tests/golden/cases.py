@@ -36,6 +36,8 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Fused:
+    """What the pass must say of a norm that it fuses."""
+
     format: str
     consumers: tuple[str, ...]
     gain: Literal["fold", "activation"]
@@ -47,7 +49,7 @@ class Case:
 
     Attributes:
         model: builds it.
-        outcome: what the pass must say of its one norm.
+        outcome: what becomes of its one norm.
         shape, dtype: of the input.
         train: record the joint graph.
         export: record what ``torch.export`` makes of it; else ``torch.compile``.
