@@ -17,6 +17,7 @@ from reference import (
     expected_sites,
     quantize_with_torchao,
     reference_of,
+    token_ids,
 )
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -246,3 +247,28 @@ def test_norm_fed_linears() -> None:
     """The reference's list of linears that a norm feeds is the one that the backend finds."""
     report = mxnorm_pass.explain(build_llama(), IDS, use_cache=False)
     assert {c.rsplit(".", 1)[1] for s in report.fused for c in s.consumers} == set(NORM_FED)
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
+def test_dynamic_shapes_of_torchao_models(estimator, dims) -> None:
+    """Symbolic sizes among a view's inputs hide no cast."""
+    model = build_llama(torch.bfloat16, layers=1)
+    recipe = Recipe(norm={"estimator": estimator}, gain="activation", every_linear=True)
+    reference = reference_of(model, recipe)
+    quantize_with_torchao(model)
+    ids = token_ids()
+    torch._dynamo.mark_dynamic(ids, dims)
+    run = compiled(model, estimator=estimator)
+    with torch.no_grad(), mxnorm_pass.record() as report:
+        for tokens in (ids, token_ids(*(5 if d in dims else ids.shape[d] for d in (0, 1)))):
+            assert torch.equal(run(tokens, use_cache=False).logits, reference(tokens).logits)
+    assert len(report.graphs) == 1 and len(report.fused) == 2
+
+
+def test_dynamic_shapes_of_torchao_training() -> None:
+    model = convert_to_mxfp8_training(build_llama(layers=1))
+    ids = token_ids()
+    torch._dynamo.mark_dynamic(ids, 0)
+    report = mxnorm_pass.explain(model, ids, labels=ids, use_cache=False)
+    assert [(s.norm, s.consumers) for s in report.fused] == expected_sites(1)

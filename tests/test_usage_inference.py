@@ -565,3 +565,19 @@ def test_generate_with_torchao_weights() -> None:
         got = generate(model, input_ids=IDS, cache_implementation="static")
     assert torch.equal(got, want)
     assert_every_graph_fuses(report, fused=2)
+
+
+class Product(Block):
+    """``x @ W.t()`` where the weight is no input of the graph, but an attribute of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x) @ self.linear.weight.t()
+
+
+def test_product_with_a_frozen_weight() -> None:
+    block, x = Product(), inputs(2, 8, 64)
+    with torch.no_grad(), mxnorm_pass.record() as report:
+        got = torch.compile(block, backend="mxnorm", options={"freezing": True})(x)
+    assert len(report.fused) == 1
+    block.linear.bias = None
+    assert_as_good_as_eager(got, *eager_and_truth(block, x))

@@ -117,10 +117,16 @@ _PARAMETER = "mxnorm_pass.parameter"
 
 
 def mark_parameters(graph: fx.Graph, positions: frozenset[int]) -> None:
-    """Note which graph inputs are parameters; the graph itself does not say."""
+    """Note which graph inputs are parameters; a graph itself says it of attributes alone."""
     for node in graph.find_nodes(op="placeholder"):
-        if input_position(node) in positions:
+        if input_position(node) in positions or _was_attribute(node):
             node.meta[_PARAMETER] = True
+
+
+def _was_attribute(placeholder: fx.Node) -> bool:
+    """Did AOTAutograd find the input as a parameter or buffer of the graph's module?"""
+    desc = placeholder.meta.get("desc")
+    return desc is not None and (desc.is_param() or desc.is_buffer())
 
 
 def mark_inputs(graph: fx.Graph, parameters: Container[str]) -> None:
@@ -262,7 +268,9 @@ class _Holds(Enum):
 
 def _hold(node: fx.Node, holds: Mapping[fx.Node, _Holds]) -> _Holds | None:
     """What ``node`` is made of, None if it is no step of a dequantisation."""
-    tensors = [n for n in node.all_input_nodes if not _is_constant(n)]
+    # Symbolic sizes are inputs too.
+    inputs = (n for n in node.all_input_nodes if tensor_of(n) is not None)
+    tensors = [n for n in inputs if not _is_constant(n)]
     known = {holds.get(n) for n in tensors}
     if known == {_Holds.VALUES, _Holds.SCALES}:
         return _Holds.PRODUCT if is_call(node, _PRODUCTS) else None
