@@ -327,15 +327,18 @@ def test_threads_that_compile_other_options_and_models() -> None:
 def test_threads_that_train_through_inductor() -> None:
     """The backward of one is compiled while another compiles."""
 
-    def job(p: float) -> tuple[list[Tensor], Report]:
-        model, x = Block(), inputs().requires_grad_()
+    def job(model: Block, p: float) -> tuple[list[Tensor], Report]:
+        x = inputs().requires_grad_()
         with mxnorm_pass.record() as report:
             y = torch.compile(model, backend="mxnorm", options={"p": p})(x)
             y.square().sum().backward()
         return [y.detach(), x.grad, *(q.grad for q in model.parameters())], report
 
     powers = (1, 3.5)
-    results = in_threads([lambda p=p: job(p) for p in powers])
+    # Built here: the seed of parameters is global.
+    models = [Block() for _ in powers]
+    jobs = [lambda m=m, p=p: job(m, p) for m, p in zip(models, powers, strict=True)]
+    results = in_threads(jobs)
     for p, (got, report) in zip(powers, results, strict=True):
         with inductor_config.patch(force_disable_caches=True):
             alone, _ = compile_and_run(Block(), True, p=p)
