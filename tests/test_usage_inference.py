@@ -276,6 +276,23 @@ def test_default_backend() -> None:
     assert torch.compiler.get_default_backend() == "inductor"
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "set_default_backend"), reason="this torch has no default backend"
+)
+def test_masked_batch_through_inductor_as_the_default_backend() -> None:
+    """In inference mode and as one graph."""
+    model, batch = build_llama(layers=1), left_padded()
+    reference = reference_of(model, Recipe())
+    mask = batch["attention_mask"]
+    eager = infer(reference, batch["input_ids"], attention_mask=mask)
+    truth = infer(reference.double(), batch["input_ids"], attention_mask=mask)
+    with default_backend("mxnorm"), torch.inference_mode(), mxnorm_pass.record() as report:
+        compiled = torch.compile(model, fullgraph=True)
+        got = compiled(**batch, use_cache=False).logits
+    assert_as_good_as_eager(got, eager, truth)
+    assert_every_graph_fuses(report, fused=2, graphs=1)
+
+
 def test_explain_of_a_model_compiled_in_place() -> None:
     """It traces with its own options and not with those of the model."""
     block, x = Block(), inputs(4, 64)

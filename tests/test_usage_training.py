@@ -29,10 +29,11 @@ from training import (
     Gradients,
     assert_gradients_close,
     gradients_of,
+    repeat_by_hand,
     train,
+    train_with_trainer,
     with_lora,
 )
-from transformers import Trainer, TrainingArguments
 
 import mxnorm_pass
 from mxnorm_pass import Report, SkipReason, functional
@@ -329,60 +330,16 @@ def test_lora_adapters_that_are_named_are_fused() -> None:
 # Trainers
 
 
-class Rows(torch.utils.data.Dataset):
-    def __init__(self) -> None:
-        self.ids = token_ids(6)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
-
-
-class RecordingTrainer(Trainer):
-    """Notes each step's batch, loss and number of tokens."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.seen: list[tuple[Tensor, Any, Tensor]] = []
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        ids, items = inputs["input_ids"], kwargs.get("num_items_in_batch")
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self.seen.append((ids, items, loss.detach()))
-        return loss
-
-
 def test_huggingface_trainer_on_a_compiled_model(tmp_path) -> None:
     """Bit for bit the loop below, which runs the reference model."""
     model = build_llama(BF16, layers=1, use_cache=False)
     reference = reference_of(model, Recipe())
     model.compile(backend="mxnorm", options={"inner": "aot_eager"})
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=2,
-        max_steps=3,
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    trainer = RecordingTrainer(model=model, args=arguments, train_dataset=Rows())
     with every_site_fused(layers=1):
-        trainer.train()
-    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
-    assert len(trainer.seen) == 3
-    for ids, items, loss in trainer.seen:
-        want = reference(ids, labels=ids, num_items_in_batch=items).loss
-        assert torch.equal(loss, want)
-        want.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        seen = train_with_trainer(model, tmp_path)
+    losses = repeat_by_hand(reference, seen)
+    assert len(seen) == 3
+    assert all(torch.equal(step.loss, want) for step, want in zip(seen, losses, strict=True))
     for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert torch.equal(a, b), name
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from reference import Recipe, reference_of, token_ids
+from reference import Recipe, build_llama, reference_of, token_ids
 from torch import nn
 from torch._dynamo.utils import counters
 from training import (
@@ -16,6 +16,8 @@ from training import (
     flat,
     gradients_of,
     relative_error,
+    repeat_by_hand,
+    train_with_trainer,
     with_lora,
 )
 
@@ -48,6 +50,23 @@ def test_checkpointing_autocast_lora_and_accumulation() -> None:
         assert [len(g.sites) for g in report.graphs if g.sites] == [3] and len(report.fused) == 2
         assert got.keys() == truth.keys()
         errors[inner] = relative_error(flat(got), flat(truth))
+    assert errors["inductor"] <= 1.5 * errors["aot_eager"], errors
+
+
+def test_trainer_and_tied_embeddings_on_a_model_compiled_in_place(tmp_path) -> None:
+    """Parameters after three steps, their error against float64 as above."""
+    errors = {}
+    for inner in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        model = build_llama(layers=1, use_cache=False, tie_word_embeddings=True)
+        truth = reference_of(model, Recipe()).double()
+        model.compile(backend="mxnorm", options={"inner": inner})
+        with mxnorm_pass.record() as report:
+            steps = train_with_trainer(model, tmp_path)
+        assert len(report.fused) == 2 and model.lm_head.weight is model.model.embed_tokens.weight
+        repeat_by_hand(truth, steps)
+        got, want = (dict(m.named_parameters()) for m in (model, truth))
+        errors[inner] = relative_error(flat(got), flat(want))
     assert errors["inductor"] <= 1.5 * errors["aot_eager"], errors
 
 

@@ -269,9 +269,8 @@ class _Holds(Enum):
 def _hold(node: fx.Node, holds: Mapping[fx.Node, _Holds]) -> _Holds | None:
     """What ``node`` is made of, None if it is no step of a dequantisation."""
     # Symbolic sizes are inputs too.
-    inputs = (n for n in node.all_input_nodes if tensor_of(n) is not None)
-    tensors = [n for n in inputs if not _is_constant(n)]
-    known = {holds.get(n) for n in tensors}
+    inputs = [n for n in node.all_input_nodes if tensor_of(n) is not None]
+    known = {holds.get(n) for n in inputs if n in holds or not _is_constant(n)}
     if known == {_Holds.VALUES, _Holds.SCALES}:
         return _Holds.PRODUCT if is_call(node, _PRODUCTS) else None
     if len(known) != 1:
@@ -285,10 +284,13 @@ def _hold(node: fx.Node, holds: Mapping[fx.Node, _Holds]) -> _Holds | None:
 
 
 def _is_constant(node: fx.Node) -> bool:
-    if is_call(node, _CONSTANTS) or node.op == "get_attr":
-        return True
-    inputs = node.all_input_nodes if node.op == "call_function" else []
-    return bool(inputs) and all(map(_is_constant, inputs))
+    """A constant, or a part of one, such as the part of a padded tensor that is written to."""
+    source = strip(node, is_view, _is_part)
+    return is_call(source, _CONSTANTS) or source.op == "get_attr"
+
+
+def _is_part(node: fx.Node) -> bool:
+    return is_call(node, (aten.slice.Tensor,))
 
 
 def _is_conversion(node: fx.Node) -> bool:
