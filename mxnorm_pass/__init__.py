@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mxnorm_pass import functional as functional
-    from mxnorm_pass.backend import CalibrationWarning as CalibrationWarning
-    from mxnorm_pass.backend import MXNormWarning as MXNormWarning
+    from mxnorm_pass.announce import CalibrationWarning as CalibrationWarning
+    from mxnorm_pass.announce import MXNormWarning as MXNormWarning
     from mxnorm_pass.config import MXNormConfig as MXNormConfig
+    from mxnorm_pass.export import apply as apply
+    from mxnorm_pass.layers import compile_layers as compile_layers
     from mxnorm_pass.recording import record as record
     from mxnorm_pass.report import Graph as Graph
     from mxnorm_pass.report import Report as Report
@@ -23,13 +25,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "CalibrationWarning": "backend",
+    "CalibrationWarning": "announce",
     "Graph": "report",
     "MXNormConfig": "config",
-    "MXNormWarning": "backend",
+    "MXNormWarning": "announce",
     "Report": "report",
     "Site": "report",
     "SkipReason": "report",
+    "apply": "export",
+    "compile_layers": "layers",
     "explain": "tracing",
     "record": "recording",
 }

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, cast
 
@@ -21,11 +19,19 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import recording
+from mxnorm_pass.announce import announce
 from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
-from mxnorm_pass.graph_pass import DecomposeOps, MXNormPass, PassResult, source_digest
-from mxnorm_pass.graph_utils import aten, clean_module_path
+from mxnorm_pass.freezing import FrozenGraph, is_static
+from mxnorm_pass.graph_pass import (
+    DecomposeOps,
+    LeaveAlone,
+    MXNormPass,
+    PassResult,
+    foreign_subclass,
+)
+from mxnorm_pass.graph_utils import aten
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
-from mxnorm_pass.report import SkipReason
+from mxnorm_pass.module_names import module_paths, qualify_modules
 
 log = logging.getLogger("mxnorm_pass")
 
@@ -37,14 +43,6 @@ class InvalidOptionsError(ValueError, ShortenTraceback):
 
     def __init__(self, message: str) -> None:
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
-
-
-class MXNormWarning(UserWarning):
-    """Something that the user should know of a compile that went through."""
-
-
-class CalibrationWarning(MXNormWarning):
-    """An inference model runs on the uncalibrated estimate of the RMS."""
 
 
 def mxnorm(
@@ -68,13 +66,15 @@ def mxnorm(
     job = CompileJob.of(gm, example_inputs, parse(options, mode))
     key = job.report_key()
     compiled = _INNER[job.config.inner](job)
+    if job.is_backward:
+        return compiled
     result = job.results[-1] if job.results else None
     if result is not None:
         recording.store(key, result)
     else:
         result = recording.load(key) or _retrace(job)
     if result is not None:
-        _announce(job, result)
+        announce(result, job.config, job.module_paths)
     return compiled
 
 
@@ -84,12 +84,23 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> ParsedO
         parsed = parse_options(options, mode)
     except ValueError as error:
         raise InvalidOptionsError(str(error)) from None
-    if parsed.inductor.get("use_joint_graph_passes", True) is False:
+    if parsed.config.inner == "inductor" and not _inductor_setting(parsed, _JOINT_PASSES):
         raise InvalidOptionsError(
-            f"mode {mode!r} or options set use_joint_graph_passes=False, which turns off the "
-            "Inductor stage that backend='mxnorm' works in; use another mode, or inner='aot_eager'"
+            f"mode {mode!r}, options or torch._inductor.config set {_JOINT_PASSES}=False, which "
+            "turns off the Inductor stage that backend='mxnorm' works in; use another mode, or "
+            "inner='aot_eager'"
         )
     return parsed
+
+
+_JOINT_PASSES = "use_joint_graph_passes"
+
+
+def _inductor_setting(options: ParsedOptions, name: str) -> Any:
+    """What holds during the compile: the options' value, else the global one."""
+    from torch._inductor import config as inductor_config
+
+    return options.inductor.get(name, getattr(inductor_config, name))
 
 
 @dataclass
@@ -97,37 +108,56 @@ class CompileJob:
     """One call of the backend.
 
     Attributes:
-        module_names: dotted names of the modules in the graph; ``modules`` selects by them.
+        module_paths: dotted name of the module of each node; ``modules`` selects by them.
         tensor_subclass: name of a subclass that the inputs have, torchao's aside.
+        is_backward: compiled autograd captured the graph. The forward's compile has rewritten
+            what is in it, which knows no module names and no forward from backward; it stays.
         results: what each run of the pass did; empty after a warm cache.
     """
 
     gm: fx.GraphModule
     example_inputs: Sequence[Any]
     options: ParsedOptions
-    module_names: tuple[str, ...]
+    module_paths: tuple[str, ...]
     tensor_subclass: str | None
+    is_backward: bool
     results: list[PassResult] = field(default_factory=list)
 
     @classmethod
     def of(
         cls, gm: fx.GraphModule, example_inputs: Sequence[Any], options: ParsedOptions
     ) -> CompileJob:
-        return cls(gm, example_inputs, options, _module_names(gm), _subclass(example_inputs))
+        if options.config.prefix:
+            qualify_modules(gm, options.config.prefix)
+        subclass = foreign_subclass(example_inputs)
+        return cls(gm, example_inputs, options, module_paths(gm), subclass, _is_backward())
+
+    def __deepcopy__(self, memo: Any) -> CompileJob:
+        """Itself: who copies Inductor's config copies our pass, but not the user's model."""
+        return self
 
     @property
     def config(self) -> MXNormConfig:
         return self.options.config
 
-    def graph_pass(self, decompositions: dict[Any, Any]) -> MXNormPass:
-        return MXNormPass(
+    def joint_pass(self, decompositions: dict[Any, Any]) -> CustomGraphPass:
+        """The user's passes in Inductor's slot, then ours."""
+        if self.is_backward:
+            return self.with_users_passes("joint_custom_pre_pass", LeaveAlone())
+        ours = MXNormPass(
             self.config,
-            salt=repr(self.module_names),
+            module_paths=self.module_paths,
             tensor_subclass=self.tensor_subclass,
             parameters=_parameter_positions(self.gm),
             on_result=self._accept,
             decompositions=decompositions,
         )
+        return self.with_users_passes("joint_custom_pre_pass", ours)
+
+    def with_users_passes(self, slot: str, ours: CustomGraphPass) -> CustomGraphPass:
+        if self.config.inner != "inductor":
+            return ours
+        return PassSequence.of(_inductor_setting(self.options, slot), ours)
 
     def _accept(self, result: PassResult) -> None:
         _specialize(self.gm, result.eps_inputs)
@@ -136,11 +166,9 @@ class CompileJob:
     def report_key(self) -> str:
         """Hash of all that decides the result of the pass, computed before gm is consumed."""
         parts = (
-            source_digest(),
-            self.config.fingerprint(),
-            sorted((k, repr(v)) for k, v in self.options.inductor.items()),
-            self.module_names,
-            self.tensor_subclass,
+            self.joint_pass({}).uuid(),
+            sorted((k, _pass_uuid(v) or repr(v)) for k, v in self.options.inductor.items()),
+            self.module_paths,
             self.gm.print_readable(print_output=False),
             [_describe(x) for x in self.example_inputs],
             torch.is_grad_enabled(),
@@ -161,19 +189,9 @@ def _torchao_version() -> str:
         return ""
 
 
-def _module_names(gm: fx.GraphModule) -> tuple[str, ...]:
-    stacks = (node.meta.get("nn_module_stack") or {} for node in gm.graph.nodes)
-    paths = dict.fromkeys(entry[0] for stack in stacks for entry in stack.values())
-    return tuple(sorted(filter(None, map(clean_module_path, paths))))
-
-
-def _subclass(example_inputs: Sequence[Any]) -> str | None:
-    for value in example_inputs:
-        if is_traceable_wrapper_subclass(value):
-            kind = type(value)
-            if kind.__module__.split(".")[0] != "torchao":
-                return kind.__name__
-    return None
+def _is_backward() -> bool:
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    return compile_id is not None and compile_id.compiled_autograd_id is not None
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
@@ -182,9 +200,7 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
 
 def _parameter_positions(gm: fx.GraphModule) -> frozenset[int]:
     """Which inputs of Dynamo's graph are parameters or buffers of a module."""
-    static = "_dynamo_static_input_type"
-    nodes = enumerate(_placeholders(gm))
-    return frozenset(i for i, node in nodes if static in (node.meta.get("tensor_dict") or {}))
+    return frozenset(i for i, node in enumerate(_placeholders(gm)) if is_static(node))
 
 
 def _specialize(gm: fx.GraphModule, positions: Sequence[int]) -> None:
@@ -210,33 +226,39 @@ def _float_symbols(placeholder: fx.Node) -> list[str]:
 
 
 def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        layout = "" if is_traceable_wrapper_subclass(value) else tuple(value.stride())
-        kind = type(value).__name__
-        return f"{kind}{tuple(value.shape)}{layout}{value.dtype}{value.device}{value.requires_grad}"
-    return repr(value)
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    parts: list[Any] = [type(value).__name__, tuple(value.shape), value.dtype, value.device]
+    parts.append(value.requires_grad)
+    if is_traceable_wrapper_subclass(value):
+        names, context = value.__tensor_flatten__()
+        parts += [context, *(_describe(getattr(value, name)) for name in names)]
+    else:
+        parts.append(tuple(value.stride()))
+    return repr(parts)
 
 
 def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
-    from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
-    ours = {
-        "joint_custom_pre_pass": job.graph_pass(select_decomp_table()),
-        "post_grad_custom_pre_pass": DecomposeOps(),
+    freezing = _inductor_setting(job.options, "freezing") and not torch.is_grad_enabled()
+    frozen = FrozenGraph.of(job.gm, job.example_inputs) if freezing else None
+    if frozen is not None:
+        job = replace(job, gm=frozen.gm, example_inputs=frozen.select(job.example_inputs))
+    post_grad = "post_grad_custom_pre_pass"
+    patches = {
+        **job.options.inductor,
+        "joint_custom_pre_pass": job.joint_pass(select_decomp_table()),
+        post_grad: job.with_users_passes(post_grad, DecomposeOps()),
     }
-    patches = dict(job.options.inductor)
-    for name, graph_pass in ours.items():
-        users = patches.get(name, getattr(inductor_config, name))
-        patches[name] = PassSequence.of(users, graph_pass)
     compiled: Any = compile_fx(
         job.gm,
         job.example_inputs,
         inner_compile=cpu_e8m0_support()(compile_fx_inner),
         config_patches=patches,
     )
-    return cast(CompiledFunction, compiled)
+    return cast(CompiledFunction, compiled if frozen is None else frozen.wrap(compiled))
 
 
 class PassSequence(CustomGraphPass):
@@ -258,8 +280,12 @@ class PassSequence(CustomGraphPass):
 
     def uuid(self) -> Any:
         """None, which turns Inductor's cache off, if a user's pass cannot name itself."""
-        uuids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._passes]
-        return None if None in uuids else tuple(uuids)
+        uuids = tuple(map(_pass_uuid, self._passes))
+        return None if None in uuids else uuids
+
+
+def _pass_uuid(graph_pass: Any) -> Any:
+    return graph_pass.uuid() if isinstance(graph_pass, CustomGraphPass) else None
 
 
 def _norm_decompositions() -> dict[Any, Any]:
@@ -273,7 +299,7 @@ def _norm_decompositions() -> dict[Any, Any]:
 def _compile_with_aot(
     job: CompileJob, compiler: Callable[..., Any], decompositions: dict[Any, Any]
 ) -> CompiledFunction:
-    graph_pass = job.graph_pass(decompositions)
+    graph_pass = job.joint_pass(decompositions)
 
     def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
         graph_pass(gm.graph)
@@ -347,79 +373,3 @@ def _retrace(job: CompileJob) -> PassResult | None:
     log.debug("warm compile cache without a stored report: tracing again")
     trace_only(job)
     return job.results[-1] if job.results else None
-
-
-_warned: set[tuple[str, ...]] = set()
-_warned_lock = threading.Lock()
-
-
-def _announce(job: CompileJob, result: PassResult) -> None:
-    """Report, log and warn; the same after a cold and a warm compile."""
-    recording.publish(result)
-    fused = sum(site.status == "fused" for site in result.sites)
-    log.info(
-        "%s graph: %d norms, %d fused, %d skipped, pass took %.3f s",
-        result.graph.name,
-        len(result.sites),
-        fused,
-        len(result.sites) - fused,
-        result.seconds,
-    )
-    for site in result.sites:
-        log.debug("%s", site)
-    log.debug("before:\n%s\nafter:\n%s", result.graph.before, result.graph.after)
-    _warn_unmatched_patterns(job, result)
-    if not fused:
-        _warn_nothing_fused(job, result)
-    elif result.graph.name == "inference":
-        _warn_uncalibrated(job, result)
-
-
-def _warn_once(job: CompileJob, kind: str, message: str, category: type[MXNormWarning]) -> None:
-    key = (kind, message, job.config.fingerprint(), *job.module_names)
-    with _warned_lock:
-        if key in _warned:
-            return
-        _warned.add(key)
-    warnings.warn(message, category, stacklevel=2)
-
-
-def _warn_unmatched_patterns(job: CompileJob, result: PassResult) -> None:
-    consumers = [name for site in result.sites for name in site.consumers]
-    names = dict.fromkeys([*(s.norm for s in result.sites), *consumers, *result.matmul_modules])
-    for unmatched in job.config.unmatched_patterns(names):
-        nearest = ", ".join(unmatched.nearest) or "none"
-        _warn_once(
-            job,
-            "pattern",
-            f"mxnorm: the pattern {unmatched.pattern!r} in `modules` matches no norm and no "
-            f"linear of this graph; nearest names: {nearest}",
-            MXNormWarning,
-        )
-
-
-def _warn_nothing_fused(job: CompileJob, result: PassResult) -> None:
-    reasons = {site.reason for site in result.sites if site.reason is not None}
-    if reasons and reasons <= {SkipReason.DISABLED}:
-        return
-    if reasons:
-        why = "; ".join(sorted(f"{r.name}: {r.value}" for r in reasons))
-    else:
-        why = "it contains no RMSNorm"
-    _warn_once(job, "nothing", f"mxnorm: nothing to rewrite in this graph: {why}", MXNormWarning)
-
-
-def _warn_uncalibrated(job: CompileJob, result: PassResult) -> None:
-    estimated = [s for s in result.sites if s.status == "fused" and s.estimator == "mxnorm"]
-    if not estimated or job.config.calibration is not None:
-        return
-    _warn_once(
-        job,
-        "calibration",
-        f"mxnorm: {len(estimated)} norms estimate their RMS without calibration. A checkpoint "
-        "trained with RMSNorm has outlier channels that break the estimate and gives wrong "
-        "text; use estimator='exact' for it, or a calibration where this version has one. For "
-        "a model trained with MXNorm this is right: silence it with "
-        "warnings.simplefilter('ignore', mxnorm_pass.CalibrationWarning)",
-        CalibrationWarning,
-    )

@@ -1,7 +1,6 @@
 """Options of the ``mxnorm`` backend: validation, per-module rules, and the split from Inductor's.
 
-This module is a leaf. It imports only the standard library and torch, and reads
-``torch._inductor.config`` only when an option has to be looked up there.
+This module is a leaf. It imports only other leaves, the standard library and torch.
 """
 
 from __future__ import annotations
@@ -16,11 +15,18 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args
 
 import torch
 
 from mxnorm_pass.formats import ScaleMode
+from mxnorm_pass.inductor_options import (
+    check_inductor_value,
+    inductor_key,
+    invalid,
+    mode_options,
+    one_of,
+)
 
 __all__ = [
     "Estimator",
@@ -48,8 +54,6 @@ _REGEX_PREFIX = "re:"
 _HEAD_NAMES = frozenset({"lm_head", "output"})
 _ELEM_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _OVERRIDABLE = ("estimator", "p", "gain", "gradient", "elem_dtype", "scale_mode")
-# Enough for an own field to win a near-tie against one of Inductor's ~600 keys, and no more.
-_OWN_FIELD_BONUS = 0.1
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,11 @@ class ModuleConfig:
 
     enabled: bool
     config: MXNormConfig
+
+    @property
+    def overrides(self) -> dict[str, str]:
+        """The fields that rules may override, as text."""
+        return {name: str(getattr(self.config, name)) for name in _OVERRIDABLE}
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,8 @@ class MXNormConfig:
         calibration: None; calibration files are not supported by this version.
         inner: "inductor", "aot_eager" or "eager": what compiles the rewritten graph.
         freezing: Inductor's meaning: inference weights are folded and cast once.
+        prefix: full name of the module that is compiled on its own ("model.layers.3"); it goes in
+            front of the names of the modules inside, in ``modules`` and in reports.
 
     Raises:
         ValueError: a field has a wrong type or value. The message names the field, the value and
@@ -135,6 +146,7 @@ class MXNormConfig:
     calibration: None = None
     inner: Inner = "inductor"
     freezing: bool = False
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         for name, validate in _VALIDATORS.items():
@@ -165,18 +177,37 @@ class MXNormConfig:
     def unmatched_patterns(self, names: Iterable[str]) -> list[UnmatchedPattern]:
         """Return the patterns of ``modules`` that match none of ``names``, in rule order.
 
-        A pattern that matches but always loses to a later one is not listed.
+        A pattern that matches but always loses to a later one is not listed. With a ``prefix``
+        only those are listed that speak of the module of that name: the others may be meant for
+        the rest of the model.
         """
         known = list(dict.fromkeys(names))
         return [
-            UnmatchedPattern(rule.pattern, _nearest_names(rule.pattern, known))
+            UnmatchedPattern(rule.pattern, nearest_names(rule.pattern, known))
             for rule in self._rules
-            if not any(rule.matches(name) for name in known)
+            if not any(rule.matches(name) for name in known) and rule.is_within(self.prefix)
         ]
 
     def fingerprint(self) -> str:
         """Return a hex SHA-256 of all fields, the same in every process for equal configs."""
         return self._fingerprint
+
+    def fingerprint_for(self, names: Iterable[str]) -> str:
+        """Return a hash of what these options mean to nodes of modules with those full names.
+
+        It is the same for two layers that are compiled on their own and that ``modules`` treats
+        alike, so that they can share a compiler's cache entries.
+        """
+        if not self.prefix:
+            parts: tuple[object, ...] = (self.fingerprint(), *names)
+        else:
+            parts = (replace(self, modules={}, prefix="").fingerprint(), *map(self._local, names))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _local(self, name: str) -> tuple[object, ...]:
+        """What the rules make of a module, without the name of what is compiled on its own."""
+        resolved, opted_in = self.resolve(name), self.resolve(name, opt_in=True).enabled
+        return name.removeprefix(self.prefix), resolved.enabled, opted_in, resolved.overrides
 
     def __eq__(self, other: object) -> bool:
         # Comparing the fields would call two orders of `modules` equal, and order decides there.
@@ -230,6 +261,10 @@ class _Rule:
     def matches(self, name: str) -> bool:
         return self.regex.fullmatch(name) is not None
 
+    def is_within(self, prefix: str) -> bool:
+        """Does the pattern begin, before any wildcard, with the name of that module?"""
+        return not prefix or f"{self.pattern}.".startswith(f"{prefix}.")
+
 
 def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> ParsedOptions:
     """Split ``torch.compile``'s flat options into this package's and Inductor's.
@@ -250,25 +285,17 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     """
     own: dict[str, Any] = {}
     inductor: dict[str, Any] = {}
-    for key, value in [*_mode_options(mode).items(), *_as_mapping(options).items()]:
+    for key, value in [*mode_options(mode).items(), *_as_mapping(options).items()]:
         if isinstance(key, str) and key in _VALIDATORS:
             own[key] = value
         else:
-            inductor_key = _inductor_key(key)
-            _check_inductor_value(key, inductor_key, value)
-            inductor[inductor_key] = value
+            spelled = inductor_key(key, _VALIDATORS)
+            check_inductor_value(key, spelled, value)
+            inductor[spelled] = value
     config = MXNormConfig(**own)
     if config.freezing:
         inductor["freezing"] = True
     return ParsedOptions(config, inductor)
-
-
-def _invalid(label: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"{label}={value!r} is not valid: expected {allowed}")
-
-
-def _one_of(values: Iterable[object]) -> str:
-    return "one of " + ", ".join(map(str, values))
 
 
 def _choice(alias: Any) -> _Validator:
@@ -276,7 +303,7 @@ def _choice(alias: Any) -> _Validator:
 
     def validate(label: str, value: object) -> str:
         if not isinstance(value, str) or value not in allowed:
-            raise _invalid(label, value, _one_of(map(repr, allowed)))
+            raise invalid(label, value, one_of(map(repr, allowed)))
         return value
 
     return validate
@@ -285,37 +312,46 @@ def _choice(alias: Any) -> _Validator:
 def _validate_p(label: str, value: object) -> float:
     allowed = "a finite int or float greater than 0"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _invalid(label, value, allowed)
+        raise invalid(label, value, allowed)
     try:
         p = float(value)
     except OverflowError:
-        raise _invalid(label, value, allowed) from None
+        raise invalid(label, value, allowed) from None
     if not math.isfinite(p) or p <= 0:
-        raise _invalid(label, value, allowed)
+        raise invalid(label, value, allowed)
     return p
 
 
 def _validate_elem_dtype(label: str, value: object) -> torch.dtype:
     if not isinstance(value, torch.dtype) or value not in _ELEM_DTYPES:
-        raise _invalid(label, value, _one_of(_ELEM_DTYPES))
+        raise invalid(label, value, one_of(_ELEM_DTYPES))
     return value
 
 
 def _validate_bool(label: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise _invalid(label, value, "True or False")
+        raise invalid(label, value, "True or False")
+    return value
+
+
+def _validate_prefix(label: str, value: object) -> str:
+    components = value.split(".") if isinstance(value, str) else [""]
+    plain = all(c and not set(c) & set("*?[]: ") for c in components)
+    if not isinstance(value, str) or (value and not plain):
+        allowed = "the full name of one module, such as 'model.layers.3', without wildcards"
+        raise invalid(label, value, f"{allowed} (mxnorm_pass.compile_layers takes a pattern)")
     return value
 
 
 def _validate_calibration(label: str, value: object) -> None:
     if value is not None:
         reason = "calibration files are not supported by this version; leave it None"
-        raise _invalid(label, value, f"None: {reason}")
+        raise invalid(label, value, f"None: {reason}")
 
 
 def _validate_modules(label: str, value: object) -> Mapping[str, bool | Mapping[str, Any]]:
     if not isinstance(value, Mapping):
-        raise _invalid(label, value, "a mapping from name pattern to True, False or a dict")
+        raise invalid(label, value, "a mapping from name pattern to True, False or a dict")
     rules: dict[str, bool | Mapping[str, Any]] = {}
     for pattern, rule in value.items():
         _check_pattern(label, pattern)
@@ -330,7 +366,7 @@ def _check_pattern(label: str, pattern: object) -> None:
             f"a glob or a regular expression after {_REGEX_PREFIX!r}"
         )
     try:
-        _compile_pattern(pattern)
+        compile_pattern(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{label} has the key {pattern!r}, which is not valid: expected a regular expression "
@@ -342,8 +378,8 @@ def _validate_rule(label: str, rule: object) -> bool | Mapping[str, Any]:
     if isinstance(rule, bool):
         return rule
     if not isinstance(rule, Mapping):
-        allowed = f"True, False or a dict of overrides, with keys {_one_of(_OVERRIDABLE)}"
-        raise _invalid(label, rule, allowed)
+        allowed = f"True, False or a dict of overrides, with keys {one_of(_OVERRIDABLE)}"
+        raise invalid(label, rule, allowed)
     return types.MappingProxyType(
         {name: _validate_override(label, name, value) for name, value in rule.items()}
     )
@@ -353,7 +389,7 @@ def _validate_override(label: str, name: object, value: object) -> Any:
     if not isinstance(name, str) or name not in _OVERRIDABLE:
         raise ValueError(
             f"{label} overrides {name!r} (with {value!r}), which cannot be set per module: "
-            f"expected {_one_of(_OVERRIDABLE)}"
+            f"expected {one_of(_OVERRIDABLE)}"
         )
     return _VALIDATORS[name](f"{label}[{name!r}]", value)
 
@@ -370,6 +406,7 @@ _VALIDATORS: dict[str, _Validator] = {
     "calibration": _validate_calibration,
     "inner": _choice(Inner),
     "freezing": _validate_bool,
+    "prefix": _validate_prefix,
 }
 
 
@@ -385,7 +422,7 @@ def _thaw_modules(
     }
 
 
-def _compile_pattern(pattern: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str) -> re.Pattern[str]:
     if pattern.startswith(_REGEX_PREFIX):
         return re.compile(pattern.removeprefix(_REGEX_PREFIX))
     return re.compile(fnmatch.translate(pattern))
@@ -394,10 +431,10 @@ def _compile_pattern(pattern: str) -> re.Pattern[str]:
 def _make_rule(base: MXNormConfig, pattern: str, value: bool | Mapping[str, Any]) -> _Rule:
     overrides = {} if isinstance(value, bool) else value
     config = replace(base, **overrides) if overrides else base
-    return _Rule(pattern, _compile_pattern(pattern), value is not False, config)
+    return _Rule(pattern, compile_pattern(pattern), value is not False, config)
 
 
-def _nearest_names(pattern: str, names: list[str]) -> tuple[str, ...]:
+def nearest_names(pattern: str, names: list[str]) -> tuple[str, ...]:
     # A regex's escapes would count against every name.
     text = pattern.removeprefix(_REGEX_PREFIX).replace("\\", "")
     close = difflib.get_close_matches(text, names, n=3)
@@ -408,74 +445,5 @@ def _as_mapping(options: object) -> Mapping[Any, Any]:
     if options is None:
         return {}
     if not isinstance(options, Mapping):
-        raise _invalid("options", options, "a mapping from option name to value, or None")
+        raise invalid("options", options, "a mapping from option name to value, or None")
     return options
-
-
-def _mode_options(mode: object) -> dict[str, Any]:
-    if mode is None:
-        return {}
-    from torch._inductor import list_mode_options
-
-    modes = list_mode_options()
-    if not isinstance(mode, str) or mode not in modes:
-        raise _invalid("mode", mode, _one_of(map(repr, modes)) + ", or None")
-    return dict(modes[mode])
-
-
-def _inductor_keys() -> list[str]:
-    from torch._inductor import config
-
-    return list(config.get_config_copy())
-
-
-def _inductor_key(key: object) -> str:
-    keys = _inductor_keys()
-    if isinstance(key, str):
-        attribute = key.replace("-", "_")
-        if attribute in keys:
-            return attribute
-    nearest = _nearest_option(str(key), keys)
-    raise ValueError(
-        f"options has the key {key!r}, which is neither a field of MXNormConfig nor an Inductor "
-        f"config key; the nearest valid one is {nearest!r} "
-        f"(fields of MXNormConfig: {', '.join(_VALIDATORS)})"
-    )
-
-
-def _nearest_option(key: str, inductor_keys: Iterable[str]) -> str:
-    matcher = difflib.SequenceMatcher(b=key.lower().replace("-", "_"))
-
-    def similarity(candidate: str) -> float:
-        matcher.set_seq1(candidate)
-        return matcher.ratio() + (_OWN_FIELD_BONUS if candidate in _VALIDATORS else 0.0)
-
-    return max([*_VALIDATORS, *inductor_keys], key=similarity)
-
-
-def _check_inductor_value(given_key: str, key: str, value: object) -> None:
-    from torch._inductor import config
-
-    expected = _checkable_types(config.get_type(key))  # type: ignore[attr-defined]
-    if not expected or isinstance(value, expected):
-        return
-    if float in expected and isinstance(value, int) and not isinstance(value, bool):
-        return
-    names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in expected)
-    got = type(value).__name__
-    raise _invalid(f"options[{given_key!r}]", value, f"{names} for this Inductor key, not {got}")
-
-
-def _checkable_types(declared: Any) -> tuple[type, ...]:
-    """Return the classes an Inductor value may have; () where that cannot be told."""
-    members: tuple[Any, ...] = (declared,)
-    if get_origin(declared) in (Union, types.UnionType):
-        members = get_args(declared)
-    elif get_origin(declared) is Literal:
-        members = tuple(dict.fromkeys(type(value) for value in get_args(declared)))
-    # Inductor infers NoneType for a key that has no annotation and defaults to None; such a key
-    # takes other values too.
-    if members == (types.NoneType,):
-        return ()
-    known = (bool, int, float, str, list, tuple, types.NoneType)
-    return members if all(member in known for member in members) else ()

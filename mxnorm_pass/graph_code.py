@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._dtype_abbrs import dtype_abbrs
 
-from mxnorm_pass.graph_utils import is_backward, module_path
+from mxnorm_pass.graph_utils import is_backward
+from mxnorm_pass.module_names import module_path
 
 
 def graph_code(graph: fx.Graph) -> str:

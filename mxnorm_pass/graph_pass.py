@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import ops
 from mxnorm_pass.canonicalize import remove_dead
 from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.graph_code import graph_code
-from mxnorm_pass.graph_utils import SubgraphCache, input_position, is_backward, module_path
+from mxnorm_pass.graph_utils import SubgraphCache, input_position, is_backward
 from mxnorm_pass.insert import insert_casts
 from mxnorm_pass.match import Fusion, find_sites
 from mxnorm_pass.match.linear import is_matmul, mark_parameters
 from mxnorm_pass.match.norm import find_norms
 from mxnorm_pass.match.skip import Skip
+from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import Graph, Site, SkipReason, count_ops
 from mxnorm_pass.rewrite import rewrite
 
@@ -117,13 +119,23 @@ def _matmul_modules(graph: fx.Graph) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, names)))
 
 
+def foreign_subclass(values: Iterable[Any]) -> str | None:
+    """Name of a tensor subclass among the values, torchao's aside."""
+    for value in values:
+        if is_traceable_wrapper_subclass(value):
+            kind = type(value)
+            if kind.__module__.split(".")[0] != "torchao":
+                return kind.__name__
+    return None
+
+
 class MXNormPass(CustomGraphPass):
     """The pass as Inductor's ``joint_custom_pre_pass``.
 
     Args:
         config: options of this compile.
-        salt: what else decides the result of the pass: the graph's module names, by which
-            ``config.modules`` selects, are no part of Inductor's cache key.
+        module_paths: module name of each node. ``config.modules`` selects by them, and they
+            are no part of Inductor's cache key.
         tensor_subclass, parameters, decompositions: see :func:`run_pass`.
         on_result: called with the result of every run.
     """
@@ -132,14 +144,14 @@ class MXNormPass(CustomGraphPass):
         self,
         config: MXNormConfig,
         *,
-        salt: str = "",
+        module_paths: tuple[str, ...] = (),
         tensor_subclass: str | None = None,
         parameters: frozenset[int] = frozenset(),
         on_result: Callable[[PassResult], None] | None = None,
         decompositions: dict[Any, Any] | None = None,
     ) -> None:
         self.config = config
-        self._salt = salt
+        self._module_paths = module_paths
         self._tensor_subclass = tensor_subclass
         self._parameters = parameters
         self._on_result = on_result
@@ -159,12 +171,21 @@ class MXNormPass(CustomGraphPass):
     def uuid(self) -> str:
         parts = (
             source_digest(),
-            self.config.fingerprint(),
-            self._salt,
+            self.config.fingerprint_for(self._module_paths),
             self._tensor_subclass,
             sorted(self._parameters),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+class LeaveAlone(CustomGraphPass):
+    """In the place of :class:`MXNormPass` for a graph that is not to be rewritten."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        return
+
+    def uuid(self) -> str:
+        return "mxnorm_pass.LeaveAlone"
 
 
 class DecomposeOps(CustomGraphPass):

@@ -1,12 +1,11 @@
-"""What the passes ask of FX graphs: who is a view, which module made a node, grafting."""
+"""What the passes ask of FX graphs: who is a view, who computes the same, grafting."""
 
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -163,28 +162,6 @@ def same_value(a: Any, b: Any, depth: int = _SAME_VALUE_DEPTH) -> bool:
         and same_value(a.args, b.args, depth - 1)
         and all(same_value(a.kwargs[k], b.kwargs[k], depth - 1) for k in a.kwargs)
     )
-
-
-_STACK_PREFIX = re.compile(r"^[LG]\['[^']*'\]\.?")
-_MODULES_ITEM = re.compile(r"\._modules\['([^']+)'\]")
-_GETATTR = re.compile(r"getattr\((.+?), ['\"]([^'\"]+)['\"]\)")
-_ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
-
-
-@lru_cache(maxsize=4096)
-def clean_module_path(path: str) -> str:
-    """``L['self'].model.layers.0.mlp`` and its other spellings -> ``model.layers.0.mlp``."""
-    while (found := _GETATTR.search(path)) is not None:
-        path = f"{path[: found.start()]}{found[1]}.{found[2]}{path[found.end() :]}"
-    path = _STACK_PREFIX.sub("", path)
-    path = _MODULES_ITEM.sub(r".\1", path)
-    return _ITEM.sub(r".\1", path).strip(".")
-
-
-def module_path(node: fx.Node) -> str:
-    """Dotted name of the innermost module that made the node, "" outside of any."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    return clean_module_path(next(reversed(stack.values()))[0]) if stack else ""
 
 
 def seq_nr(node: fx.Node) -> int | None:

@@ -91,15 +91,21 @@ def _quantize(graph: fx.Graph, linear: PlainLinear, fmt: MXFormat) -> None:
     matmul = linear.matmul
     with graph.inserting_before(matmul):
         activation = _fake_quantize(graph, matmul, linear.activation, fmt)
-        if is_transpose(linear.weight):
-            weight: fx.Node = linear.weight.args[0]  # type: ignore[assignment]
-        else:
-            weight = call(graph, matmul, aten.permute.default, linear.weight, [1, 0])
-        quantized = _fake_quantize(graph, matmul, weight, fmt)
-        transposed = call(graph, matmul, aten.permute.default, quantized, [1, 0])
+        weight = _fake_quantize(graph, matmul, _rows(graph, linear), fmt)
+        if not linear.transposes:
+            weight = call(graph, matmul, aten.permute.default, weight, [1, 0])
     activation_position, weight_position = linear.operand_positions
     matmul.update_arg(activation_position, activation)
-    matmul.update_arg(weight_position, transposed)
+    matmul.update_arg(weight_position, weight)
+
+
+def _rows(graph: fx.Graph, linear: PlainLinear) -> fx.Node:
+    """The weight as [N, D]."""
+    if linear.transposes:
+        return linear.weight
+    if is_transpose(linear.weight):
+        return linear.weight.args[0]  # type: ignore[return-value]
+    return call(graph, linear.matmul, aten.permute.default, linear.weight, [1, 0])
 
 
 def _fake_quantize(graph: fx.Graph, like: fx.Node, source: fx.Node, fmt: MXFormat) -> fx.Node:

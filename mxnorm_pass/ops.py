@@ -104,7 +104,24 @@ def _define(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) ->
     _library.define(schema)
     _library.impl(name, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _library.impl(name, _without_derivative(op), "Autograd")
+    return op
+
+
+def _without_derivative(op: Any) -> Callable[..., Any]:
+    """Refuse to be differentiated: the graphs that call the ops have their backward already."""
+
+    def forward(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(
+                f"{op} has no derivative: what mxnorm_pass.apply rewrote is for inference. Run it "
+                "under torch.no_grad(), or train with torch.compile(model, backend='mxnorm')"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return forward
 
 
 norm_cast = _define(

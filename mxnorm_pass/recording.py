@@ -12,13 +12,21 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mxnorm_pass.graph_pass import PassResult
 from mxnorm_pass.report import Report
 
+
+@dataclass(frozen=True, eq=False)
+class _Recording:
+    report: Report = field(default_factory=Report)
+    thread: int = field(default_factory=threading.get_ident)
+
+
 _lock = threading.Lock()
-_open_reports: list[Report] = []
+_open: list[_Recording] = []
 
 
 @contextmanager
@@ -30,22 +38,26 @@ def record() -> Iterator[Report]:
         with mxnorm_pass.record() as report:
             compiled(inputs)
         print(report)
+
+    A thread that records gets its own compiles and no other's. Compiles of a thread that does
+    not record go to every report that is open in other threads.
     """
-    report = Report()
+    recording = _Recording()
     with _lock:
-        _open_reports.append(report)
+        _open.append(recording)
     try:
-        yield report
+        yield recording.report
     finally:
         with _lock:
-            _open_reports.remove(report)
+            _open.remove(recording)
 
 
 def publish(result: PassResult) -> None:
-    """Add the result to every report that is being recorded."""
+    """Add the result to the reports that are open in this thread, else to all that are open."""
     with _lock:
-        for report in _open_reports:
-            report.add(result.graph)
+        own = [recording for recording in _open if recording.thread == threading.get_ident()]
+        for recording in own or _open:
+            recording.report.add(result.graph)
 
 
 def store(key: str, result: PassResult) -> None:

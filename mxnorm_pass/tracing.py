@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from mxnorm_pass.backend import CompileJob, parse, trace_only
 from mxnorm_pass.report import Report
@@ -18,7 +21,7 @@ def explain(
     """Trace ``model(*args, **kwargs)`` and report what ``backend="mxnorm"`` would rewrite.
 
     With grad on, the backward is traced too. No kernel of the model runs, nothing is compiled
-    and no cache is read or written; what follows a graph break sees tensors without content.
+    and no cache is read or written; what follows a graph break sees zeros.
 
     Args:
         model: an ``nn.Module`` or a function; one that is compiled already is explained anew.
@@ -32,32 +35,39 @@ def explain(
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         job = CompileJob.of(gm, example_inputs, parsed)
-        outputs = _output_values(gm)
+        stand_in = _without_content(gm)
         trace_only(job)
         for result in job.results:
             report.add(result.graph)
-        return lambda *_: [_without_content(value) for value in outputs]
+        return stand_in
 
-    original = getattr(model, "_orig_mod", model)
     limits = {"recompile_limit": 2**20, "accumulated_recompile_limit": 2**20}
     with torch._dynamo.config.patch(limits):
-        torch.compile(original, backend=backend)(*args, **kwargs)  # type: ignore[no-untyped-call]
+        torch.compile(_uncompiled(model), backend=backend)(*args, **kwargs)  # type: ignore[no-untyped-call]
     return report
 
 
-def _output_values(gm: fx.GraphModule) -> list[Any]:
-    (outputs,) = gm.graph.output_node().args
-    assert isinstance(outputs, (tuple, list))
-    return [
-        node.meta.get("example_value") if isinstance(node, fx.Node) else node for node in outputs
-    ]
+def _uncompiled(model: Any) -> Any:
+    original = getattr(model, "_orig_mod", model)
+    # After ``model.compile()`` a call of the model runs what that compiled.
+    in_place = getattr(original, "_compiled_call_impl", None) is not None
+    return original._call_impl if in_place else original
 
 
-def _without_content(value: Any) -> Any:
-    if isinstance(value, torch.SymInt):
-        return value.node.hint
-    if not isinstance(value, Tensor):
-        return value
-    sizes = [s.node.hint if isinstance(s, torch.SymInt) else s for s in value.shape]
-    empty = torch.empty(sizes, dtype=value.dtype, device=value.device)
-    return empty.requires_grad_(value.requires_grad)
+def _without_content(gm: fx.GraphModule) -> Callable[..., Any]:
+    """Run the graph on shapes alone and return zeros for its outputs."""
+    copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+
+    def run(*args: Any) -> Any:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            fakes = pytree.tree_map_only(Tensor, mode.from_tensor, args)
+            outputs = copied(*fakes)
+        return pytree.tree_map_only(Tensor, _zeros_like, outputs)
+
+    return run
+
+
+def _zeros_like(fake: Tensor) -> Tensor:
+    zeros = torch.zeros(tuple(fake.shape), dtype=fake.dtype, device=fake.device)
+    return zeros.requires_grad_(fake.requires_grad)

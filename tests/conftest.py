@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mxnorm_pass
-from mxnorm_pass import backend
+from mxnorm_pass import announce
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers already fill the cores.
@@ -22,7 +22,7 @@ def fresh_compiler(tmp_path, monkeypatch) -> Iterator[None]:
     """Own compile caches, and warnings that speak again."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     torch._dynamo.reset()
-    backend._warned.clear()
+    announce._warned.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", mxnorm_pass.CalibrationWarning)
         yield

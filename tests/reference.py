@@ -48,6 +48,18 @@ def build_llama(
     return model.to(dtype)
 
 
+def expected_sites(layers: int) -> list[tuple[str, tuple[str, ...]]]:
+    """Norm and consumers of what fuses in an unmodified Llama."""
+    sites = []
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        attention = tuple(f"{layer}.self_attn.{n}_proj" for n in "qkv")
+        mlp = (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
+        sites += [(f"{layer}.input_layernorm", attention)]
+        sites += [(f"{layer}.post_attention_layernorm", mlp)]
+    return sites
+
+
 def token_ids(batch: int = 2, length: int = 16) -> Tensor:
     return torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(1))
 
@@ -97,6 +109,8 @@ class Recipe:
         gain: "fold" or "activation".
         every_linear: all linears are cast, not only those that a norm feeds.
         off: last name components of linears that stay plain and read the exact norm.
+        also: those of further linears that read the fused norm.
+        head: the last norm is fused into ``lm_head``.
         backward: "high-precision", or "mx": torchao's MXFP8 training backward, or "mx-hp-wgrad".
     """
 
@@ -105,21 +119,43 @@ class Recipe:
     gain: str = "fold"
     every_linear: bool = False
     off: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    head: bool = False
     backward: str = "high-precision"
 
 
 def reference_of(model: LlamaForCausalLM, recipe: Recipe) -> LlamaForCausalLM:
     """A deep copy of ``model`` whose layer norms and linears are those of the recipe."""
     reference = copy.deepcopy(model)
+    head = ("lm_head",) if recipe.head else ()
+    cast = {*NORM_FED, *recipe.also, *head} - {*recipe.off}
+    plain = {"lm_head", *recipe.off} - {*head}
     for name, module in list(reference.named_modules()):
         parent, _, child = name.rpartition(".")
         owner = reference.get_submodule(parent)
-        if isinstance(module, LlamaRMSNorm) and name != "model.norm":
+        if isinstance(module, LlamaRMSNorm) and (head or not name.endswith("model.norm")):
             setattr(owner, child, _Norm(module, recipe))
-        elif isinstance(module, nn.Linear) and child not in ("lm_head", *recipe.off):
-            if recipe.every_linear or child in NORM_FED:
+        elif isinstance(module, nn.Linear):
+            called = _name_without_adapter(name)
+            if called in cast or (recipe.every_linear and called not in plain):
                 setattr(owner, child, _Linear(module, recipe))
+    if recipe.head:
+        # The model slices the last norm's output, which loses what hangs on it.
+        reference.model.norm.register_forward_hook(_hand_to(reference.lm_head))
     return reference
+
+
+def _hand_to(linear: nn.Module) -> Any:
+    def hook(norm: nn.Module, args: Any, output: Tensor) -> None:
+        linear.fused = output.fused
+
+    return hook
+
+
+def _name_without_adapter(name: str) -> str:
+    """Last component of a linear's name; PEFT wraps q_proj into q_proj.base_layer and others."""
+    *_, parent, child = ["", *name.split(".")]
+    return parent if child in ("base_layer", "default") else child
 
 
 class _Norm(nn.Module):
@@ -158,16 +194,23 @@ class _Linear(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.recipe = recipe
+        self.fused: _Fused | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         options = dict(self.recipe.cast)
-        fused = getattr(x, "fused", None)
+        fused = getattr(x, "fused", self.fused)
         if fused is not None:
             x = fused.output
             options |= {"quantized": fused.quantized, "gain": fused.gain}
-        if self.recipe.backward == "high-precision":
-            return functional.mx_linear(x, self.weight, self.bias, **options)
-        return _MXBackward.apply(x, self.weight, self.recipe, options)
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        with torch.autocast("cpu", enabled=False):
+            if self.recipe.backward == "high-precision":
+                return functional.mx_linear(x, weight, bias, **options)
+            return _MXBackward.apply(x, weight, self.recipe, options)
 
 
 class _MXBackward(torch.autograd.Function):

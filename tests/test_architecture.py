@@ -11,22 +11,23 @@ ROOT = Path(mxnorm_pass.__file__).parent
 # From the top of the house to its floor; a module imports only from layers below its own.
 LAYERS = [
     {"__init__"},
-    {"tracing"},
-    {"backend"},
-    {"recording", "inductor_e8m0"},
+    {"layers", "tracing"},
+    {"backend", "export"},
+    {"announce"},
+    {"recording", "inductor_e8m0", "freezing"},
     {"graph_pass"},
     {"insert", "rewrite"},
     {"match"},
     {"match.site", "match.router"},
     {"match.backward", "match.linear"},
     {"match.cast", "match.norm"},
-    {"match.cast_program", "match.scale_layout"},
+    {"match.cast_op", "match.cast_program", "match.scale_layout"},
     {"match.layer_norm"},
     {"match.statistic"},
     {"match.skip", "ops", "graph_code", "canonicalize"},
-    {"functional", "graph_utils"},
+    {"functional", "graph_utils", "module_names"},
     {"config", "report"},
-    {"formats", "report_page"},
+    {"formats", "inductor_options", "report_page"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 

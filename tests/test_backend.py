@@ -251,13 +251,13 @@ def test_report_page_is_self_contained_and_escaped(tmp_path) -> None:
 
 
 def test_uuid_tells_configs_sources_and_module_names_apart() -> None:
-    base = MXNormPass(MXNormConfig(), salt="a")
-    assert base.uuid() == MXNormPass(MXNormConfig(), salt="a").uuid()
+    base = MXNormPass(MXNormConfig(), module_paths=("a",))
+    assert base.uuid() == MXNormPass(MXNormConfig(), module_paths=("a",)).uuid()
     others = [
-        MXNormPass(MXNormConfig(p=1), salt="a"),
-        MXNormPass(MXNormConfig(modules={"x": False}), salt="a"),
-        MXNormPass(MXNormConfig(), salt="b"),
-        MXNormPass(MXNormConfig(), salt="a", tensor_subclass="DTensor"),
+        MXNormPass(MXNormConfig(p=1), module_paths=("a",)),
+        MXNormPass(MXNormConfig(modules={"x": False}), module_paths=("a",)),
+        MXNormPass(MXNormConfig(), module_paths=("b",)),
+        MXNormPass(MXNormConfig(), module_paths=("a",), tensor_subclass="DTensor"),
     ]
     assert len({base.uuid(), *(o.uuid() for o in others)}) == 5
 

@@ -103,3 +103,11 @@ def test_the_same_model_fuses_without_dtensors() -> None:
     _, report = run(Model(), torch.randn(4, 8, WIDTH), train=False)
     (site,) = report.sites
     assert (site.status, site.consumers) == ("fused", ("first", "second"))
+
+
+def test_an_exported_program_of_dtensors_is_refused(mesh: DeviceMesh) -> None:
+    """torch cannot decompose it, and nothing in it may be rewritten."""
+    x = distribute_tensor(torch.randn(4, 8, WIDTH), mesh, [Replicate()])
+    program = torch.export.export(distribute(Model(), mesh, Replicate()), (x,))
+    with pytest.raises(ValueError, match="this one holds DTensors: export the model of one rank"):
+        mxnorm_pass.apply(program)

@@ -14,23 +14,28 @@ from reference import (
     Recipe,
     build_llama,
     convert_to_mxfp8_training,
+    expected_sites,
     quantize_with_torchao,
     reference_of,
     token_ids,
 )
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from training import (
+    GRADIENT_TOLERANCE,
+    IDS,
+    assert_gradients_close,
+    flat,
+    relative_error,
+    train,
+    worst_gradient,
+)
 
 import mxnorm_pass
 from mxnorm_pass import SkipReason
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
 
-IDS = token_ids()
 DTYPES = [torch.float32, torch.bfloat16]
-# Relative norm. Sums of gradients in another order differ by float32's last bit; bf16 keeps 8.
-GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-Gradients = dict[str, Tensor]
 
 
 def infer(model: Callable[..., Any]) -> Tensor:
@@ -38,43 +43,9 @@ def infer(model: Callable[..., Any]) -> Tensor:
         return model(IDS, use_cache=False).logits
 
 
-def train(model: Callable[..., Any], parameters: nn.Module) -> tuple[Tensor, Gradients]:
-    parameters.zero_grad()
-    output = model(IDS, labels=IDS, use_cache=False)
-    output.loss.backward()
-    gradients = {n: p.grad.clone() for n, p in parameters.named_parameters()}
-    return output.logits.detach(), gradients
-
-
 def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:
     torch._dynamo.reset()
     return torch.compile(model, backend="mxnorm", options={"inner": "aot_eager", **options})
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def worst_gradient(a: Gradients, b: Gradients) -> tuple[str, float]:
-    errors = {name: relative_error(a[name], b[name]) for name in b}
-    return max(errors.items(), key=lambda item: item[1])
-
-
-def assert_gradients_close(a: Gradients, b: Gradients, tolerance: float) -> None:
-    assert a.keys() == b.keys()
-    name, error = worst_gradient(a, b)
-    assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
-
-
-def expected_sites(layers: int) -> list[tuple[str, tuple[str, ...]]]:
-    sites = []
-    for i in range(layers):
-        layer = f"model.layers.{i}"
-        attention = tuple(f"{layer}.self_attn.{n}_proj" for n in "qkv")
-        mlp = (f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj")
-        sites += [(f"{layer}.input_layernorm", attention)]
-        sites += [(f"{layer}.post_attention_layernorm", mlp)]
-    return sites
 
 
 MODELS = {
@@ -254,10 +225,6 @@ def test_inductor_error_is_that_of_aot_eager(dtype, training) -> None:
     assert errors["inductor"] <= 1.5 * errors["aot_eager"], errors
 
 
-def flat(gradients: Gradients) -> Tensor:
-    return torch.cat([g.double().flatten() for g in gradients.values()])
-
-
 def plain_inductor(gm: torch.fx.GraphModule, inputs: Any) -> Any:
     """Inductor without any pass of ours; e8m0 support alone, or FLOOR and CEIL do not compile."""
     return compile_fx(gm, inputs, inner_compile=cpu_e8m0_support()(compile_fx_inner))
@@ -280,3 +247,28 @@ def test_norm_fed_linears() -> None:
     """The reference's list of linears that a norm feeds is the one that the backend finds."""
     report = mxnorm_pass.explain(build_llama(), IDS, use_cache=False)
     assert {c.rsplit(".", 1)[1] for s in report.fused for c in s.consumers} == set(NORM_FED)
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
+def test_dynamic_shapes_of_torchao_models(estimator, dims) -> None:
+    """Symbolic sizes among a view's inputs hide no cast."""
+    model = build_llama(torch.bfloat16, layers=1)
+    recipe = Recipe(norm={"estimator": estimator}, gain="activation", every_linear=True)
+    reference = reference_of(model, recipe)
+    quantize_with_torchao(model)
+    ids = token_ids()
+    torch._dynamo.mark_dynamic(ids, dims)
+    run = compiled(model, estimator=estimator)
+    with torch.no_grad(), mxnorm_pass.record() as report:
+        for tokens in (ids, token_ids(*(5 if d in dims else ids.shape[d] for d in (0, 1)))):
+            assert torch.equal(run(tokens, use_cache=False).logits, reference(tokens).logits)
+    assert len(report.graphs) == 1 and len(report.fused) == 2
+
+
+def test_dynamic_shapes_of_torchao_training() -> None:
+    model = convert_to_mxfp8_training(build_llama(layers=1))
+    ids = token_ids()
+    torch._dynamo.mark_dynamic(ids, 0)
+    report = mxnorm_pass.explain(model, ids, labels=ids, use_cache=False)
+    assert [(s.norm, s.consumers) for s in report.fused] == expected_sites(1)

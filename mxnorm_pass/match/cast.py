@@ -2,20 +2,19 @@
 
 A cast is the region between a tensor viewed as blocks and two results: float8 values and one
 scale per block. Spellings differ by torchao version, scale mode and chip, so the region is not
-compared with patterns but evaluated, see ``cast_program``. Casts that are a single op, whose
-inside no graph shows, are known by name.
+compared with patterns but evaluated, see ``cast_program``. Casts that are one op or one kernel,
+whose inside no graph shows, are known by name, see ``cast_op``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.formats import ELEMENT_FORMATS, MX_BLOCK_SIZE, MXFormat, ScaleMode
+from mxnorm_pass.formats import ELEMENT_FORMATS, MXFormat
 from mxnorm_pass.graph_utils import (
     aten,
     dtype_of,
@@ -27,14 +26,11 @@ from mxnorm_pass.graph_utils import (
     same_size,
     tensor_of,
 )
+from mxnorm_pass.match.cast_op import CastOp, cast_op
 from mxnorm_pass.match.cast_program import CONSTANTS, recognize
 
 _MAX_REGION = 200
 _HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
-# torchao's casts that are one op: values and row-major scales of the elements along the last
-# dimension, e4m3 (torchao/prototype/mx_formats/kernels.py).
-_CAST_OPS = frozenset({"torchao::triton_to_mxfp8_dim0"})
-_OPEN_NAMESPACES = frozenset({"aten", "prims", "prim", "mxnorm_pass"})
 
 
 @dataclass(frozen=True)
@@ -72,8 +68,8 @@ def find_casts(graph: fx.Graph) -> list[Cast | UnknownCast]:
             continue
         if node.target is ops.cast:
             found.append(_own_cast(node))
-        elif _is_opaque_cast(node):
-            found.append(_opaque_cast(node))
+        elif (op := cast_op(node)) is not None:
+            found.append(_opaque_cast(node, op))
         elif is_dtype_cast(node) and dtype_of(node) in ELEMENT_FORMATS:
             cast = _match_region(node)
             if cast is not None:
@@ -93,34 +89,12 @@ def _own_cast(node: fx.Node) -> Cast:
     )
 
 
-def _is_opaque_cast(node: fx.Node) -> bool:
-    """An op of some library that returns float8 elements and scales."""
-    namespace = getattr(node.target, "namespace", None)
-    if namespace is None or namespace in _OPEN_NAMESPACES:
-        return False
-    outputs = node.meta.get("val")
-    if not isinstance(outputs, (list, tuple)) or not isinstance(node.args[0], fx.Node):
-        return False
-    dtypes = {t.dtype for t in outputs if isinstance(t, Tensor)}
-    return torch.float8_e8m0fnu in dtypes and not dtypes.isdisjoint(ELEMENT_FORMATS)
-
-
-def _opaque_cast(node: fx.Node) -> Cast | UnknownCast:
-    source: fx.Node = node.args[0]  # type: ignore[assignment]
-    name = node.target._schema.name  # type: ignore[union-attr]
-    block_size = _argument(node, 1, "inner_block_size", MX_BLOCK_SIZE)
-    mode = _argument(node, 2, "scaling_mode", "rceil")
+def _opaque_cast(node: fx.Node, op: CastOp) -> Cast | UnknownCast:
     outputs = {user.args[1]: user for user in node.users}
-    if name not in _CAST_OPS or outputs.keys() != {0, 1} or mode not in get_args(ScaleMode):
-        return UnknownCast(source, f"{name} is not known")
-    fmt = MXFormat(torch.float8_e4m3fn, mode, block_size)
-    return Cast(source, outputs[0], outputs[1], fmt, frozenset((node, *node.users)))
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
+    values, scales = outputs.get(op.values), outputs.get(op.scales)
+    if op.format is None or values is None or scales is None:
+        return UnknownCast(op.source, f"{op.name} is not known")
+    return Cast(op.source, values, scales, op.format, frozenset((node, values, scales)))
 
 
 def _match_region(values: fx.Node) -> Cast | UnknownCast | None:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import is_fake
 
 from mxnorm_pass import functional
-from mxnorm_pass.formats import SCALE_MODES, MXFormat, round_up_to_e8m0
+from mxnorm_pass.formats import E8M0_NAN, SCALE_MODES, MXFormat, round_up_to_e8m0
 from mxnorm_pass.graph_utils import aten, is_call, is_view, prims, real_tensors, tensor_of
 
 CONSTANTS = frozenset({aten.full.default, aten.scalar_tensor.default, aten.full_like.default})
@@ -197,9 +197,7 @@ def _classify(
             want_values, want_scales = functional.mx_cast(
                 probe, elem_dtype=elem, scale_mode=mode, block_size=block_size
             )
-            if _same_bits(values, want_values) and torch.equal(
-                scales.view(torch.uint8).flatten(), want_scales.view(torch.uint8).flatten()
-            ):
+            if _same_cast(values, scales, want_values, want_scales):
                 return MXFormat(elem, mode, block_size)
     return None
 
@@ -220,13 +218,17 @@ def _evaluate(program: _Program, probe: Tensor) -> tuple[Tensor, Tensor]:
     return results[program.values], results[program.scales]
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Bitwise equality of float8 tensors, where all NaNs count as one."""
-    if a.numel() != b.numel() or a.dtype != b.dtype:
+def _same_cast(values: Tensor, scales: Tensor, want_values: Tensor, want_scales: Tensor) -> bool:
+    """Equality bit for bit, where all NaNs count as one: also those that a NaN scale makes."""
+    if values.numel() != want_values.numel() or values.dtype != want_values.dtype:
         return False
-    a, b = a.flatten(), b.flatten()
+    scale, want_scale = (s.view(torch.uint8).flatten() for s in (scales, want_scales))
+    if not torch.equal(scale, want_scale):
+        return False
+    a, b = values.reshape(want_values.shape), want_values
     both_nan = a.float().isnan() & b.float().isnan()
-    return bool(((a.view(torch.uint8) == b.view(torch.uint8)) | both_nan).all())
+    same = (a.view(torch.uint8) == b.view(torch.uint8)) | both_nan
+    return bool((same | (want_scale == E8M0_NAN).view(-1, 1)).all())
 
 
 def _probe(dtype: torch.dtype, block_size: int) -> Tensor:

@@ -15,12 +15,12 @@ from mxnorm_pass.graph_utils import (
     is_dtype_cast,
     is_expand,
     is_view,
-    module_path,
     same_value,
     strip,
     tensor_of,
 )
 from mxnorm_pass.match.statistic import Statistic, follow
+from mxnorm_pass.module_names import module_path
 
 _FUSED = frozenset({aten.native_layer_norm.default, aten.layer_norm.default})
 _VAR_MEANS = frozenset({aten.var_mean.correction})

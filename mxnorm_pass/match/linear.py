@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from heapq import heappop, heappush
@@ -20,13 +20,13 @@ from mxnorm_pass.graph_utils import (
     is_dtype_cast,
     is_transpose,
     is_view,
-    module_path,
     prims,
     strip,
     tensor_of,
 )
 from mxnorm_pass.match.cast import Cast
 from mxnorm_pass.match.scale_layout import is_blocked, moves_bytes
+from mxnorm_pass.module_names import module_path
 
 _MATMULS = frozenset(
     {
@@ -41,7 +41,12 @@ _MATMULS = frozenset(
     }
 )
 # Position of activation and weight among the operands.
-_LINEAR_OPERANDS: dict[Any, tuple[int, int]] = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
+_LINEAR_OPERANDS: dict[Any, tuple[int, int]] = {
+    aten.mm.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    aten.matmul.default: (0, 1),
+    aten.linear.default: (0, 1),
+}
 _LAYOUT = frozenset({aten.permute.default, aten.t.default, aten.transpose.int, aten.slice.Tensor})
 # What turns scales into numbers, beside pointwise ops.
 _DECODING = frozenset({aten.view.dtype, aten.where.self, aten.full_like.default, aten.full.default})
@@ -54,9 +59,9 @@ class PlainLinear:
     """A linear on high-precision operands: matmul(activation, weight^T).
 
     Attributes:
-        matmul: ``aten.mm`` or ``aten.addmm``.
-        activation: its [T, D] operand.
-        weight: its [D, N] operand.
+        matmul: ``aten.mm``, ``addmm``, ``matmul`` or ``linear``.
+        activation: its [..., D] operand.
+        weight: its [D, N] operand; [N, D] where ``transposes`` is true.
         parameter: the graph input that the weight is.
     """
 
@@ -70,6 +75,15 @@ class PlainLinear:
     def operand_positions(self) -> tuple[int, int]:
         return _LINEAR_OPERANDS[self.matmul.target]
 
+    @property
+    def transposes(self) -> bool:
+        return _transposes_weight(self.matmul)
+
+
+def _transposes_weight(matmul: fx.Node) -> bool:
+    """Does the op itself transpose its second operand?"""
+    return matmul.target is aten.linear.default
+
 
 def plain_linear(matmul: fx.Node) -> PlainLinear | None:
     """The linear that a matmul node is, if one operand is a parameter."""
@@ -77,6 +91,9 @@ def plain_linear(matmul: fx.Node) -> PlainLinear | None:
         return None
     a, w = (matmul.args[i] for i in _LINEAR_OPERANDS[matmul.target])
     if not isinstance(a, fx.Node) or not isinstance(w, fx.Node):
+        return None
+    value = tensor_of(w)
+    if value is None or value.ndim != 2:
         return None
     parameter = strip(w, is_transpose, is_view, is_dtype_cast)
     if parameter.op not in ("placeholder", "get_attr") or not _is_weight(parameter, matmul):
@@ -86,23 +103,36 @@ def plain_linear(matmul: fx.Node) -> PlainLinear | None:
 
 def _is_weight(source: fx.Node, matmul: fx.Node) -> bool:
     """Tell ``F.linear`` and products with a parameter from products of two inputs."""
-    if source.op == "get_attr":
+    if source.op == "get_attr" or matmul.target is aten.linear.default:
         return True
+    known = source.meta.get(_PARAMETER)
+    if known is not None:
+        return bool(known)
     calls = matmul.meta.get("source_fn_stack")
     called_as = calls[-1][1] if calls else None
-    if called_as in (None, torch.nn.Linear, torch.nn.functional.linear):
-        return True
-    return source.meta.get(_PARAMETER, False) is True
+    return called_as in (None, torch.nn.Linear, torch.nn.functional.linear)
 
 
 _PARAMETER = "mxnorm_pass.parameter"
 
 
 def mark_parameters(graph: fx.Graph, positions: frozenset[int]) -> None:
-    """Note which graph inputs are parameters; the graph itself does not say."""
+    """Note which graph inputs are parameters; a graph itself says it of attributes alone."""
     for node in graph.find_nodes(op="placeholder"):
-        if input_position(node) in positions:
+        if input_position(node) in positions or _was_attribute(node):
             node.meta[_PARAMETER] = True
+
+
+def _was_attribute(placeholder: fx.Node) -> bool:
+    """Did AOTAutograd find the input as a parameter or buffer of the graph's module?"""
+    desc = placeholder.meta.get("desc")
+    return desc is not None and (desc.is_param() or desc.is_buffer())
+
+
+def mark_inputs(graph: fx.Graph, parameters: Container[str]) -> None:
+    """Note of every graph input by its name whether it is a parameter."""
+    for node in graph.find_nodes(op="placeholder"):
+        node.meta[_PARAMETER] = node.name in parameters
 
 
 @dataclass(frozen=True)
@@ -238,7 +268,9 @@ class _Holds(Enum):
 
 def _hold(node: fx.Node, holds: Mapping[fx.Node, _Holds]) -> _Holds | None:
     """What ``node`` is made of, None if it is no step of a dequantisation."""
-    tensors = [n for n in node.all_input_nodes if not _is_constant(n)]
+    # Symbolic sizes are inputs too.
+    inputs = (n for n in node.all_input_nodes if tensor_of(n) is not None)
+    tensors = [n for n in inputs if not _is_constant(n)]
     known = {holds.get(n) for n in tensors}
     if known == {_Holds.VALUES, _Holds.SCALES}:
         return _Holds.PRODUCT if is_call(node, _PRODUCTS) else None
@@ -312,8 +344,10 @@ def weight_cast(
     weight = strip(others[0].source, is_view)
     value = tensor_of(weight)
     own = next(u for u in cast_use(others[0]).matmuls if u.matmul is matmul.matmul)
-    # The channels must be what the matmul contracts: an odd number of transpositions of values.
+    # The channels must be what the matmul contracts: an odd number of transpositions of values,
+    # the one that the op itself may do included.
     transpositions = sum(is_transpose(n) and n not in own.of_scales for n in own.slice)
+    transpositions += _transposes_weight(matmul.matmul)
     if value is None or value.ndim != 2 or transpositions % 2 == 0:
         return None
     return WeightCast(others[0], weight)

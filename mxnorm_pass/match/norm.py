@@ -24,7 +24,6 @@ from mxnorm_pass.graph_utils import (
     is_dtype_cast,
     is_expand,
     is_view,
-    module_path,
     same_shape,
     same_value,
     seq_nrs,
@@ -34,6 +33,7 @@ from mxnorm_pass.graph_utils import (
 from mxnorm_pass.match.layer_norm import is_centered
 from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.match.statistic import ADDS, Statistic, follow, is_narrowing, is_per_channel
+from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import SkipReason
 
 _MEANS = frozenset({aten.mean.dim})
@@ -212,12 +212,12 @@ def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
     assert value is not None
     width = value.shape[-1]
     upcasts = _exclusive_upcasts(start, found)
-    x: fx.Node = upcasts[0].args[0] if upcasts else start.squared  # type: ignore[assignment]
+    x: fx.Node = upcasts[0].args[0] if upcasts else found.x  # type: ignore[assignment]
     tail = _follow_output(found.node, width, found.gain)
     statistic = found.statistic
     in_float32 = (start.squared, start.squares, start.statistic.node, statistic.node)
     canonical = (
-        start.squared is found.x
+        strip(start.squared, _is_upcast) is strip(found.x, _is_upcast)
         and found.gain is None
         and all(dtype_of(n) == torch.float32 for n in in_float32 if n is not None)
         and start.statistic.node.target in _MEANS
@@ -242,16 +242,21 @@ def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
     )
 
 
+def _is_upcast(node: fx.Node) -> bool:
+    return is_dtype_cast(node) and not is_narrowing(node)
+
+
 def _exclusive_upcasts(start: _SumOfSquares, found: _Normalization) -> tuple[fx.Node, ...]:
-    """The casts of x to float32, if they serve the norm alone and lose nothing."""
-    casts = tuple(dict.fromkeys((start.squared, found.x)))
+    """The casts between x and what is squared or scaled, if they lose nothing.
+
+    Such a cast serves the norm alone. The mean may read float32 where the product reads x itself.
+    """
+    operands = tuple(dict.fromkeys((start.squared, found.x)))
     readers = {found.node, found.scaled, start.squares, start.statistic.node}
-    for cast in casts:
-        if not is_dtype_cast(cast) or is_narrowing(cast):
-            return ()
-        if not readers.issuperset(forward_users(cast)):
-            return ()
-    sources = {cast.args[0] for cast in casts}
+    casts = tuple(
+        node for node in operands if _is_upcast(node) and readers.issuperset(forward_users(node))
+    )
+    sources = {node.args[0] if node in casts else node for node in operands}
     return casts if len(sources) == 1 else ()
 
 

@@ -271,9 +271,16 @@ def _no_cast(norm: Norm, found: _Consumers, context: _Context) -> Skip:
     if norm.width % MX_BLOCK_SIZE:
         detail = f"width {norm.width}, block size {MX_BLOCK_SIZE}"
         return Skip(SkipReason.WIDTH, detail, norm.output)
-    linears = ", ".join(dict.fromkeys(found.plain))
-    detail = f"linears without a cast: {linears}" if linears else ""
+    if found.plain:
+        detail = f"linears without a cast: {', '.join(dict.fromkeys(found.plain))}"
+    else:
+        read_by = dict.fromkeys(_read_as(r) for r in readers(norm.output, CastIndex.of(())))
+        detail = f"read by {', '.join(read_by) or 'nothing'}"
     return Skip(SkipReason.NO_MX_CAST, detail, norm.output)
+
+
+def _read_as(reader: Reader) -> str:
+    return "the caller" if reader.node.op == "output" else str(reader.node.target)
 
 
 def _gain_mode(

@@ -74,10 +74,11 @@ def follow(start: Statistic) -> Iterator[tuple[Statistic, fx.Node]]:
 
 
 def is_narrowing(cast: fx.Node) -> bool:
-    """Does a dtype cast lose bits?"""
+    """Does a dtype cast lose range or precision?"""
     source, result = tensor_of(cast.args[0]), tensor_of(cast)  # type: ignore[arg-type]
     assert source is not None and result is not None
-    return torch.finfo(result.dtype).bits < torch.finfo(source.dtype).bits
+    before, after = torch.finfo(source.dtype), torch.finfo(result.dtype)
+    return after.max < before.max or after.eps > before.eps
 
 
 def _next_statistic(s: Statistic, user: fx.Node) -> Iterator[Statistic]:

@@ -1,0 +1,131 @@
+"""Tell people what a run of the pass did: records, log, warnings."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from mxnorm_pass import recording
+from mxnorm_pass.config import MXNormConfig, UnmatchedPattern
+from mxnorm_pass.graph_pass import PassResult
+from mxnorm_pass.report import SkipReason
+
+log = logging.getLogger("mxnorm_pass")
+
+
+class MXNormWarning(UserWarning):
+    """Something that the user should know of a compile that went through."""
+
+
+class CalibrationWarning(MXNormWarning):
+    """An inference model runs on the uncalibrated estimate of the RMS."""
+
+
+_warned: set[tuple[str, ...]] = set()
+_warned_lock = threading.Lock()
+
+
+def announce(result: PassResult, config: MXNormConfig, module_paths: Sequence[str]) -> None:
+    """Report, log and warn; the same after a cold and a warm compile."""
+    recording.publish(result)
+    fused = sum(site.status == "fused" for site in result.sites)
+    log.info(
+        "%s graph: %d norms, %d fused, %d skipped, pass took %.3f s",
+        result.graph.name,
+        len(result.sites),
+        fused,
+        len(result.sites) - fused,
+        result.seconds,
+    )
+    for site in result.sites:
+        log.debug("%s", site)
+    log.debug("before:\n%s\nafter:\n%s", result.graph.before, result.graph.after)
+    for warning in _warnings_of(result, config):
+        _warn_once(warning, (config.fingerprint(), *module_paths))
+
+
+def _warn_once(warning: MXNormWarning, owner: tuple[str, ...]) -> None:
+    key = (str(warning), *owner)
+    with _warned_lock:
+        if key in _warned:
+            return
+        _warned.add(key)
+    warnings.warn(warning, stacklevel=3)
+
+
+def _warnings_of(result: PassResult, config: MXNormConfig) -> Iterator[MXNormWarning]:
+    yield from _last_compile(config)
+    yield from _unmatched_patterns(result, config)
+    if not any(site.status == "fused" for site in result.sites):
+        yield from _nothing_fused(result)
+    elif result.graph.name == "inference":
+        yield from _uncalibrated(result, config)
+
+
+def _last_compile(config: MXNormConfig) -> Iterator[MXNormWarning]:
+    """Layers of one class run the same code, whose compiles Dynamo counts against one limit."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    number = compile_id.frame_compile_id if compile_id is not None else None
+    limit = torch._dynamo.config.recompile_limit
+    if config.prefix and number is not None and number + 1 >= limit and not _is_isolated():
+        yield MXNormWarning(
+            f"mxnorm: with {config.prefix!r} torch._dynamo.config.recompile_limit ({limit}) is "
+            "reached; further modules of this class will run uncompiled. Compile them with "
+            "torch.compile(..., isolate_recompiles=True) where torch has it, or raise the limit"
+        )
+
+
+def _is_isolated() -> bool:
+    """Does the ``torch.compile`` call at work count its compiles apart from others?"""
+    region = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_isolate_recompiles_id", None)
+    return region is not None and region() >= 0
+
+
+def _unmatched_patterns(result: PassResult, config: MXNormConfig) -> Iterator[MXNormWarning]:
+    consumers = [name for site in result.sites for name in site.consumers]
+    names = dict.fromkeys([*(s.norm for s in result.sites), *consumers, *result.matmul_modules])
+    for unmatched in config.unmatched_patterns(names):
+        nearest = ", ".join(unmatched.nearest) or "none"
+        yield MXNormWarning(
+            f"mxnorm: the pattern {unmatched.pattern!r} in `modules` matches no norm and no "
+            f"linear of this graph; nearest names: {nearest}{_prefix_hint(config, unmatched)}"
+        )
+
+
+def _prefix_hint(config: MXNormConfig, unmatched: UnmatchedPattern) -> str:
+    first = {name.split(".")[0] for name in unmatched.nearest}
+    if config.prefix or unmatched.pattern.split(".")[0] in first:
+        return ""
+    return (
+        ". Names are relative to what is compiled. If that is a layer on its own, give its full "
+        "name as options={'prefix': ...} or use mxnorm_pass.compile_layers; what follows a graph "
+        "break is compiled on its own too"
+    )
+
+
+def _nothing_fused(result: PassResult) -> Iterator[MXNormWarning]:
+    reasons = {site.reason for site in result.sites if site.reason is not None}
+    if reasons and reasons <= {SkipReason.DISABLED}:
+        return
+    if reasons:
+        why = "; ".join(sorted(f"{r.name}: {r.value}" for r in reasons))
+    else:
+        why = "it contains no RMSNorm"
+    yield MXNormWarning(f"mxnorm: nothing to rewrite in this graph: {why}")
+
+
+def _uncalibrated(result: PassResult, config: MXNormConfig) -> Iterator[CalibrationWarning]:
+    estimated = [s for s in result.sites if s.status == "fused" and s.estimator == "mxnorm"]
+    if not estimated or config.calibration is not None:
+        return
+    yield CalibrationWarning(
+        f"mxnorm: {len(estimated)} norms estimate their RMS without calibration. A checkpoint "
+        "trained with RMSNorm has outlier channels that break the estimate and gives wrong "
+        "text; use estimator='exact' for it, or a calibration where this version has one. For "
+        "a model trained with MXNorm this is right: silence it with "
+        "warnings.simplefilter('ignore', mxnorm_pass.CalibrationWarning)"
+    )

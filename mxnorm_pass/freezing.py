@@ -1,0 +1,80 @@
+"""What ``freezing=True`` needs of Dynamo's graph: weights as attributes, not as inputs.
+
+Inductor folds attributes alone. Dynamo makes weights attributes where
+``torch._inductor.config.freezing`` is on while it traces, and the options of a compile come into
+force only after that.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.guards import GuardBuilder, install_guard
+
+
+@dataclass(frozen=True)
+class FrozenGraph:
+    """A graph with its weights as attributes.
+
+    Attributes:
+        inputs: positions in the original graph of the inputs that are left.
+    """
+
+    gm: fx.GraphModule
+    inputs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FrozenGraph:
+        """Copy ``gm``; from now on Dynamo compiles anew where a weight is another tensor."""
+        frozen, placeholders = _copy(gm)
+        for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
+            if is_static(node):
+                source = node.meta["grapharg"].source
+                install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+                name = f"_mxnorm_frozen_{index}"
+                _make_attribute(frozen, node, name, value)
+                frozen._param_name_to_source[name] = source  # type: ignore[index, operator]
+        frozen.recompile()
+        kept = (i for i, node in enumerate(placeholders) if not is_static(node))
+        return cls(frozen, tuple(kept))
+
+    def select(self, values: Sequence[Any]) -> list[Any]:
+        """Those of the original graph's inputs that this graph still takes."""
+        return [values[i] for i in self.inputs]
+
+    def wrap(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """Give the compiled graph the original graph's signature."""
+        return lambda *args: compiled(*self.select(args))
+
+
+def is_static(placeholder: fx.Node) -> bool:
+    """Whether an input of Dynamo's graph is a parameter or buffer of a module."""
+    return "_dynamo_static_input_type" in (placeholder.meta.get("tensor_dict") or {})
+
+
+def _copy(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """With what AOTAutograd reads of Dynamo's graph beside its nodes to guard on its inputs."""
+    frozen = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    frozen.meta.update(gm.meta)
+    frozen._param_name_to_source = dict(gm._param_name_to_source)  # type: ignore[arg-type, assignment]
+    placeholders = list(frozen.graph.find_nodes(op="placeholder"))
+    for node, original in zip(placeholders, gm.graph.find_nodes(op="placeholder"), strict=True):
+        node._dynamo_source = original._dynamo_source
+    return frozen, placeholders
+
+
+def _make_attribute(gm: fx.GraphModule, node: fx.Node, name: str, value: torch.Tensor) -> None:
+    if isinstance(value, nn.Parameter):
+        gm.register_parameter(name, value)
+    else:
+        gm.register_buffer(name, value)
+    with gm.graph.inserting_before(node):
+        attribute = gm.graph.get_attr(name)
+    attribute.meta = node.meta
+    node.replace_all_uses_with(attribute)
+    gm.graph.erase_node(node)

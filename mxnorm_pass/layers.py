@@ -1,0 +1,99 @@
+"""Compile the layers of a model one by one, each under its full name."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mxnorm_pass.announce import MXNormWarning
+from mxnorm_pass.backend import parse
+from mxnorm_pass.config import MXNormConfig, compile_pattern, nearest_names
+from mxnorm_pass.inductor_options import mode_options
+from mxnorm_pass.module_names import clean_module_path
+
+
+def compile_layers(
+    model: nn.Module,
+    pattern: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    **compile_arguments: Any,
+) -> tuple[str, ...]:
+    """Compile every submodule whose name matches, in place and each by itself.
+
+    ``modules`` in ``options`` selects by the names that the layers have in the model, and reports
+    show them. Layers that ``modules`` treats alike share Inductor's cache entries::
+
+        mxnorm_pass.compile_layers(model, "model.layers.*", options={"modules": {...}})
+
+    Args:
+        pattern: glob, or a regular expression after "re:"; of nested matches the outermost counts.
+        options, mode: as for ``torch.compile``; ``prefix`` is the name of ``model`` itself.
+        compile_arguments: further arguments of ``torch.compile``, such as ``fullgraph``.
+
+    Returns:
+        The names of the compiled submodules.
+
+    Raises:
+        ValueError: nothing matches, or an option is unknown or has a wrong value.
+    """
+    given = {**mode_options(mode), **(options or {})}
+    config = parse(given).config
+    names = _names(model, config.prefix)
+    layers = _outermost_matches(names, pattern)
+    _warn_rules_without_effect(config, names, layers)
+    arguments = {**_isolation(), **compile_arguments}
+    for name in layers:
+        names[name].compile(backend="mxnorm", options={**given, "prefix": name}, **arguments)
+    return layers
+
+
+def _names(model: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """The submodules by name, parents first."""
+    named = ((clean_module_path(f"{prefix}.{n}"), m) for n, m in model.named_modules())
+    return {name: module for name, module in named if name != prefix}
+
+
+def _outermost_matches(names: Mapping[str, nn.Module], pattern: str) -> tuple[str, ...]:
+    regex = compile_pattern(pattern)
+    found: list[str] = []
+    for name, module in names.items():
+        # A container such as nn.ModuleList is never called.
+        is_called = type(module).forward is not nn.Module.forward
+        if is_called and regex.fullmatch(name) and not any(_is_inside(name, f) for f in found):
+            found.append(name)
+    if not found:
+        nearest = ", ".join(nearest_names(pattern, list(names))) or "none"
+        raise ValueError(f"no submodule's name matches {pattern!r}; nearest names: {nearest}")
+    return tuple(found)
+
+
+def _is_inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def _warn_rules_without_effect(
+    config: MXNormConfig, names: Mapping[str, nn.Module], layers: tuple[str, ...]
+) -> None:
+    inside = [name for name in names if any(_is_inside(name, layer) for layer in layers)]
+    for unmatched in replace(config, prefix="").unmatched_patterns(inside):
+        nearest = ", ".join(unmatched.nearest)
+        warnings.warn(
+            f"mxnorm: the pattern {unmatched.pattern!r} in `modules` matches nothing in the "
+            f"layers that are compiled; nearest names: {nearest}",
+            MXNormWarning,
+            stacklevel=3,
+        )
+
+
+def _isolation() -> dict[str, bool]:
+    """Have Dynamo count the compiles of each layer apart: together they would pass its limit."""
+    known = inspect.signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}

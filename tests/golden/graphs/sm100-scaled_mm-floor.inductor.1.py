@@ -1,0 +1,74 @@
+# ruff: noqa
+# fmt: off
+"""sm100-scaled_mm-floor, decompositions: inductor."""
+import operator
+
+import torch
+from torch import device, inf, nan
+
+SCHEMAS = []
+
+
+def graph(
+    arg0_1: "cuda bf16[128]",
+    arg1_1: "cuda bf16[2, 16, 128]",
+    arg2_1: "cuda f8e4m3fn[128, 128]",
+    arg3_1: "cuda f8e8m0fnu[32, 16]",
+):
+    # norm
+    convert_element_type_1: "cuda f32[2, 16, 128]" = torch.ops.prims.convert_element_type.default(arg1_1, torch.float32)
+    pow_1: "cuda f32[2, 16, 128]" = torch.ops.aten.pow.Tensor_Scalar(convert_element_type_1, 2)
+    mean_1: "cuda f32[2, 16, 1]" = torch.ops.aten.mean.dim(pow_1, [-1], True)
+    add_1: "cuda f32[2, 16, 1]" = torch.ops.aten.add.Tensor(mean_1, 1e-05)
+    rsqrt_1: "cuda f32[2, 16, 1]" = torch.ops.aten.rsqrt.default(add_1)
+    mul_1: "cuda f32[2, 16, 128]" = torch.ops.aten.mul.Tensor(convert_element_type_1, rsqrt_1)
+    convert_element_type_2: "cuda bf16[2, 16, 128]" = torch.ops.prims.convert_element_type.default(mul_1, torch.bfloat16)
+    mul_2: "cuda bf16[2, 16, 128]" = torch.ops.aten.mul.Tensor(arg0_1, convert_element_type_2)
+    # q
+    view_1: "cuda bf16[32, 128]" = torch.ops.aten.view.default(mul_2, [32, 128])
+    view_2: "cuda bf16[32, 4, 32]" = torch.ops.aten.view.default(view_1, [32, 4, 32])
+    abs_1: "cuda bf16[32, 4, 32]" = torch.ops.aten.abs.default(view_2)
+    amax_1: "cuda bf16[32, 4]" = torch.ops.aten.amax.default(abs_1, [-1])
+    unsqueeze_1: "cuda bf16[32, 4, 1]" = torch.ops.aten.unsqueeze.default(amax_1, -1)
+    convert_element_type_3: "cuda f32[32, 4, 32]" = torch.ops.prims.convert_element_type.default(view_2, torch.float32)
+    convert_element_type_4: "cuda f32[32, 4, 1]" = torch.ops.prims.convert_element_type.default(unsqueeze_1, torch.float32)
+    view_3: "cuda i32[32, 4, 1]" = torch.ops.aten.view.dtype(convert_element_type_4, torch.int32)
+    alias_1: "cuda i32[32, 4, 1]" = torch.ops.aten.alias.default(view_3)
+    bitwise_right_shift_1: "cuda i32[32, 4, 1]" = torch.ops.aten.bitwise_right_shift.Tensor_Scalar(alias_1, 23)
+    bitwise_and_1: "cuda i32[32, 4, 1]" = torch.ops.aten.bitwise_and.Scalar(bitwise_right_shift_1, 255)
+    sub_1: "cuda i32[32, 4, 1]" = torch.ops.aten.sub.Tensor(bitwise_and_1, 127)
+    sub_2: "cuda i32[32, 4, 1]" = torch.ops.aten.sub.Tensor(sub_1, 8)
+    clamp_min_1: "cuda i32[32, 4, 1]" = torch.ops.aten.clamp_min.default(sub_2, -127)
+    clamp_max_1: "cuda i32[32, 4, 1]" = torch.ops.aten.clamp_max.default(clamp_min_1, 128)
+    add_2: "cuda i32[32, 4, 1]" = torch.ops.aten.add.Tensor(clamp_max_1, 127)
+    convert_element_type_5: "cuda u8[32, 4, 1]" = torch.ops.prims.convert_element_type.default(add_2, torch.uint8)
+    isnan_1: "cuda b8[32, 4, 1]" = torch.ops.aten.isnan.default(convert_element_type_4)
+    scalar_tensor_1: "cuda u8[]" = torch.ops.aten.scalar_tensor.default(255, device=device(type='cuda', index=0), dtype=torch.uint8, layout=torch.strided)
+    where_1: "cuda u8[32, 4, 1]" = torch.ops.aten.where.self(isnan_1, scalar_tensor_1, convert_element_type_5)
+    convert_element_type_6: "cuda i32[32, 4, 1]" = torch.ops.prims.convert_element_type.default(where_1, torch.int32)
+    bitwise_left_shift_1: "cuda i32[32, 4, 1]" = torch.ops.aten.bitwise_left_shift.Tensor_Scalar(convert_element_type_6, 23)
+    view_4: "cuda f32[32, 4, 1]" = torch.ops.aten.view.dtype(bitwise_left_shift_1, torch.float32)
+    alias_2: "cuda f32[32, 4, 1]" = torch.ops.aten.alias.default(view_4)
+    clamp_min_2: "cuda f32[32, 4, 1]" = torch.ops.aten.clamp_min.default(alias_2, 1.1754943508222875e-38)
+    div_1: "cuda f32[32, 4, 32]" = torch.ops.aten.div.Tensor(convert_element_type_3, clamp_min_2)
+    convert_element_type_7: "cuda f8e4m3fn[32, 4, 32]" = torch.ops.prims.convert_element_type.default(div_1, torch.float8_e4m3fn)
+    view_5: "cuda f8e4m3fn[32, 128]" = torch.ops.aten.view.default(convert_element_type_7, [32, 128])
+    view_6: "cuda f8e8m0fnu[32, 4, 1]" = torch.ops.aten.view.dtype(where_1, torch.float8_e8m0fnu)
+    alias_3: "cuda f8e8m0fnu[32, 4, 1]" = torch.ops.aten.alias.default(view_6)
+    squeeze_1: "cuda f8e8m0fnu[32, 4]" = torch.ops.aten.squeeze.dim(alias_3, -1)
+    view_7: "cuda f8e8m0fnu[32, 4]" = torch.ops.aten.view.default(squeeze_1, [32, 4])
+    full_1: "cuda f8e8m0fnu[128, 4]" = torch.ops.aten.full.default([128, 4], 0, device=device(type='cuda', index=0), dtype=torch.float8_e8m0fnu, layout=torch.strided, pin_memory=False)
+    slice_1: "cuda f8e8m0fnu[32, 4]" = torch.ops.aten.slice.Tensor(full_1, 0, 0, 32)
+    copy_1: "cuda f8e8m0fnu[32, 4]" = torch.ops.aten.copy.default(slice_1, view_7)
+    slice_scatter_1: "cuda f8e8m0fnu[128, 4]" = torch.ops.aten.slice_scatter.default(full_1, copy_1, 0, 0, 32)
+    view_8: "cuda f8e8m0fnu[1, 128, 1, 4]" = torch.ops.aten.view.default(slice_scatter_1, [1, 128, 1, 4])
+    permute_1: "cuda f8e8m0fnu[1, 1, 128, 4]" = torch.ops.aten.permute.default(view_8, [0, 2, 1, 3])
+    view_9: "cuda f8e8m0fnu[1, 4, 32, 4]" = torch.ops.aten.view.default(permute_1, [-1, 4, 32, 4])
+    permute_2: "cuda f8e8m0fnu[1, 32, 4, 4] (512, 4, 128, 1)" = torch.ops.aten.permute.default(view_9, [0, 2, 1, 3])
+    clone_1: "cuda f8e8m0fnu[1, 32, 4, 4]" = torch.ops.aten.clone.default(permute_2, memory_format=torch.contiguous_format)
+    view_10: "cuda f8e8m0fnu[1, 32, 16]" = torch.ops.aten.view.default(clone_1, [1, 32, 16])
+    view_11: "cuda f8e8m0fnu[512]" = torch.ops.aten.view.default(view_10, [512])
+    view_12: "cuda f8e8m0fnu[32, 16]" = torch.ops.aten.view.default(view_11, [32, 16])
+    permute_3: "cuda f8e4m3fn[128, 128] (1, 128)" = torch.ops.aten.permute.default(arg2_1, [1, 0])
+    _scaled_mm_v2_1: "cuda bf16[32, 128]" = torch.ops.aten._scaled_mm_v2.default(view_5, permute_3, [view_12], [3], [1], [arg3_1], [3], [1], None, torch.bfloat16)
+    return (_scaled_mm_v2_1,)

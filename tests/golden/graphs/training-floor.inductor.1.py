@@ -1,0 +1,349 @@
+# ruff: noqa
+# fmt: off
+"""training-floor, decompositions: inductor."""
+import operator
+
+import torch
+from torch import device, inf, nan
+
+SCHEMAS = []
+
+
+def graph(
+    primals_1: "bf16[128]",
+    primals_2: "bf16[2, 16, 128]",
+    primals_3: "bf16[128, 128]",
+    tangents_1: "bf16[2, 16, 128]",
+):
+    # norm
+    convert_element_type_1: "f32[2, 16, 128]" = torch.ops.prims.convert_element_type.default(primals_2, torch.float32)  # 1
+    pow_1: "f32[2, 16, 128]" = torch.ops.aten.pow.Tensor_Scalar(convert_element_type_1, 2)  # 2
+    mean_1: "f32[2, 16, 1]" = torch.ops.aten.mean.dim(pow_1, [-1], True)  # 3
+    add_1: "f32[2, 16, 1]" = torch.ops.aten.add.Tensor(mean_1, 1e-05)  # 4
+    rsqrt_1: "f32[2, 16, 1]" = torch.ops.aten.rsqrt.default(add_1)  # 5
+    alias_1: "f32[2, 16, 1]" = torch.ops.aten.alias.default(rsqrt_1)  # 5
+    mul_1: "f32[2, 16, 128]" = torch.ops.aten.mul.Tensor(convert_element_type_1, rsqrt_1)  # 6
+    convert_element_type_2: "bf16[2, 16, 128]" = torch.ops.prims.convert_element_type.default(mul_1, torch.bfloat16)  # 7
+    mul_2: "bf16[2, 16, 128]" = torch.ops.aten.mul.Tensor(primals_1, convert_element_type_2)  # 8
+    # q
+    view_1: "bf16[32, 128]" = torch.ops.aten.view.default(mul_2, [-1, 128])  # 9
+    view_2: "bf16[32, 4, 32]" = torch.ops.aten.view.default(view_1, [32, 4, 32])  # 9
+    abs_1: "bf16[32, 4, 32]" = torch.ops.aten.abs.default(view_2)  # 9
+    amax_1: "bf16[32, 4]" = torch.ops.aten.amax.default(abs_1, [-1])  # 9
+    unsqueeze_1: "bf16[32, 4, 1]" = torch.ops.aten.unsqueeze.default(amax_1, -1)  # 9
+    convert_element_type_3: "f32[32, 4, 32]" = torch.ops.prims.convert_element_type.default(view_2, torch.float32)  # 9
+    convert_element_type_4: "f32[32, 4, 1]" = torch.ops.prims.convert_element_type.default(unsqueeze_1, torch.float32)  # 9
+    view_3: "i32[32, 4, 1]" = torch.ops.aten.view.dtype(convert_element_type_4, torch.int32)  # 9
+    alias_2: "i32[32, 4, 1]" = torch.ops.aten.alias.default(view_3)  # 9
+    bitwise_right_shift_1: "i32[32, 4, 1]" = torch.ops.aten.bitwise_right_shift.Tensor_Scalar(alias_2, 23)  # 9
+    bitwise_and_1: "i32[32, 4, 1]" = torch.ops.aten.bitwise_and.Scalar(bitwise_right_shift_1, 255)  # 9
+    sub_1: "i32[32, 4, 1]" = torch.ops.aten.sub.Tensor(bitwise_and_1, 127)  # 9
+    sub_2: "i32[32, 4, 1]" = torch.ops.aten.sub.Tensor(sub_1, 8)  # 9
+    clamp_min_1: "i32[32, 4, 1]" = torch.ops.aten.clamp_min.default(sub_2, -127)  # 9
+    clamp_max_1: "i32[32, 4, 1]" = torch.ops.aten.clamp_max.default(clamp_min_1, 128)  # 9
+    add_2: "i32[32, 4, 1]" = torch.ops.aten.add.Tensor(clamp_max_1, 127)  # 9
+    convert_element_type_5: "u8[32, 4, 1]" = torch.ops.prims.convert_element_type.default(add_2, torch.uint8)  # 9
+    isnan_1: "b8[32, 4, 1]" = torch.ops.aten.isnan.default(convert_element_type_4)  # 9
+    scalar_tensor_1: "u8[]" = torch.ops.aten.scalar_tensor.default(255, device=device(type='cpu'), dtype=torch.uint8, layout=torch.strided)  # 9
+    where_1: "u8[32, 4, 1]" = torch.ops.aten.where.self(isnan_1, scalar_tensor_1, convert_element_type_5)  # 9
+    convert_element_type_6: "i32[32, 4, 1]" = torch.ops.prims.convert_element_type.default(where_1, torch.int32)  # 9
+    bitwise_left_shift_1: "i32[32, 4, 1]" = torch.ops.aten.bitwise_left_shift.Tensor_Scalar(convert_element_type_6, 23)  # 9
+    view_4: "f32[32, 4, 1]" = torch.ops.aten.view.dtype(bitwise_left_shift_1, torch.float32)  # 9
+    alias_3: "f32[32, 4, 1]" = torch.ops.aten.alias.default(view_4)  # 9
+    clamp_min_2: "f32[32, 4, 1]" = torch.ops.aten.clamp_min.default(alias_3, 1.1754943508222875e-38)  # 9
+    div_1: "f32[32, 4, 32]" = torch.ops.aten.div.Tensor(convert_element_type_3, clamp_min_2)  # 9
+    convert_element_type_7: "f8e4m3fn[32, 4, 32]" = torch.ops.prims.convert_element_type.default(div_1, torch.float8_e4m3fn)  # 9
+    view_5: "f8e4m3fn[32, 128]" = torch.ops.aten.view.default(convert_element_type_7, [32, 128])  # 9
+    view_6: "f8e8m0fnu[32, 4, 1]" = torch.ops.aten.view.dtype(where_1, torch.float8_e8m0fnu)  # 9
+    alias_4: "f8e8m0fnu[32, 4, 1]" = torch.ops.aten.alias.default(view_6)  # 9
+    squeeze_1: "f8e8m0fnu[32, 4]" = torch.ops.aten.squeeze.dim(alias_4, -1)  # 9
+    view_7: "bf16[128, 4, 32]" = torch.ops.aten.view.default(primals_3, [128, 4, 32])  # 9
+    abs_2: "bf16[128, 4, 32]" = torch.ops.aten.abs.default(view_7)  # 9
+    amax_2: "bf16[128, 4]" = torch.ops.aten.amax.default(abs_2, [-1])  # 9
+    unsqueeze_2: "bf16[128, 4, 1]" = torch.ops.aten.unsqueeze.default(amax_2, -1)  # 9
+    convert_element_type_8: "f32[128, 4, 32]" = torch.ops.prims.convert_element_type.default(view_7, torch.float32)  # 9
+    convert_element_type_9: "f32[128, 4, 1]" = torch.ops.prims.convert_element_type.default(unsqueeze_2, torch.float32)  # 9
+    view_8: "i32[128, 4, 1]" = torch.ops.aten.view.dtype(convert_element_type_9, torch.int32)  # 9
+    alias_5: "i32[128, 4, 1]" = torch.ops.aten.alias.default(view_8)  # 9
+    bitwise_right_shift_2: "i32[128, 4, 1]" = torch.ops.aten.bitwise_right_shift.Tensor_Scalar(alias_5, 23)  # 9
+    bitwise_and_2: "i32[128, 4, 1]" = torch.ops.aten.bitwise_and.Scalar(bitwise_right_shift_2, 255)  # 9
+    sub_3: "i32[128, 4, 1]" = torch.ops.aten.sub.Tensor(bitwise_and_2, 127)  # 9
+    sub_4: "i32[128, 4, 1]" = torch.ops.aten.sub.Tensor(sub_3, 8)  # 9
+    clamp_min_3: "i32[128, 4, 1]" = torch.ops.aten.clamp_min.default(sub_4, -127)  # 9
+    clamp_max_2: "i32[128, 4, 1]" = torch.ops.aten.clamp_max.default(clamp_min_3, 128)  # 9
+    add_3: "i32[128, 4, 1]" = torch.ops.aten.add.Tensor(clamp_max_2, 127)  # 9
+    convert_element_type_10: "u8[128, 4, 1]" = torch.ops.prims.convert_element_type.default(add_3, torch.uint8)  # 9
+    isnan_2: "b8[128, 4, 1]" = torch.ops.aten.isnan.default(convert_element_type_9)  # 9
+    scalar_tensor_2: "u8[]" = torch.ops.aten.scalar_tensor.default(255, device=device(type='cpu'), dtype=torch.uint8, layout=torch.strided)  # 9
+    where_2: "u8[128, 4, 1]" = torch.ops.aten.where.self(isnan_2, scalar_tensor_2, convert_element_type_10)  # 9
+    convert_element_type_11: "i32[128, 4, 1]" = torch.ops.prims.convert_element_type.default(where_2, torch.int32)  # 9
+    bitwise_left_shift_2: "i32[128, 4, 1]" = torch.ops.aten.bitwise_left_shift.Tensor_Scalar(convert_element_type_11, 23)  # 9
+    view_9: "f32[128, 4, 1]" = torch.ops.aten.view.dtype(bitwise_left_shift_2, torch.float32)  # 9
+    alias_6: "f32[128, 4, 1]" = torch.ops.aten.alias.default(view_9)  # 9
+    clamp_min_4: "f32[128, 4, 1]" = torch.ops.aten.clamp_min.default(alias_6, 1.1754943508222875e-38)  # 9
+    div_2: "f32[128, 4, 32]" = torch.ops.aten.div.Tensor(convert_element_type_8, clamp_min_4)  # 9
+    convert_element_type_12: "f8e4m3fn[128, 4, 32]" = torch.ops.prims.convert_element_type.default(div_2, torch.float8_e4m3fn)  # 9
+    view_10: "f8e4m3fn[128, 128]" = torch.ops.aten.view.default(convert_element_type_12, [128, 128])  # 9
+    view_11: "f8e8m0fnu[128, 4, 1]" = torch.ops.aten.view.dtype(where_2, torch.float8_e8m0fnu)  # 9
+    alias_7: "f8e8m0fnu[128, 4, 1]" = torch.ops.aten.alias.default(view_11)  # 9
+    squeeze_2: "f8e8m0fnu[128, 4]" = torch.ops.aten.squeeze.dim(alias_7, -1)  # 9
+    permute_1: "f8e4m3fn[128, 128] (1, 128)" = torch.ops.aten.permute.default(view_10, [1, 0])  # 9
+    permute_2: "f8e8m0fnu[4, 128] (1, 4)" = torch.ops.aten.permute.default(squeeze_2, [1, 0])  # 9
+    convert_element_type_13: "bf16[32, 128]" = torch.ops.prims.convert_element_type.default(view_5, torch.bfloat16)  # 9
+    view_12: "bf16[128, 32]" = torch.ops.aten.view.default(convert_element_type_13, [-1, 32])  # 9
+    view_13: "u8[32, 4]" = torch.ops.aten.view.dtype(squeeze_1, torch.uint8)  # 9
+    convert_element_type_14: "i16[32, 4]" = torch.ops.prims.convert_element_type.default(view_13, torch.int16)  # 9
+    sub_5: "i16[32, 4]" = torch.ops.aten.sub.Tensor(convert_element_type_14, 127)  # 9
+    full_1: "f32[32, 4]" = torch.ops.aten.full.default([32, 4], 2.0, device=device(type='cpu'), dtype=torch.float32, layout=torch.strided, pin_memory=False)  # 9
+    pow_2: "f32[32, 4]" = torch.ops.aten.pow.Tensor_Tensor(full_1, sub_5)  # 9
+    ne_1: "b8[32, 4]" = torch.ops.aten.ne.Scalar(view_13, 255)  # 9
+    scalar_tensor_3: "f32[]" = torch.ops.aten.scalar_tensor.default(nan, device=device(type='cpu'), dtype=torch.float32, layout=torch.strided)  # 9
+    where_3: "f32[32, 4]" = torch.ops.aten.where.self(ne_1, pow_2, scalar_tensor_3)  # 9
+    view_14: "f32[128, 1]" = torch.ops.aten.view.default(where_3, [-1, 1])  # 9
+    convert_element_type_15: "bf16[128, 1]" = torch.ops.prims.convert_element_type.default(view_14, torch.bfloat16)  # 9
+    mul_3: "bf16[128, 32]" = torch.ops.aten.mul.Tensor(view_12, convert_element_type_15)  # 9
+    view_15: "bf16[32, 128]" = torch.ops.aten.view.default(mul_3, [32, 128])  # 9
+    permute_3: "f8e4m3fn[128, 128]" = torch.ops.aten.permute.default(permute_1, [1, 0])  # 9
+    permute_4: "f8e8m0fnu[128, 4]" = torch.ops.aten.permute.default(permute_2, [1, 0])  # 9
+    convert_element_type_16: "bf16[128, 128]" = torch.ops.prims.convert_element_type.default(permute_3, torch.bfloat16)  # 9
+    view_16: "bf16[512, 32]" = torch.ops.aten.view.default(convert_element_type_16, [-1, 32])  # 9
+    view_17: "u8[128, 4]" = torch.ops.aten.view.dtype(permute_4, torch.uint8)  # 9
+    convert_element_type_17: "i16[128, 4]" = torch.ops.prims.convert_element_type.default(view_17, torch.int16)  # 9
+    sub_6: "i16[128, 4]" = torch.ops.aten.sub.Tensor(convert_element_type_17, 127)  # 9
+    full_2: "f32[128, 4]" = torch.ops.aten.full.default([128, 4], 2.0, device=device(type='cpu'), dtype=torch.float32, layout=torch.strided, pin_memory=False)  # 9
+    pow_3: "f32[128, 4]" = torch.ops.aten.pow.Tensor_Tensor(full_2, sub_6)  # 9
+    ne_2: "b8[128, 4]" = torch.ops.aten.ne.Scalar(view_17, 255)  # 9
+    scalar_tensor_4: "f32[]" = torch.ops.aten.scalar_tensor.default(nan, device=device(type='cpu'), dtype=torch.float32, layout=torch.strided)  # 9
+    where_4: "f32[128, 4]" = torch.ops.aten.where.self(ne_2, pow_3, scalar_tensor_4)  # 9
+    view_18: "f32[512, 1]" = torch.ops.aten.view.default(where_4, [-1, 1])  # 9
+    convert_element_type_18: "bf16[512, 1]" = torch.ops.prims.convert_element_type.default(view_18, torch.bfloat16)  # 9
+    mul_4: "bf16[512, 32]" = torch.ops.aten.mul.Tensor(view_16, convert_element_type_18)  # 9
+    view_19: "bf16[128, 128]" = torch.ops.aten.view.default(mul_4, [128, 128])  # 9
+    permute_5: "bf16[128, 128] (1, 128)" = torch.ops.aten.permute.default(view_19, [1, 0])  # 9
+    mm_1: "bf16[32, 128]" = torch.ops.aten.mm.default(view_15, permute_5)  # 9
+    view_20: "bf16[2, 16, 128]" = torch.ops.aten.view.default(mm_1, [2, 16, 128])  # 9
+    # q (backward)
+    view_21: "bf16[32, 128]" = torch.ops.aten.view.default(tangents_1, [-1, 128])  # 9
+    view_22: "bf16[32, 128]" = torch.ops.aten.view.default(mul_2, [-1, 128])  # 9
+    view_23: "bf16[32, 4, 32]" = torch.ops.aten.view.default(view_21, [32, 4, 32])  # 9
+    abs_3: "bf16[32, 4, 32]" = torch.ops.aten.abs.default(view_23)  # 9
+    amax_3: "bf16[32, 4]" = torch.ops.aten.amax.default(abs_3, [-1])  # 9
+    unsqueeze_3: "bf16[32, 4, 1]" = torch.ops.aten.unsqueeze.default(amax_3, -1)  # 9
+    convert_element_type_19: "f32[32, 4, 32]" = torch.ops.prims.convert_element_type.default(view_23, torch.float32)  # 9
+    convert_element_type_20: "f32[32, 4, 1]" = torch.ops.prims.convert_element_type.default(unsqueeze_3, torch.float32)  # 9
+    view_24: "i32[32, 4, 1]" = torch.ops.aten.view.dtype(convert_element_type_20, torch.int32)  # 9
+    alias_8: "i32[32, 4, 1]" = torch.ops.aten.alias.default(view_24)  # 9
+    bitwise_right_shift_3: "i32[32, 4, 1]" = torch.ops.aten.bitwise_right_shift.Tensor_Scalar(alias_8, 23)  # 9
+    bitwise_and_3: "i32[32, 4, 1]" = torch.ops.aten.bitwise_and.Scalar(bitwise_right_shift_3, 255)  # 9
+    sub_7: "i32[32, 4, 1]" = torch.ops.aten.sub.Tensor(bitwise_and_3, 127)  # 9
+    sub_8: "i32[32, 4, 1]" = torch.ops.aten.sub.Tensor(sub_7, 8)  # 9
+    clamp_min_5: "i32[32, 4, 1]" = torch.ops.aten.clamp_min.default(sub_8, -127)  # 9
+    clamp_max_3: "i32[32, 4, 1]" = torch.ops.aten.clamp_max.default(clamp_min_5, 128)  # 9
+    add_4: "i32[32, 4, 1]" = torch.ops.aten.add.Tensor(clamp_max_3, 127)  # 9
+    convert_element_type_21: "u8[32, 4, 1]" = torch.ops.prims.convert_element_type.default(add_4, torch.uint8)  # 9
+    isnan_3: "b8[32, 4, 1]" = torch.ops.aten.isnan.default(convert_element_type_20)  # 9
+    scalar_tensor_5: "u8[]" = torch.ops.aten.scalar_tensor.default(255, device=device(type='cpu'), dtype=torch.uint8, layout=torch.strided)  # 9
+    where_5: "u8[32, 4, 1]" = torch.ops.aten.where.self(isnan_3, scalar_tensor_5, convert_element_type_21)  # 9
+    convert_element_type_22: "i32[32, 4, 1]" = torch.ops.prims.convert_element_type.default(where_5, torch.int32)  # 9
+    bitwise_left_shift_3: "i32[32, 4, 1]" = torch.ops.aten.bitwise_left_shift.Tensor_Scalar(convert_element_type_22, 23)  # 9
+    view_25: "f32[32, 4, 1]" = torch.ops.aten.view.dtype(bitwise_left_shift_3, torch.float32)  # 9
+    alias_9: "f32[32, 4, 1]" = torch.ops.aten.alias.default(view_25)  # 9
+    clamp_min_6: "f32[32, 4, 1]" = torch.ops.aten.clamp_min.default(alias_9, 1.1754943508222875e-38)  # 9
+    div_3: "f32[32, 4, 32]" = torch.ops.aten.div.Tensor(convert_element_type_19, clamp_min_6)  # 9
+    convert_element_type_23: "f8e4m3fn[32, 4, 32]" = torch.ops.prims.convert_element_type.default(div_3, torch.float8_e4m3fn)  # 9
+    view_26: "f8e4m3fn[32, 128]" = torch.ops.aten.view.default(convert_element_type_23, [32, 128])  # 9
+    view_27: "f8e8m0fnu[32, 4, 1]" = torch.ops.aten.view.dtype(where_5, torch.float8_e8m0fnu)  # 9
+    alias_10: "f8e8m0fnu[32, 4, 1]" = torch.ops.aten.alias.default(view_27)  # 9
+    squeeze_3: "f8e8m0fnu[32, 4]" = torch.ops.aten.squeeze.dim(alias_10, -1)  # 9
+    permute_6: "bf16[128, 128] (1, 128)" = torch.ops.aten.permute.default(primals_3, [1, 0])  # 9
+    clone_1: "bf16[128, 128]" = torch.ops.aten.clone.default(permute_6, memory_format=torch.contiguous_format)  # 9
+    view_28: "bf16[128, 4, 32]" = torch.ops.aten.view.default(clone_1, [128, 4, 32])  # 9
+    abs_4: "bf16[128, 4, 32]" = torch.ops.aten.abs.default(view_28)  # 9
+    amax_4: "bf16[128, 4]" = torch.ops.aten.amax.default(abs_4, [-1])  # 9
+    unsqueeze_4: "bf16[128, 4, 1]" = torch.ops.aten.unsqueeze.default(amax_4, -1)  # 9
+    convert_element_type_24: "f32[128, 4, 32]" = torch.ops.prims.convert_element_type.default(view_28, torch.float32)  # 9
+    convert_element_type_25: "f32[128, 4, 1]" = torch.ops.prims.convert_element_type.default(unsqueeze_4, torch.float32)  # 9
+    view_29: "i32[128, 4, 1]" = torch.ops.aten.view.dtype(convert_element_type_25, torch.int32)  # 9
+    alias_11: "i32[128, 4, 1]" = torch.ops.aten.alias.default(view_29)  # 9
+    bitwise_right_shift_4: "i32[128, 4, 1]" = torch.ops.aten.bitwise_right_shift.Tensor_Scalar(alias_11, 23)  # 9
+    bitwise_and_4: "i32[128, 4, 1]" = torch.ops.aten.bitwise_and.Scalar(bitwise_right_shift_4, 255)  # 9
+    sub_9: "i32[128, 4, 1]" = torch.ops.aten.sub.Tensor(bitwise_and_4, 127)  # 9
+    sub_10: "i32[128, 4, 1]" = torch.ops.aten.sub.Tensor(sub_9, 8)  # 9
+    clamp_min_7: "i32[128, 4, 1]" = torch.ops.aten.clamp_min.default(sub_10, -127)  # 9
+    clamp_max_4: "i32[128, 4, 1]" = torch.ops.aten.clamp_max.default(clamp_min_7, 128)  # 9
+    add_5: "i32[128, 4, 1]" = torch.ops.aten.add.Tensor(clamp_max_4, 127)  # 9
+    convert_element_type_26: "u8[128, 4, 1]" = torch.ops.prims.convert_element_type.default(add_5, torch.uint8)  # 9
+    isnan_4: "b8[128, 4, 1]" = torch.ops.aten.isnan.default(convert_element_type_25)  # 9
+    scalar_tensor_6: "u8[]" = torch.ops.aten.scalar_tensor.default(255, device=device(type='cpu'), dtype=torch.uint8, layout=torch.strided)  # 9
+    where_6: "u8[128, 4, 1]" = torch.ops.aten.where.self(isnan_4, scalar_tensor_6, convert_element_type_26)  # 9
+    convert_element_type_27: "i32[128, 4, 1]" = torch.ops.prims.convert_element_type.default(where_6, torch.int32)  # 9
+    bitwise_left_shift_4: "i32[128, 4, 1]" = torch.ops.aten.bitwise_left_shift.Tensor_Scalar(convert_element_type_27, 23)  # 9
+    view_30: "f32[128, 4, 1]" = torch.ops.aten.view.dtype(bitwise_left_shift_4, torch.float32)  # 9
+    alias_12: "f32[128, 4, 1]" = torch.ops.aten.alias.default(view_30)  # 9
+    clamp_min_8: "f32[128, 4, 1]" = torch.ops.aten.clamp_min.default(alias_12, 1.1754943508222875e-38)  # 9
+    div_4: "f32[128, 4, 32]" = torch.ops.aten.div.Tensor(convert_element_type_24, clamp_min_8)  # 9
+    convert_element_type_28: "f8e4m3fn[128, 4, 32]" = torch.ops.prims.convert_element_type.default(div_4, torch.float8_e4m3fn)  # 9
+    view_31: "f8e4m3fn[128, 128]" = torch.ops.aten.view.default(convert_element_type_28, [128, 128])  # 9
+    view_32: "f8e8m0fnu[128, 4, 1]" = torch.ops.aten.view.dtype(where_6, torch.float8_e8m0fnu)  # 9
+    alias_13: "f8e8m0fnu[128, 4, 1]" = torch.ops.aten.alias.default(view_32)  # 9
+    squeeze_4: "f8e8m0fnu[128, 4]" = torch.ops.aten.squeeze.dim(alias_13, -1)  # 9
+    permute_7: "f8e4m3fn[128, 128] (1, 128)" = torch.ops.aten.permute.default(view_31, [1, 0])  # 9
+    permute_8: "f8e8m0fnu[4, 128] (1, 4)" = torch.ops.aten.permute.default(squeeze_4, [1, 0])  # 9
+    convert_element_type_29: "bf16[32, 128]" = torch.ops.prims.convert_element_type.default(view_26, torch.bfloat16)  # 9
+    view_33: "bf16[128, 32]" = torch.ops.aten.view.default(convert_element_type_29, [-1, 32])  # 9
+    view_34: "u8[32, 4]" = torch.ops.aten.view.dtype(squeeze_3, torch.uint8)  # 9
+    convert_element_type_30: "i16[32, 4]" = torch.ops.prims.convert_element_type.default(view_34, torch.int16)  # 9
+    sub_11: "i16[32, 4]" = torch.ops.aten.sub.Tensor(convert_element_type_30, 127)  # 9
+    full_3: "f32[32, 4]" = torch.ops.aten.full.default([32, 4], 2.0, device=device(type='cpu'), dtype=torch.float32, layout=torch.strided, pin_memory=False)  # 9
+    pow_4: "f32[32, 4]" = torch.ops.aten.pow.Tensor_Tensor(full_3, sub_11)  # 9
+    ne_3: "b8[32, 4]" = torch.ops.aten.ne.Scalar(view_34, 255)  # 9
+    scalar_tensor_7: "f32[]" = torch.ops.aten.scalar_tensor.default(nan, device=device(type='cpu'), dtype=torch.float32, layout=torch.strided)  # 9
+    where_7: "f32[32, 4]" = torch.ops.aten.where.self(ne_3, pow_4, scalar_tensor_7)  # 9
+    view_35: "f32[128, 1]" = torch.ops.aten.view.default(where_7, [-1, 1])  # 9
+    convert_element_type_31: "bf16[128, 1]" = torch.ops.prims.convert_element_type.default(view_35, torch.bfloat16)  # 9
+    mul_5: "bf16[128, 32]" = torch.ops.aten.mul.Tensor(view_33, convert_element_type_31)  # 9
+    view_36: "bf16[32, 128]" = torch.ops.aten.view.default(mul_5, [32, 128])  # 9
+    permute_9: "f8e4m3fn[128, 128]" = torch.ops.aten.permute.default(permute_7, [1, 0])  # 9
+    permute_10: "f8e8m0fnu[128, 4]" = torch.ops.aten.permute.default(permute_8, [1, 0])  # 9
+    convert_element_type_32: "bf16[128, 128]" = torch.ops.prims.convert_element_type.default(permute_9, torch.bfloat16)  # 9
+    view_37: "bf16[512, 32]" = torch.ops.aten.view.default(convert_element_type_32, [-1, 32])  # 9
+    view_38: "u8[128, 4]" = torch.ops.aten.view.dtype(permute_10, torch.uint8)  # 9
+    convert_element_type_33: "i16[128, 4]" = torch.ops.prims.convert_element_type.default(view_38, torch.int16)  # 9
+    sub_12: "i16[128, 4]" = torch.ops.aten.sub.Tensor(convert_element_type_33, 127)  # 9
+    full_4: "f32[128, 4]" = torch.ops.aten.full.default([128, 4], 2.0, device=device(type='cpu'), dtype=torch.float32, layout=torch.strided, pin_memory=False)  # 9
+    pow_5: "f32[128, 4]" = torch.ops.aten.pow.Tensor_Tensor(full_4, sub_12)  # 9
+    ne_4: "b8[128, 4]" = torch.ops.aten.ne.Scalar(view_38, 255)  # 9
+    scalar_tensor_8: "f32[]" = torch.ops.aten.scalar_tensor.default(nan, device=device(type='cpu'), dtype=torch.float32, layout=torch.strided)  # 9
+    where_8: "f32[128, 4]" = torch.ops.aten.where.self(ne_4, pow_5, scalar_tensor_8)  # 9
+    view_39: "f32[512, 1]" = torch.ops.aten.view.default(where_8, [-1, 1])  # 9
+    convert_element_type_34: "bf16[512, 1]" = torch.ops.prims.convert_element_type.default(view_39, torch.bfloat16)  # 9
+    mul_6: "bf16[512, 32]" = torch.ops.aten.mul.Tensor(view_37, convert_element_type_34)  # 9
+    view_40: "bf16[128, 128]" = torch.ops.aten.view.default(mul_6, [128, 128])  # 9
+    permute_11: "bf16[128, 128] (1, 128)" = torch.ops.aten.permute.default(view_40, [1, 0])  # 9
+    mm_2: "bf16[32, 128]" = torch.ops.aten.mm.default(view_36, permute_11)  # 9
+    view_41: "bf16[2, 16, 128]" = torch.ops.aten.view.default(mm_2, [2, 16, 128])  # 9
+    permute_12: "bf16[128, 32] (1, 128)" = torch.ops.aten.permute.default(view_21, [1, 0])  # 9
+    clone_2: "bf16[128, 32]" = torch.ops.aten.clone.default(permute_12, memory_format=torch.contiguous_format)  # 9
+    view_42: "bf16[128, 1, 32]" = torch.ops.aten.view.default(clone_2, [128, 1, 32])  # 9
+    abs_5: "bf16[128, 1, 32]" = torch.ops.aten.abs.default(view_42)  # 9
+    amax_5: "bf16[128, 1]" = torch.ops.aten.amax.default(abs_5, [-1])  # 9
+    unsqueeze_5: "bf16[128, 1, 1]" = torch.ops.aten.unsqueeze.default(amax_5, -1)  # 9
+    convert_element_type_35: "f32[128, 1, 32]" = torch.ops.prims.convert_element_type.default(view_42, torch.float32)  # 9
+    convert_element_type_36: "f32[128, 1, 1]" = torch.ops.prims.convert_element_type.default(unsqueeze_5, torch.float32)  # 9
+    view_43: "i32[128, 1, 1]" = torch.ops.aten.view.dtype(convert_element_type_36, torch.int32)  # 9
+    alias_14: "i32[128, 1, 1]" = torch.ops.aten.alias.default(view_43)  # 9
+    bitwise_right_shift_5: "i32[128, 1, 1]" = torch.ops.aten.bitwise_right_shift.Tensor_Scalar(alias_14, 23)  # 9
+    bitwise_and_5: "i32[128, 1, 1]" = torch.ops.aten.bitwise_and.Scalar(bitwise_right_shift_5, 255)  # 9
+    sub_13: "i32[128, 1, 1]" = torch.ops.aten.sub.Tensor(bitwise_and_5, 127)  # 9
+    sub_14: "i32[128, 1, 1]" = torch.ops.aten.sub.Tensor(sub_13, 8)  # 9
+    clamp_min_9: "i32[128, 1, 1]" = torch.ops.aten.clamp_min.default(sub_14, -127)  # 9
+    clamp_max_5: "i32[128, 1, 1]" = torch.ops.aten.clamp_max.default(clamp_min_9, 128)  # 9
+    add_6: "i32[128, 1, 1]" = torch.ops.aten.add.Tensor(clamp_max_5, 127)  # 9
+    convert_element_type_37: "u8[128, 1, 1]" = torch.ops.prims.convert_element_type.default(add_6, torch.uint8)  # 9
+    isnan_5: "b8[128, 1, 1]" = torch.ops.aten.isnan.default(convert_element_type_36)  # 9
+    scalar_tensor_9: "u8[]" = torch.ops.aten.scalar_tensor.default(255, device=device(type='cpu'), dtype=torch.uint8, layout=torch.strided)  # 9
+    where_9: "u8[128, 1, 1]" = torch.ops.aten.where.self(isnan_5, scalar_tensor_9, convert_element_type_37)  # 9
+    convert_element_type_38: "i32[128, 1, 1]" = torch.ops.prims.convert_element_type.default(where_9, torch.int32)  # 9
+    bitwise_left_shift_5: "i32[128, 1, 1]" = torch.ops.aten.bitwise_left_shift.Tensor_Scalar(convert_element_type_38, 23)  # 9
+    view_44: "f32[128, 1, 1]" = torch.ops.aten.view.dtype(bitwise_left_shift_5, torch.float32)  # 9
+    alias_15: "f32[128, 1, 1]" = torch.ops.aten.alias.default(view_44)  # 9
+    clamp_min_10: "f32[128, 1, 1]" = torch.ops.aten.clamp_min.default(alias_15, 1.1754943508222875e-38)  # 9
+    div_5: "f32[128, 1, 32]" = torch.ops.aten.div.Tensor(convert_element_type_35, clamp_min_10)  # 9
+    convert_element_type_39: "f8e4m3fn[128, 1, 32]" = torch.ops.prims.convert_element_type.default(div_5, torch.float8_e4m3fn)  # 9
+    view_45: "f8e4m3fn[128, 32]" = torch.ops.aten.view.default(convert_element_type_39, [128, 32])  # 9
+    view_46: "f8e8m0fnu[128, 1, 1]" = torch.ops.aten.view.dtype(where_9, torch.float8_e8m0fnu)  # 9
+    alias_16: "f8e8m0fnu[128, 1, 1]" = torch.ops.aten.alias.default(view_46)  # 9
+    squeeze_5: "f8e8m0fnu[128, 1]" = torch.ops.aten.squeeze.dim(alias_16, -1)  # 9
+    permute_13: "f8e4m3fn[32, 128] (1, 32)" = torch.ops.aten.permute.default(view_45, [1, 0])  # 9
+    permute_14: "f8e4m3fn[128, 32]" = torch.ops.aten.permute.default(permute_13, [1, 0])  # 9
+    permute_15: "bf16[128, 32] (1, 128)" = torch.ops.aten.permute.default(view_22, [1, 0])  # 9
+    clone_3: "bf16[128, 32]" = torch.ops.aten.clone.default(permute_15, memory_format=torch.contiguous_format)  # 9
+    view_47: "bf16[128, 1, 32]" = torch.ops.aten.view.default(clone_3, [128, 1, 32])  # 9
+    abs_6: "bf16[128, 1, 32]" = torch.ops.aten.abs.default(view_47)  # 9
+    amax_6: "bf16[128, 1]" = torch.ops.aten.amax.default(abs_6, [-1])  # 9
+    unsqueeze_6: "bf16[128, 1, 1]" = torch.ops.aten.unsqueeze.default(amax_6, -1)  # 9
+    convert_element_type_40: "f32[128, 1, 32]" = torch.ops.prims.convert_element_type.default(view_47, torch.float32)  # 9
+    convert_element_type_41: "f32[128, 1, 1]" = torch.ops.prims.convert_element_type.default(unsqueeze_6, torch.float32)  # 9
+    view_48: "i32[128, 1, 1]" = torch.ops.aten.view.dtype(convert_element_type_41, torch.int32)  # 9
+    alias_17: "i32[128, 1, 1]" = torch.ops.aten.alias.default(view_48)  # 9
+    bitwise_right_shift_6: "i32[128, 1, 1]" = torch.ops.aten.bitwise_right_shift.Tensor_Scalar(alias_17, 23)  # 9
+    bitwise_and_6: "i32[128, 1, 1]" = torch.ops.aten.bitwise_and.Scalar(bitwise_right_shift_6, 255)  # 9
+    sub_15: "i32[128, 1, 1]" = torch.ops.aten.sub.Tensor(bitwise_and_6, 127)  # 9
+    sub_16: "i32[128, 1, 1]" = torch.ops.aten.sub.Tensor(sub_15, 8)  # 9
+    clamp_min_11: "i32[128, 1, 1]" = torch.ops.aten.clamp_min.default(sub_16, -127)  # 9
+    clamp_max_6: "i32[128, 1, 1]" = torch.ops.aten.clamp_max.default(clamp_min_11, 128)  # 9
+    add_7: "i32[128, 1, 1]" = torch.ops.aten.add.Tensor(clamp_max_6, 127)  # 9
+    convert_element_type_42: "u8[128, 1, 1]" = torch.ops.prims.convert_element_type.default(add_7, torch.uint8)  # 9
+    isnan_6: "b8[128, 1, 1]" = torch.ops.aten.isnan.default(convert_element_type_41)  # 9
+    scalar_tensor_10: "u8[]" = torch.ops.aten.scalar_tensor.default(255, device=device(type='cpu'), dtype=torch.uint8, layout=torch.strided)  # 9
+    where_10: "u8[128, 1, 1]" = torch.ops.aten.where.self(isnan_6, scalar_tensor_10, convert_element_type_42)  # 9
+    convert_element_type_43: "i32[128, 1, 1]" = torch.ops.prims.convert_element_type.default(where_10, torch.int32)  # 9
+    bitwise_left_shift_6: "i32[128, 1, 1]" = torch.ops.aten.bitwise_left_shift.Tensor_Scalar(convert_element_type_43, 23)  # 9
+    view_49: "f32[128, 1, 1]" = torch.ops.aten.view.dtype(bitwise_left_shift_6, torch.float32)  # 9
+    alias_18: "f32[128, 1, 1]" = torch.ops.aten.alias.default(view_49)  # 9
+    clamp_min_12: "f32[128, 1, 1]" = torch.ops.aten.clamp_min.default(alias_18, 1.1754943508222875e-38)  # 9
+    div_6: "f32[128, 1, 32]" = torch.ops.aten.div.Tensor(convert_element_type_40, clamp_min_12)  # 9
+    convert_element_type_44: "f8e4m3fn[128, 1, 32]" = torch.ops.prims.convert_element_type.default(div_6, torch.float8_e4m3fn)  # 9
+    view_50: "f8e4m3fn[128, 32]" = torch.ops.aten.view.default(convert_element_type_44, [128, 32])  # 9
+    view_51: "f8e8m0fnu[128, 1, 1]" = torch.ops.aten.view.dtype(where_10, torch.float8_e8m0fnu)  # 9
+    alias_19: "f8e8m0fnu[128, 1, 1]" = torch.ops.aten.alias.default(view_51)  # 9
+    squeeze_6: "f8e8m0fnu[128, 1]" = torch.ops.aten.squeeze.dim(alias_19, -1)  # 9
+    permute_16: "f8e4m3fn[32, 128] (1, 32)" = torch.ops.aten.permute.default(view_50, [1, 0])  # 9
+    permute_17: "f8e4m3fn[128, 32]" = torch.ops.aten.permute.default(permute_16, [1, 0])  # 9
+    permute_18: "f8e4m3fn[32, 128] (1, 32)" = torch.ops.aten.permute.default(permute_17, [1, 0])  # 9
+    permute_19: "f8e8m0fnu[1, 128]" = torch.ops.aten.permute.default(squeeze_6, [1, 0])  # 9
+    convert_element_type_45: "bf16[128, 32]" = torch.ops.prims.convert_element_type.default(permute_14, torch.bfloat16)  # 9
+    view_52: "bf16[128, 32]" = torch.ops.aten.view.default(convert_element_type_45, [-1, 32])  # 9
+    view_53: "u8[128, 1]" = torch.ops.aten.view.dtype(squeeze_5, torch.uint8)  # 9
+    convert_element_type_46: "i16[128, 1]" = torch.ops.prims.convert_element_type.default(view_53, torch.int16)  # 9
+    sub_17: "i16[128, 1]" = torch.ops.aten.sub.Tensor(convert_element_type_46, 127)  # 9
+    full_5: "f32[128, 1]" = torch.ops.aten.full.default([128, 1], 2.0, device=device(type='cpu'), dtype=torch.float32, layout=torch.strided, pin_memory=False)  # 9
+    pow_6: "f32[128, 1]" = torch.ops.aten.pow.Tensor_Tensor(full_5, sub_17)  # 9
+    ne_5: "b8[128, 1]" = torch.ops.aten.ne.Scalar(view_53, 255)  # 9
+    scalar_tensor_11: "f32[]" = torch.ops.aten.scalar_tensor.default(nan, device=device(type='cpu'), dtype=torch.float32, layout=torch.strided)  # 9
+    where_11: "f32[128, 1]" = torch.ops.aten.where.self(ne_5, pow_6, scalar_tensor_11)  # 9
+    view_54: "f32[128, 1]" = torch.ops.aten.view.default(where_11, [-1, 1])  # 9
+    convert_element_type_47: "bf16[128, 1]" = torch.ops.prims.convert_element_type.default(view_54, torch.bfloat16)  # 9
+    mul_7: "bf16[128, 32]" = torch.ops.aten.mul.Tensor(view_52, convert_element_type_47)  # 9
+    view_55: "bf16[128, 32]" = torch.ops.aten.view.default(mul_7, [128, 32])  # 9
+    permute_20: "f8e4m3fn[128, 32]" = torch.ops.aten.permute.default(permute_18, [1, 0])  # 9
+    permute_21: "f8e8m0fnu[128, 1]" = torch.ops.aten.permute.default(permute_19, [1, 0])  # 9
+    convert_element_type_48: "bf16[128, 32]" = torch.ops.prims.convert_element_type.default(permute_20, torch.bfloat16)  # 9
+    view_56: "bf16[128, 32]" = torch.ops.aten.view.default(convert_element_type_48, [-1, 32])  # 9
+    view_57: "u8[128, 1]" = torch.ops.aten.view.dtype(permute_21, torch.uint8)  # 9
+    convert_element_type_49: "i16[128, 1]" = torch.ops.prims.convert_element_type.default(view_57, torch.int16)  # 9
+    sub_18: "i16[128, 1]" = torch.ops.aten.sub.Tensor(convert_element_type_49, 127)  # 9
+    full_6: "f32[128, 1]" = torch.ops.aten.full.default([128, 1], 2.0, device=device(type='cpu'), dtype=torch.float32, layout=torch.strided, pin_memory=False)  # 9
+    pow_7: "f32[128, 1]" = torch.ops.aten.pow.Tensor_Tensor(full_6, sub_18)  # 9
+    ne_6: "b8[128, 1]" = torch.ops.aten.ne.Scalar(view_57, 255)  # 9
+    scalar_tensor_12: "f32[]" = torch.ops.aten.scalar_tensor.default(nan, device=device(type='cpu'), dtype=torch.float32, layout=torch.strided)  # 9
+    where_12: "f32[128, 1]" = torch.ops.aten.where.self(ne_6, pow_7, scalar_tensor_12)  # 9
+    view_58: "f32[128, 1]" = torch.ops.aten.view.default(where_12, [-1, 1])  # 9
+    convert_element_type_50: "bf16[128, 1]" = torch.ops.prims.convert_element_type.default(view_58, torch.bfloat16)  # 9
+    mul_8: "bf16[128, 32]" = torch.ops.aten.mul.Tensor(view_56, convert_element_type_50)  # 9
+    view_59: "bf16[128, 32]" = torch.ops.aten.view.default(mul_8, [128, 32])  # 9
+    permute_22: "bf16[32, 128] (1, 32)" = torch.ops.aten.permute.default(view_59, [1, 0])  # 9
+    mm_3: "bf16[128, 128]" = torch.ops.aten.mm.default(view_55, permute_22)  # 9
+    # norm (backward)
+    mul_9: "bf16[2, 16, 128]" = torch.ops.aten.mul.Tensor(view_41, primals_1)  # 8
+    mul_10: "bf16[2, 16, 128]" = torch.ops.aten.mul.Tensor(view_41, convert_element_type_2)  # 8
+    sum_1: "bf16[1, 1, 128]" = torch.ops.aten.sum.dim_IntList(mul_10, [0, 1], True)  # 8
+    view_60: "bf16[128]" = torch.ops.aten.view.default(sum_1, [128])  # 8
+    convert_element_type_51: "f32[2, 16, 128]" = torch.ops.prims.convert_element_type.default(mul_9, torch.float32)  # 7
+    mul_11: "f32[2, 16, 128]" = torch.ops.aten.mul.Tensor(convert_element_type_51, convert_element_type_1)  # 6
+    mul_12: "f32[2, 16, 128]" = torch.ops.aten.mul.Tensor(convert_element_type_51, rsqrt_1)  # 6
+    sum_2: "f32[2, 16, 1]" = torch.ops.aten.sum.dim_IntList(mul_11, [2], True)  # 6
+    alias_20: "f32[2, 16, 1]" = torch.ops.aten.alias.default(alias_1)  # 5
+    pow_8: "f32[2, 16, 1]" = torch.ops.aten.pow.Tensor_Scalar(alias_20, 3)  # 5
+    mul_13: "f32[2, 16, 1]" = torch.ops.aten.mul.Scalar(sum_2, -0.5)  # 5
+    mul_14: "f32[2, 16, 1]" = torch.ops.aten.mul.Tensor(mul_13, pow_8)  # 5
+    expand_1: "f32[2, 16, 128] (16, 1, 0)" = torch.ops.aten.expand.default(mul_14, [2, 16, 128])  # 3
+    div_7: "f32[2, 16, 128]" = torch.ops.aten.div.Scalar(expand_1, 128)  # 3
+    pow_9: "f32[2, 16, 128]" = torch.ops.aten.pow.Tensor_Scalar(convert_element_type_1, 1.0)  # 2
+    mul_15: "f32[2, 16, 128]" = torch.ops.aten.mul.Scalar(pow_9, 2.0)  # 2
+    mul_16: "f32[2, 16, 128]" = torch.ops.aten.mul.Tensor(div_7, mul_15)  # 2
+    # - (backward)
+    add_8: "f32[2, 16, 128]" = torch.ops.aten.add.Tensor(mul_12, mul_16)  # 9
+    # norm (backward)
+    convert_element_type_52: "bf16[2, 16, 128]" = torch.ops.prims.convert_element_type.default(add_8, torch.bfloat16)  # 1
+    return [view_20, view_60, convert_element_type_52, mm_3]

@@ -1,0 +1,68 @@
+"""Every architecture of ``examples/models.py``, against an uncompiled model of ``functional``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import (
+    BF16,
+    F32,
+    NOTHING_TO_FUSE,
+    assert_sites_are_the_norms_that_ran,
+    build,
+    compiled,
+    every_model,
+    expected_warnings,
+    models,
+    outputs_of,
+    same_bits,
+)
+from functional_mode import FunctionalMode, NormRule
+
+import mxnorm_pass
+from mxnorm_pass import SkipReason
+
+pytestmark = expected_warnings
+
+ONE_PLUS = {"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"}
+# Classes that round to the input's dtype after the gain alone; all others do so before it, too.
+LATE_CAST = {*ONE_PLUS, "Olmo2RMSNorm", "GptOssRMSNorm", "RMSNorm"}
+
+
+@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
+@every_model
+@torch.no_grad()
+def test_outputs_are_those_of_functional(name, estimator) -> None:
+    """With the exact RMS: those of the uncompiled model with the same casts.
+
+    In bf16, where it shows at which places a norm rounds; test_models_training has float32.
+    """
+    model = build(name, BF16)
+    inputs = models.example_inputs(model)
+    with FunctionalMode(model, estimator) as mode:
+        want = outputs_of(model, inputs)
+    with mxnorm_pass.record() as report:
+        got = outputs_of(compiled(model, estimator=estimator), inputs)
+    assert same_bits(got, want)
+    assert_sites_are_the_norms_that_ran(report, mode)
+    assert mode.rules == {k: NormRule(k in ONE_PLUS, k not in LATE_CAST) for k in mode.rules}
+    assert bool(mode.linears) == (name not in NOTHING_TO_FUSE)
+    assert same_bits(outputs_of(model, inputs), want) == (name in NOTHING_TO_FUSE)
+
+
+@torch.no_grad()
+def test_graph_breaks_in_the_experts() -> None:
+    """The loop over experts depends on data: each graph reports the norms that it holds."""
+    model = build("Mixtral", F32)
+    model.set_experts_implementation("eager")
+    inputs = models.example_inputs(model)
+    with FunctionalMode(model, "mxnorm"):
+        want = outputs_of(model, inputs)
+    with mxnorm_pass.record() as report:
+        got = outputs_of(compiled(model), inputs)
+    assert same_bits(got, want)
+    assert len(report.graphs) > 1
+    # Both layers run one graph, and the final norm is in another.
+    (layer, final) = (graph for graph in report.graphs if graph.sites)
+    assert [site.status for site in layer.sites] == ["fused", "skipped"]
+    assert [site.reason for site in final.sites] == [SkipReason.NO_MX_CAST]

@@ -1,0 +1,74 @@
+"""What tests/test_usage_training.py tests, at once and with Inductor's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from reference import Recipe, reference_of, token_ids
+from torch import nn
+from torch._dynamo.utils import counters
+from training import (
+    GRADIENT_TOLERANCE,
+    Gradients,
+    assert_gradients_close,
+    flat,
+    gradients_of,
+    relative_error,
+    with_lora,
+)
+
+import mxnorm_pass
+
+
+def accumulated(run: Callable[..., Any], model: nn.Module) -> Gradients:
+    """Gradients of two backward calls."""
+    for shift in (0, 1):
+        ids = token_ids().roll(shift, 1)
+        run(ids, labels=ids, use_cache=False).loss.backward()
+    return gradients_of(model)
+
+
+def test_checkpointing_autocast_lora_and_accumulation() -> None:
+    """Error against float64 at most 1.5 times that of aot_eager, which functional vouches for."""
+    model = with_lora(8, layers=1)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    reference = reference_of(model, Recipe()).double()
+    truth = accumulated(reference, reference)
+    errors = {}
+    for inner in ("aot_eager", "inductor"):
+        torch._dynamo.reset()
+        model.zero_grad()
+        options = {"inner": inner, "modules": {"*.lora_*": False}}
+        compiled = torch.compile(model, backend="mxnorm", options=options)
+        with torch.autocast("cpu", torch.bfloat16), mxnorm_pass.record() as report:
+            got = accumulated(compiled, model)
+        # PEFT's hook that has the frozen embeddings' output want a gradient breaks the graph.
+        assert [len(g.sites) for g in report.graphs if g.sites] == [3] and len(report.fused) == 2
+        assert got.keys() == truth.keys()
+        errors[inner] = relative_error(flat(got), flat(truth))
+    assert errors["inductor"] <= 1.5 * errors["aot_eager"], errors
+
+
+def test_compiled_autograd_changes_no_gradient() -> None:
+    """The backward is compiled by itself, and its matmuls stay as they are."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.RMSNorm(64, eps=1e-6), nn.Linear(64, 64)), torch.randn(8, 64)
+
+    def step() -> None:
+        model.zero_grad()
+        model(x).square().sum().backward()
+
+    results, captures = [], []
+    for compiled_autograd in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        with torch._dynamo.config.patch(compiled_autograd=compiled_autograd):
+            with mxnorm_pass.record() as report:
+                torch.compile(step, backend="mxnorm", options={"quantize": "all"})()
+        results.append(gradients_of(model))
+        captures.append(counters["compiled_autograd"]["captures"])
+        assert [len(g.sites) for g in report.graphs] == [1] and len(report.fused) == 1
+    assert captures == [0, 1]
+    assert_gradients_close(results[1], results[0], GRADIENT_TOLERANCE[torch.float32])
