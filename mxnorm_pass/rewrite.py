@@ -150,22 +150,30 @@ def _fold_gain(graph: fx.Graph, fusion: Fusion) -> None:
     for consumer in fusion.consumers:
         weight = consumer.weight
         assert weight is not None
-        matmul = consumer.linear.matmul
         at = weight.cast.values
+        comes_late = gain > at
         with graph.inserting_before(at):
             values, scales = _cast_scaled_weight(graph, at, weight, gain)
             new_values = _byte_view(graph, at, values, weight.cast.values)
             new_scales = _byte_view(graph, at, scales, weight.cast.scales)
-        if gain > at:
-            stable_topological_sort(graph)
-        use = cast_use(weight.cast)
         replaced = {weight.cast.values: new_values, weight.cast.scales: new_scales}
-        if all(m.matmul is matmul for m in use.matmuls):
-            _replace_cast(weight.cast, replaced)
-            continue
-        for other in use.matmuls:
-            if other.matmul is matmul:
-                _clone_dequantization(graph, other.slice, matmul, replaced)
+        _redirect_weight(graph, weight.cast, consumer.linear.matmul, replaced)
+        if comes_late:
+            # The weight was cast before the gain was known: all that reads the cast moves down.
+            stable_topological_sort(graph)
+
+
+def _redirect_weight(
+    graph: fx.Graph, cast: Cast, matmul: fx.Node, replaced: Mapping[fx.Node, fx.Node]
+) -> None:
+    """Let one matmul read another cast of its weight; others may share the old one."""
+    use = cast_use(cast)
+    if all(m.matmul is matmul for m in use.matmuls):
+        _replace_cast(cast, replaced)
+        return
+    for other in use.matmuls:
+        if other.matmul is matmul:
+            _clone_dequantization(graph, other.slice, matmul, replaced)
 
 
 def _cast_scaled_weight(
