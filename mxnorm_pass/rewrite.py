@@ -31,6 +31,7 @@ from mxnorm_pass.graph_utils import (
     outputs_of,
     prims,
     same_shape,
+    same_size,
     tensor_of,
 )
 from mxnorm_pass.match import FusedCast, Fusion
@@ -87,8 +88,8 @@ def _redirect_casts(
     matmuls = {c.linear.matmul for c in consumers}
     views: dict[object, fx.Node] = {}
     for cast in dict.fromkeys(c.cast for c in consumers):
-        new_values = _shared_view(graph, at, values, cast.values, views)
         use = cast_use(cast)
+        new_values = _shared_view(graph, at, values, cast.values, views)
         exclusive = all(m.matmul in matmuls for m in use.matmuls)
         for matmul in use.matmuls:
             if matmul.matmul not in matmuls:
@@ -342,8 +343,18 @@ def reshape_like(graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node) -> 
         sizes[symbolic[0]] = -1
     else:
         for i in symbolic:
-            sizes[i] = call(graph, at, aten.sym_size.int, like, i)
+            sizes[i] = _size_of(graph, at, node, like, i)
     return call(graph, at, aten.reshape.default, node, sizes)
+
+
+def _size_of(graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node, dim: int) -> fx.Node:
+    """Size ``dim`` of ``like``, read off ``node`` if it has it: ``like`` may stand further down."""
+    own, target = tensor_of(node), tensor_of(like)
+    assert own is not None and target is not None
+    for i, size in enumerate(own.shape):
+        if same_size(size, target.shape[dim]):
+            return call(graph, at, aten.sym_size.int, node, i)
+    return call(graph, at, aten.sym_size.int, like, dim)
 
 
 def _to_dtype(graph: fx.Graph, at: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
