@@ -31,6 +31,7 @@ from mxnorm_pass.graph_utils import (
     outputs_of,
     prims,
     same_shape,
+    same_size,
     tensor_of,
 )
 from mxnorm_pass.match import FusedCast, Fusion
@@ -87,8 +88,8 @@ def _redirect_casts(
     matmuls = {c.linear.matmul for c in consumers}
     views: dict[object, fx.Node] = {}
     for cast in dict.fromkeys(c.cast for c in consumers):
-        new_values = _shared_view(graph, at, values, cast.values, views)
         use = cast_use(cast)
+        new_values = _shared_view(graph, at, values, cast.values, views)
         exclusive = all(m.matmul in matmuls for m in use.matmuls)
         for matmul in use.matmuls:
             if matmul.matmul not in matmuls:
@@ -150,22 +151,30 @@ def _fold_gain(graph: fx.Graph, fusion: Fusion) -> None:
     for consumer in fusion.consumers:
         weight = consumer.weight
         assert weight is not None
-        matmul = consumer.linear.matmul
         at = weight.cast.values
+        comes_late = gain > at
         with graph.inserting_before(at):
             values, scales = _cast_scaled_weight(graph, at, weight, gain)
             new_values = _byte_view(graph, at, values, weight.cast.values)
             new_scales = _byte_view(graph, at, scales, weight.cast.scales)
-        if gain > at:
-            stable_topological_sort(graph)
-        use = cast_use(weight.cast)
         replaced = {weight.cast.values: new_values, weight.cast.scales: new_scales}
-        if all(m.matmul is matmul for m in use.matmuls):
-            _replace_cast(weight.cast, replaced)
-            continue
-        for other in use.matmuls:
-            if other.matmul is matmul:
-                _clone_dequantization(graph, other.slice, matmul, replaced)
+        _redirect_weight(graph, weight.cast, consumer.linear.matmul, replaced)
+        if comes_late:
+            # The weight was cast before the gain was known: all that reads the cast moves down.
+            stable_topological_sort(graph)
+
+
+def _redirect_weight(
+    graph: fx.Graph, cast: Cast, matmul: fx.Node, replaced: Mapping[fx.Node, fx.Node]
+) -> None:
+    """Let one matmul read another cast of its weight; others may share the old one."""
+    use = cast_use(cast)
+    if all(m.matmul is matmul for m in use.matmuls):
+        _replace_cast(cast, replaced)
+        return
+    for other in use.matmuls:
+        if other.matmul is matmul:
+            _clone_dequantization(graph, other.slice, matmul, replaced)
 
 
 def _cast_scaled_weight(
@@ -334,8 +343,18 @@ def reshape_like(graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node) -> 
         sizes[symbolic[0]] = -1
     else:
         for i in symbolic:
-            sizes[i] = call(graph, at, aten.sym_size.int, like, i)
+            sizes[i] = _size_of(graph, at, node, like, i)
     return call(graph, at, aten.reshape.default, node, sizes)
+
+
+def _size_of(graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node, dim: int) -> fx.Node:
+    """Size ``dim`` of ``like``, read off ``node`` if it has it: ``like`` may stand further down."""
+    own, target = tensor_of(node), tensor_of(like)
+    assert own is not None and target is not None
+    for i, size in enumerate(own.shape):
+        if same_size(size, target.shape[dim]):
+            return call(graph, at, aten.sym_size.int, node, i)
+    return call(graph, at, aten.sym_size.int, like, dim)
 
 
 def _to_dtype(graph: fx.Graph, at: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:

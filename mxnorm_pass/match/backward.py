@@ -50,18 +50,29 @@ class NormBackward:
 
 @dataclass(frozen=True)
 class BackwardIndex:
-    """Backward nodes by autograd number, in graph order; empty for an inference graph."""
+    """Backward nodes by autograd number, in graph order; empty for an inference graph.
+
+    Attributes:
+        recorded: the forward node for which autograd drew the number. Those that it does not
+            differentiate draw none and bear the number of the op before them.
+    """
 
     by_seq_nr: Mapping[int, tuple[fx.Node, ...]]
+    recorded: Mapping[int, fx.Node]
 
     @classmethod
     def of(cls, graph: fx.Graph) -> BackwardIndex:
         by_seq_nr: dict[int, list[fx.Node]] = {}
+        recorded: dict[int, fx.Node] = {}
         for node in graph.nodes:
             number = seq_nr(node)
-            if number is not None and node.op == "call_function" and is_backward(node):
+            if number is None or node.op != "call_function":
+                continue
+            if is_backward(node):
                 by_seq_nr.setdefault(number, []).append(node)
-        return cls({k: tuple(v) for k, v in by_seq_nr.items()})
+            else:
+                recorded.setdefault(number, node)
+        return cls({k: tuple(v) for k, v in by_seq_nr.items()}, recorded)
 
     def nodes(self, seq_nrs: Iterable[int]) -> list[fx.Node]:
         return [node for n in sorted(seq_nrs) for node in self.by_seq_nr.get(n, ())]
@@ -69,10 +80,13 @@ class BackwardIndex:
 
 def norm_backward(norm: Norm, index: BackwardIndex) -> NormBackward | Skip | None:
     """The norm's VJP; None where the graph has none (inference, or nothing to train before)."""
-    region = {n for n in index.nodes(norm.seq_nrs) if _same_module(n, norm)}
-    _add_accumulations(region)
-    if not region:
+    candidates = {n for n in index.nodes(norm.seq_nrs) if _same_module(n, norm)}
+    if not candidates:
         return None
+    region = {n for n in candidates if index.recorded.get(seq_nr(n)) in norm.nodes}
+    if not region:
+        return _skip(norm, f"{min(candidates).name} may be part of the norm's backward or not")
+    _add_accumulations(region)
     entries = {
         i for node in region for i in node.all_input_nodes if is_backward(i) and i not in region
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 from heapq import heappop, heappush
 from typing import Any
@@ -372,7 +372,6 @@ class Consumer:
         weight: the weight's cast, None where the weight arrives quantised.
         rounds_to: dtype to which the norm's output is rounded on its way to the cast; None if it
             passes through several narrow ones.
-        seq_nrs: autograd numbers of its forward nodes, by which its backward is known.
     """
 
     linear: QuantizedMatmul
@@ -380,8 +379,12 @@ class Consumer:
     cast: Cast
     weight: WeightCast | None
     rounds_to: torch.dtype | None
-    seq_nrs: frozenset[int] = field(default_factory=frozenset)
 
     @property
     def name(self) -> str:
         return self.linear.name
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """From the norm's output (excluded) to the matmul, but for the cast's own."""
+        return (*self.reader.path, *self.linear.slice, self.linear.matmul)

@@ -11,7 +11,7 @@ from torch import fx
 
 from mxnorm_pass.config import Estimator, Gradient, MXNormConfig
 from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat, ScaleLayout
-from mxnorm_pass.graph_utils import same_size, seq_nrs, tensor_of
+from mxnorm_pass.graph_utils import same_size, seq_nr, tensor_of
 from mxnorm_pass.match.backward import (
     BackwardIndex,
     CotangentSplit,
@@ -217,10 +217,9 @@ def _consumers(norm: Norm, read_by: Sequence[Reader], context: _Context) -> _Con
         if use.escape is not None:
             found.escapes.append(use.escape)
         for matmul in use.matmuls:
-            own = seq_nrs([*reader.path, *matmul.slice, matmul.matmul])
             weight = weight_cast(matmul, reader.cast, context.by_matmul)
             rounds_to = narrowest_dtype((norm.output, *reader.path))
-            found.consumers.append(Consumer(matmul, reader, reader.cast, weight, rounds_to, own))
+            found.consumers.append(Consumer(matmul, reader, reader.cast, weight, rounds_to))
     found.consumers.sort(key=lambda c: c.linear.matmul)
     return found
 
@@ -348,12 +347,18 @@ def _shared_cast(fusion: Fusion) -> Cast | None:
 
 def _seq_nrs(fusion: Fusion, read_by: Sequence[Reader]) -> tuple[frozenset[int], frozenset[int]]:
     """Autograd numbers of the consumers' ops, and of those that other readers share."""
-    fused = frozenset().union(*(c.seq_nrs for c in fusion.consumers))
+    fused = frozenset(chain.from_iterable(c.nodes for c in fusion.consumers))
     casts = {c.cast for c in fusion.consumers}
-    others: set[int] = set()
+    others: set[fx.Node] = set()
     if not fusion.exclusive:
         for reader in read_by:
             if reader.cast not in casts:
-                others |= seq_nrs([*reader.path, reader.node])
-    shared = fused & others
-    return fused - shared, shared
+                others.update((*reader.path, reader.node))
+    # Later nodes of the same number may be ops that autograd does not record, of another reader.
+    first: dict[int, fx.Node] = {}
+    for node in sorted(fused | others):
+        number = seq_nr(node)
+        if number is not None:
+            first.setdefault(number, node)
+    own = frozenset(n for n, node in first.items() if node in fused and node not in others)
+    return own, frozenset(n for n, node in first.items() if node in fused and node in others)
