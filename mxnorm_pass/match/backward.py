@@ -77,13 +77,18 @@ class BackwardIndex:
     def nodes(self, seq_nrs: Iterable[int]) -> list[fx.Node]:
         return [node for n in sorted(seq_nrs) for node in self.by_seq_nr.get(n, ())]
 
+    def origin(self, node: fx.Node) -> fx.Node | None:
+        """The forward node whose derivative a backward node computes."""
+        number = seq_nr(node)
+        return None if number is None else self.recorded.get(number)
+
 
 def norm_backward(norm: Norm, index: BackwardIndex) -> NormBackward | Skip | None:
     """The norm's VJP; None where the graph has none (inference, or nothing to train before)."""
     candidates = {n for n in index.nodes(norm.seq_nrs) if _same_module(n, norm)}
     if not candidates:
         return None
-    region = {n for n in candidates if index.recorded.get(seq_nr(n)) in norm.nodes}
+    region = {n for n in candidates if index.origin(n) in norm.nodes}
     if not region:
         return _skip(norm, f"{min(candidates).name} may be part of the norm's backward or not")
     _add_accumulations(region)
