@@ -83,7 +83,8 @@ def norm_backward(norm: Norm, index: BackwardIndex) -> NormBackward | Skip | Non
     candidates = {n for n in index.nodes(norm.seq_nrs) if _same_module(n, norm)}
     if not candidates:
         return None
-    region = {n for n in candidates if index.recorded.get(seq_nr(n)) in norm.nodes}
+    own = [number for number in norm.seq_nrs if index.recorded[number] in norm.nodes]
+    region = candidates.intersection(index.nodes(own))
     if not region:
         return _skip(norm, f"{min(candidates).name} may be part of the norm's backward or not")
     _add_accumulations(region)
