@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from matching import (
     BF16,
     F32,
@@ -47,6 +47,8 @@ def examples(count: int) -> Any:
         derandomize=True,
         database=None,
         deadline=None,
+        # Shrinking an example compiles it hundreds of times.
+        phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
 
@@ -320,3 +322,12 @@ def test_two_symbolic_sizes_of_a_norm_over_heads(view: str) -> None:
     stage = StageSpec(NormSpec("huggingface", heads=True), (reader, ReaderSpec("elementwise")))
     spec = ModelSpec((3, 8, 64), F32, (stage,), dynamic=True, options={"quantize": "existing"})
     check_model(spec)
+
+
+def test_two_fused_norms_in_a_row() -> None:
+    """The second one's gradient is a sum that the first one's cotangent holds as one term."""
+    linear = ReaderSpec(rows=64)
+    first = StageSpec(NormSpec("huggingface"), (linear,))
+    second = StageSpec(NormSpec("olmo"), (linear,), source="norm")
+    options = {"quantize": "norm-fed"}
+    check_model(ModelSpec((32, 64), F32, (first, second), train=True, options=options))

@@ -180,21 +180,22 @@ def split_cotangent(
         fused: numbers of ops that serve fused consumers alone.
         shared: numbers of views and dtype casts that serve fused and other readers.
     """
-    of_fused: list[fx.Node] = []
-    rest: list[fx.Node] = []
-    pending = [cotangent]
-    while pending:
-        node = pending.pop()
-        own = seq_nr(node)
-        if own in shared and is_backward(node) and (is_view(node) or is_dtype_cast(node)):
-            pending.append(node.args[0])  # type: ignore[arg-type]
-        elif own in fused:
-            of_fused.append(node)
-        elif is_call(node, (aten.add.Tensor,)) and is_backward(node) and not node.kwargs:
-            pending += [a for a in reversed(node.args[:2]) if isinstance(a, fx.Node)]
-        else:
-            rest.append(node)
-    return CotangentSplit(tuple(of_fused), tuple(rest))
+    number = seq_nr(cotangent)
+    terms: list[fx.Node] = []
+    if number in fused:
+        return CotangentSplit((cotangent,), ())
+    if number in shared and is_backward(cotangent):
+        if is_view(cotangent) or is_dtype_cast(cotangent):
+            terms = cotangent.all_input_nodes[:1]
+    elif is_call(cotangent, (aten.add.Tensor,)) and is_backward(cotangent):
+        if not cotangent.kwargs:
+            terms = [a for a in cotangent.args[:2] if isinstance(a, fx.Node)]
+    parts = [split_cotangent(term, fused, shared) for term in terms]
+    of_fused = tuple(node for part in parts for node in part.fused)
+    if not of_fused:
+        # One term, whatever it sums: it may be the gradient that another norm's rewrite replaces.
+        return CotangentSplit((), (cotangent,))
+    return CotangentSplit(of_fused, tuple(node for part in parts for node in part.rest))
 
 
 def backward_readers(
