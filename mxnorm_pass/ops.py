@@ -4,8 +4,9 @@
 ``mxnorm_pass::cast``        MX cast (``functional.mx_cast``)
 ``mxnorm_pass::dequantize``  back to high precision (``functional.mx_dequantize``)
 
-Each op stays one node in the joint graph, where people read it and the partitioner treats it as
-one. :func:`decompose` replaces the nodes by their ATen ops where Inductor is to fuse them.
+Results are contiguous, whatever the strides of what is given. Each op stays one node in the joint
+graph, where people read it and the partitioner treats it as one. :func:`decompose` replaces the
+nodes by their ATen ops where Inductor is to fuse them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _norm_cast(
     scale_layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return functional.mxnorm_cast(
-        x,
+        x.contiguous(),
         weight,
         eps=eps,
         estimator=estimator,  # type: ignore[arg-type]
@@ -54,7 +55,7 @@ def _cast(
     x: Tensor, block_size: int, elem_dtype: torch.dtype, scale_mode: str
 ) -> tuple[Tensor, Tensor]:
     return functional.mx_cast(
-        x,
+        x.contiguous(),
         block_size=block_size,
         elem_dtype=elem_dtype,
         scale_mode=scale_mode,  # type: ignore[arg-type]
@@ -62,7 +63,7 @@ def _cast(
 
 
 def _dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return functional.mx_dequantize(values, scales, dtype)
+    return functional.mx_dequantize(values.contiguous(), scales, dtype)
 
 
 def _fake_cast(

@@ -23,7 +23,7 @@ from random_specs import (
     ReaderSpec,
     StageSpec,
 )
-from reference import Recipe, _MXBackward, convert_to_mxfp8_training, quantize_with_torchao
+from reference import MXBackward, Recipe, convert_to_mxfp8_training, quantize_with_torchao
 from test_match_casts import HAND_CASTS, CastLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -357,9 +357,7 @@ class _ReferenceStage:
             activation = functional.mx_dequantize(*fused["quantized"], BF16)
             return F.linear(activation, linear.weight.dequantize())
         if reader.spec.cast == "torchao training":
-            out = _MXBackward.apply(
-                y, linear.weight, Recipe(cast=form, backward="mx"), form | fused
-            )
+            out = MXBackward.apply(y, linear.weight, Recipe(cast=form, backward="mx"), form | fused)
             return out if linear.bias is None else out + linear.bias
         dtype = BF16 if self.reference.spec.autocast else y.dtype
         bias = linear.bias.to(dtype) if linear.bias is not None else None

@@ -260,7 +260,6 @@ def model_specs(
     own_casts: bool = False,
     quantize: Sequence[str] = ("norm-fed", "norm-fed", "existing", "all"),
     dynamic: bool = False,
-    strided: bool = False,
 ) -> ModelSpec:
     """Args: ``own_casts``: every linear comes with its casts."""
     width = draw(_sampled(64, 64, 32, 128))
@@ -284,7 +283,6 @@ def model_specs(
         again = i > 0 and draw(st.integers(0, 5)) == 0
         norm = None if again else draw(_norm_specs(dtype, width, not autocast))
         sources = [name for name in SOURCES if i or name not in ("norm", "same")]
-        sources = [name for name in sources if strided or name != "strided"]
         inline = not own_casts and draw(st.integers(0, 3)) == 0
         view = draw(_sampled("none", "none", "flatten", "unsqueeze", "clone", "there and back"))
         readers = draw(st.lists(_reader_specs(spec, own_casts, inline), min_size=1, max_size=4))

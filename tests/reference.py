@@ -210,10 +210,10 @@ class _Linear(nn.Module):
         with torch.autocast("cpu", enabled=False):
             if self.recipe.backward == "high-precision":
                 return functional.mx_linear(x, weight, bias, **options)
-            return _MXBackward.apply(x, weight, self.recipe, options)
+            return MXBackward.apply(x, weight, self.recipe, options)
 
 
-class _MXBackward(torch.autograd.Function):
+class MXBackward(torch.autograd.Function):
     """The backward of torchao's ``mx_mm`` (moe_training/mxfp8_linear.py) in functional casts."""
 
     @staticmethod
