@@ -107,7 +107,7 @@ def _config(config: MXNormConfig | Mapping[str, Any] | None) -> MXNormConfig:
             f"config={config!r} is not valid: expected an MXNormConfig, a mapping of its fields "
             "or None"
         )
-    own = ("inner", "freezing")
+    own = ("inner", "freezing", "prefix")
     for_compilers += [n for n in own if getattr(parsed, n) != getattr(MXNormConfig, n)]
     if for_compilers:
         names = ", ".join(map(repr, dict.fromkeys(for_compilers)))

@@ -630,6 +630,7 @@ BAD_CONFIGS: dict[str, tuple[Any, type[Exception], str]] = {
     "inner": ({"inner": "eager"}, ValueError, "config sets 'inner'.*compiles nothing"),
     "inner of a config": (MXNormConfig(inner="eager"), ValueError, "config sets 'inner'"),
     "freezing": ({"freezing": True}, ValueError, "config sets 'freezing'"),
+    "prefix": ({"prefix": "model"}, ValueError, "config sets 'prefix'"),
     "freezing of a config": (MXNormConfig(freezing=True), ValueError, "config sets 'freezing'"),
     "inductor": ({"max-autotune": True}, ValueError, "config sets 'max_autotune'"),
     "list": ([("p", 1)], TypeError, "expected an MXNormConfig, a mapping"),
