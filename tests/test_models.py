@@ -18,6 +18,8 @@ from architectures import (
     same_bits,
 )
 from functional_mode import FunctionalMode, NormRule
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import mxnorm_pass
 from mxnorm_pass import SkipReason
@@ -29,16 +31,20 @@ ONE_PLUS = {"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"}
 LATE_CAST = {*ONE_PLUS, "Olmo2RMSNorm", "GptOssRMSNorm", "RMSNorm"}
 
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
 @every_model
 @torch.no_grad()
-def test_outputs_are_those_of_functional(name, estimator) -> None:
+def test_outputs_are_those_of_functional(name, estimator, device) -> None:
     """With the exact RMS: those of the uncompiled model with the same casts.
 
     In bf16, where it shows at which places a norm rounds; test_models_training has float32.
     """
-    model = build(name, BF16)
-    inputs = models.example_inputs(model)
+    model = build(name, BF16).to(device)
+    inputs = tree_map_only(Tensor, lambda t: t.to(device), models.example_inputs(model))
     with FunctionalMode(model, estimator) as mode:
         want = outputs_of(model, inputs)
     with mxnorm_pass.record() as report:
