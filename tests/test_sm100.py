@@ -247,10 +247,9 @@ def other_order(scales: Tensor) -> Tensor:
 
 def test_another_rearrangement_stays_in_the_graph() -> None:
     """Near miss: the op's scales are row-major then, and the graph moves them as before."""
-    block = Block.make(128, "RCEIL")
+    square = torch.ones(128, 128, dtype=BF16)
+    block = Block(square, square[0], (square, square), ScaleCalculationMode.RCEIL)
     with mock.patch.object(mx_tensor, "to_blocked", other_order):
-        widths = torch.ones(128, 128, dtype=BF16)
-        block = Block(widths, torch.ones(128, dtype=BF16), (widths, widths), block.mode)
         traced = block.trace()
     result = run_pass(traced.graph, MXNormConfig())
     assert [s.status for s in result.sites] == ["fused"]
