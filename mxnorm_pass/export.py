@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
-from mxnorm_pass import ops
+from mxnorm_pass import lowering
 from mxnorm_pass.announce import announce
 from mxnorm_pass.config import MXNormConfig, parse_options
 from mxnorm_pass.graph_pass import foreign_subclass, run_pass
@@ -48,7 +48,7 @@ def apply(
     Args:
         exported_program: of ``torch.export``, before or after ``run_decompositions``.
         config: options of the rewrite, or a mapping of them; None for the defaults.
-        decompose: write the ATen ops of ``mxnorm_pass::norm_cast``, ``cast`` and ``dequantize``
+        decompose: write the ATen ops of this package's ops, ``mxnorm_pass::*``,
             into the program in their place, with the same bits. AOTInductor and other runtimes
             need it; a program with the ops loads only after ``import mxnorm_pass.ops``.
 
@@ -65,7 +65,7 @@ def apply(
     mark_inputs(graph, _weight_names(program))
     result = run_pass(graph, options)
     announce(result, options, module_paths(program.graph_module))
-    decomposed = ops.decompose(graph, {}) if decompose else 0
+    decomposed = lowering.decompose(graph, {}) if decompose else 0
     if not decomposed and result.graph.before == result.graph.after:
         copied = _copied(exported_program.graph_module)
         return _rebuilt(exported_program, copied, dict(exported_program.state_dict))

@@ -9,16 +9,22 @@ Leading dimensions are free; blocks lie along the last one.
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
 from typing import Any, get_args
 
-import mpmath
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mxnorm_pass.config import Estimator, Gradient
+from mxnorm_pass.estimate import (
+    block_absmax,
+    blocks,
+    compute_dtype,
+    mean_square,
+    mean_square_from_absmax,
+    rms_constant,
+    rms_estimate,
+)
 from mxnorm_pass.formats import (
     ScaleLayout,
     ScaleMode,
@@ -37,6 +43,7 @@ __all__ = [
     "mx_linear",
     "mxnorm",
     "mxnorm_cast",
+    "mxnorm_cast_both",
     "mxnorm_vjp",
     "normalize",
     "rms_constant",
@@ -44,106 +51,9 @@ __all__ = [
 ]
 
 
-@lru_cache(maxsize=256)
-def rms_constant(p: float, block_size: int) -> float:
-    """The constant c(p, B) that turns a generalised mean of block absmaxes into an RMS.
-
-    For i.i.d. Gaussian elements G_p / RMS tends to c(p, B) almost surely as K grows, with
-    c(p, B)^p = E[max_b |z_b|^p] = integral over t > 0 of p t^(p-1) (1 - erf(t / sqrt 2)^B).
-
-    Args:
-        p: exponent of the generalised mean, > 0.
-        block_size: elements per block, B >= 1.
-
-    Raises:
-        ValueError: ``p`` is not a positive finite number or ``block_size`` is below 1.
-    """
-    if not (math.isfinite(p) and p > 0):
-        raise ValueError(f"p is {p}; it must be a finite number > 0")
-    _check_block_size(block_size)
-
-    def integrand(t: Any) -> Any:
-        # By parts: t^p times the density of the largest |z|. It is bounded at 0 for every p.
-        density = block_size * mpmath.erf(t / mpmath.sqrt(2)) ** (block_size - 1)
-        return t**p * density * mpmath.sqrt(2 / mpmath.pi) * mpmath.exp(-(t**2) / 2)
-
-    with mpmath.workdps(30):
-        peak = mpmath.sqrt(max(p, 1.0))
-        knots = [0, 0.5, 1, 2, 3, 4, 6, 4 + peak, 6 + peak, 8 + 2 * peak, mpmath.inf]
-        moment = mpmath.quad(integrand, sorted(set(knots)))
-        return float(moment ** (mpmath.mpf(1) / p))
-
-
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-
-
-def _check_block_size(block_size: int) -> None:
-    if not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(f"block_size is {block_size}; it must be an integer of at least 1")
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _blocks(x: Tensor, block_size: int) -> Tensor:
-    _check_block_size(block_size)
-    if x.ndim == 0 or x.shape[-1] % block_size != 0:
-        raise ValueError(
-            f"the last dimension of shape {tuple(x.shape)} is not divisible by "
-            f"block_size {block_size}"
-        )
-    return x.reshape(*x.shape[:-1], x.shape[-1] // block_size, block_size)
-
-
-def _block_absmax(x: Tensor, block_size: int) -> Tensor:
-    return _blocks(x, block_size).abs().amax(-1)
-
-
-def _power_mean(absmax: Tensor, p: float) -> Tensor:
-    """(mean of absmax^p)^(1/p), [..., K] -> [..., 1], within the range of absmax itself."""
-    # m^p leaves float32's range long before m does, so take the largest block out.
-    largest = absmax.amax(-1, keepdim=True).detach()
-    largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-    ratio = absmax / largest
-    # The derivative of 0^p is infinite for p < 1 and would turn 0 * inf into NaN.
-    powers = torch.where(ratio > 0, torch.where(ratio > 0, ratio, 1.0).pow(p), ratio)
-    mean = powers.mean(-1, keepdim=True)
-    root = torch.where(mean > 0, torch.where(mean > 0, mean, 1.0).pow(1 / p), mean)
-    return largest * root
-
-
-def _mean_square_from_absmax(absmax: Tensor, p: float, block_size: int) -> Tensor:
-    """rms~^2 from block absmaxes [..., K] -> [..., 1]; p = 2 needs no root."""
-    c = rms_constant(p, block_size)
-    if p == 2:
-        return absmax.square().mean(-1, keepdim=True) / c**2
-    if p == 1:
-        return (absmax.mean(-1, keepdim=True) / c).square()
-    return (_power_mean(absmax, p) / c).square()
-
-
-def rms_estimate(x: Tensor, *, p: float = 2.0, block_size: int = 32) -> Tensor:
-    """RMS of each row, estimated from its block absmaxes: G_p / c(p, B) (paper, section 3).
-
-    Args:
-        x: [..., D], D divisible by ``block_size``; floating point.
-        p: exponent of the generalised mean, > 0.
-        block_size: elements per block.
-
-    Returns:
-        [..., 1], float32 (float64 for float64 input), differentiable.
-    """
-    absmax = _block_absmax(x.to(_compute_dtype(x)), block_size)
-    return _power_mean(absmax, p) / rms_constant(p, block_size)
-
-
-def _mean_square(x: Tensor, estimator: Estimator, p: float, block_size: int) -> Tensor:
-    if estimator == "exact":
-        return x.pow(2).mean(-1, keepdim=True)
-    return _mean_square_from_absmax(_block_absmax(x, block_size), p, block_size)
 
 
 def inverse_rms_vjp(
@@ -156,6 +66,7 @@ def inverse_rms_vjp(
     gradient: Gradient = "true",
     p: float = 2.0,
     block_size: int = 32,
+    block_weights: Tensor | None = None,
 ) -> Tensor:
     """Contribution of the (estimated) inverse RMS to the gradient of ``x``.
 
@@ -174,7 +85,8 @@ def inverse_rms_vjp(
     if gradient == "true" or estimator == "exact":
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            again = torch.rsqrt(_mean_square(leaf, estimator, p, block_size) + eps)
+            square = mean_square(leaf, estimator, p, block_size, block_weights)
+            again = torch.rsqrt(square + eps)
             (grad_x,) = torch.autograd.grad(again, leaf, grad_rho)
         return grad_x
     width = x.shape[-1]
@@ -187,8 +99,8 @@ def inverse_rms_vjp(
 class _InverseRMS(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, options: dict[str, Any]) -> Tensor:
-        mean_square = _mean_square(x, options["estimator"], options["p"], options["block_size"])
-        rho = torch.rsqrt(mean_square + options["eps"])
+        names = ("estimator", "p", "block_size", "block_weights")
+        rho = torch.rsqrt(mean_square(x, *(options[n] for n in names)) + options["eps"])
         ctx.save_for_backward(x, rho)
         ctx.options = options
         return rho
@@ -208,6 +120,7 @@ def inverse_rms(
     gradient: Gradient = "true",
     p: float = 2.0,
     block_size: int = 32,
+    block_weights: Tensor | None = None,
 ) -> Tensor:
     """1 / sqrt(rms~^2 + eps) of each row; a zero row stays finite, as in RMSNorm.
 
@@ -215,6 +128,7 @@ def inverse_rms(
         x: [..., D], floating point; D divisible by ``block_size`` unless ``estimator="exact"``.
         estimator: "mxnorm" (block absmaxes) or "exact" (mean of squares).
         gradient: see :func:`inverse_rms_vjp`.
+        block_weights: see :func:`rms_estimate`.
 
     Returns:
         [..., 1], float32 (float64 for float64 input), differentiable once.
@@ -222,9 +136,10 @@ def inverse_rms(
     _check_choice("estimator", estimator, get_args(Estimator))
     _check_choice("gradient", gradient, get_args(Gradient))
     options = {
-        "eps": eps, "estimator": estimator, "gradient": gradient, "p": p, "block_size": block_size
+        "eps": eps, "estimator": estimator, "gradient": gradient, "p": p, "block_size": block_size,
+        "block_weights": block_weights,
     }  # fmt: skip
-    rho: Tensor = _InverseRMS.apply(x.to(_compute_dtype(x)), options)  # type: ignore[no-untyped-call]
+    rho: Tensor = _InverseRMS.apply(x.to(compute_dtype(x)), options)  # type: ignore[no-untyped-call]
     return rho
 
 
@@ -236,7 +151,7 @@ def normalize(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """x * rho * weight, rounded where the norm rounds; the arguments are those of `mxnorm`."""
-    normalized = x.to(_compute_dtype(x)) * rho
+    normalized = x.to(compute_dtype(x)) * rho
     if norm_dtype is not None:
         normalized = normalized.to(norm_dtype)
     if weight is not None:
@@ -251,6 +166,7 @@ def mxnorm(
     eps: float,
     p: float = 2.0,
     block_size: int = 32,
+    block_weights: Tensor | None = None,
     estimator: Estimator = "mxnorm",
     gradient: Gradient = "true",
     norm_dtype: torch.dtype | None = None,
@@ -262,6 +178,7 @@ def mxnorm(
         x: [..., D], floating point.
         weight: [D], the gain; None for a norm without one.
         eps: added to the mean square.
+        block_weights: see :func:`rms_estimate`.
         norm_dtype: dtype to which x / rms is rounded before the gain (HuggingFace's RMSNorm
             rounds to the input's dtype there); None keeps float32.
         out_dtype: dtype of the result; None: that of ``x``.
@@ -270,9 +187,15 @@ def mxnorm(
         [..., D]; differentiable once in ``x`` and ``weight``.
     """
     # One upcast for both uses, so that their gradients are added before they are rounded.
-    x32 = x.to(_compute_dtype(x))
+    x32 = x.to(compute_dtype(x))
     rho = inverse_rms(
-        x32, eps=eps, estimator=estimator, gradient=gradient, p=p, block_size=block_size
+        x32,
+        eps=eps,
+        estimator=estimator,
+        gradient=gradient,
+        p=p,
+        block_size=block_size,
+        block_weights=block_weights,
     )
     return normalize(x32, rho, weight, norm_dtype, out_dtype or x.dtype)
 
@@ -286,6 +209,7 @@ def mxnorm_vjp(
     eps: float,
     p: float = 2.0,
     block_size: int = 32,
+    block_weights: Tensor | None = None,
     estimator: Estimator = "mxnorm",
     gradient: Gradient = "true",
     norm_dtype: torch.dtype | None = None,
@@ -301,7 +225,7 @@ def mxnorm_vjp(
         Gradients of ``x`` (its shape and dtype) and of ``weight`` (None without one).
     """
     with torch.enable_grad():
-        x_leaf = x.detach().to(_compute_dtype(x)).requires_grad_()
+        x_leaf = x.detach().to(compute_dtype(x)).requires_grad_()
         rho_leaf = rho.detach().requires_grad_()
         leaves = [x_leaf, rho_leaf]
         weight_leaf = None
@@ -319,6 +243,7 @@ def mxnorm_vjp(
         gradient=gradient,
         p=p,
         block_size=block_size,
+        block_weights=block_weights,
     )
     grad_x = (grads[0] + through_rho).to(x.dtype)
     return grad_x, grads[2] if weight is not None else None
@@ -341,16 +266,16 @@ def mx_cast(
         values [..., D] of ``elem_dtype`` and scales [..., K] of ``torch.float8_e8m0fnu``.
         Equal to torchao's ``to_mx`` bit for bit, but for the sign of NaN.
     """
-    blocks = _blocks(x, block_size)
-    absmax = blocks.abs().amax(-1, keepdim=True).to(torch.float32)
-    return _cast_blocks(x, blocks.to(torch.float32), absmax, elem_dtype, scale_mode)
+    in_blocks = blocks(x, block_size)
+    absmax = in_blocks.abs().amax(-1, keepdim=True).to(torch.float32)
+    return _cast_blocks(x, in_blocks.to(torch.float32), absmax, elem_dtype, scale_mode)
 
 
 def _cast_blocks(
-    like: Tensor, blocks: Tensor, absmax: Tensor, elem_dtype: torch.dtype, mode: ScaleMode
+    like: Tensor, in_blocks: Tensor, absmax: Tensor, elem_dtype: torch.dtype, mode: ScaleMode
 ) -> tuple[Tensor, Tensor]:
     exponent = e8m0_exponent(absmax, elem_dtype, mode)
-    values = cast_elements(blocks, exponent, elem_dtype, mode).reshape(like.shape)
+    values = cast_elements(in_blocks, exponent, elem_dtype, mode).reshape(like.shape)
     return values, exponent.squeeze(-1).view(torch.float8_e8m0fnu)
 
 
@@ -378,6 +303,7 @@ def mxnorm_cast(
     eps: float,
     p: float = 2.0,
     block_size: int = 32,
+    block_weights: Tensor | None = None,
     estimator: Estimator = "mxnorm",
     elem_dtype: torch.dtype = torch.float8_e4m3fn,
     scale_mode: ScaleMode = "rceil",
@@ -396,6 +322,7 @@ def mxnorm_cast(
     Args:
         x: [..., D], float32, bfloat16 or float16.
         weight: [D] or None.
+        block_weights: see :func:`rms_estimate`.
         scale_layout: "row-major", or "blocked" as in :func:`blocked_scales`.
 
     Returns:
@@ -406,24 +333,66 @@ def mxnorm_cast(
     _check_choice("scale_layout", scale_layout, get_args(ScaleLayout))
     x32 = x.to(torch.float32)
     if estimator == "exact":
-        rho = torch.rsqrt(_mean_square(x32, estimator, p, block_size) + eps)
+        rho = torch.rsqrt(mean_square(x32, estimator, p, block_size, block_weights) + eps)
         y = normalize(x32, rho, weight, norm_dtype, out_dtype or x.dtype)
         values, scales = mx_cast(
             y, elem_dtype=elem_dtype, scale_mode=scale_mode, block_size=block_size
         )
         return values, _lay_out(scales, scale_layout), rho
-    absmax = _block_absmax(x32, block_size)
-    rho = torch.rsqrt(_mean_square_from_absmax(absmax, p, block_size) + eps)
+    absmax = block_absmax(x32, block_size)
+    rho = torch.rsqrt(mean_square_from_absmax(absmax, p, block_size, block_weights) + eps)
     y = x32 * rho
     # |x| rho is monotonic in |x|, so without a gain the blocks' maxima are at hand.
     absmax = absmax * rho
     if weight is not None:
         y = y * weight.to(torch.float32)
-        absmax = _block_absmax(y, block_size)
+        absmax = block_absmax(y, block_size)
     values, scales = _cast_blocks(
-        x, _blocks(y, block_size), absmax.unsqueeze(-1), elem_dtype, scale_mode
+        x, blocks(y, block_size), absmax.unsqueeze(-1), elem_dtype, scale_mode
     )
     return values, _lay_out(scales, scale_layout), rho
+
+
+@torch.no_grad()
+def mxnorm_cast_both(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    gain_in_rows: bool = True,
+    elem_dtype: torch.dtype = torch.float8_e4m3fn,
+    scale_mode: ScaleMode = "rceil",
+    norm_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
+    block_size: int = 32,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`mxnorm_cast` and the cast of the normalised rows along T, from one rho.
+
+    The forward of a training step multiplies blocks along D, the weight gradient blocks along T.
+
+    Args:
+        x: [..., D]; T, the product of the leading dimensions, divisible by ``block_size``.
+        gain_in_rows: does the cast along D include the gain? A folded gain does not belong there.
+        options: the other keywords of :func:`mxnorm_cast`.
+
+    Returns:
+        values, scales and rho of :func:`mxnorm_cast`, then values [D, T] and scales
+        [D, T / block_size] of :func:`mxnorm`'s output, gain included, in its rounding.
+    """
+    cast: dict[str, Any] = {
+        "elem_dtype": elem_dtype, "scale_mode": scale_mode, "block_size": block_size
+    }  # fmt: skip
+    rounding = (norm_dtype, out_dtype or x.dtype)
+    in_rows = mxnorm_cast(
+        x,
+        weight if gain_in_rows else None,
+        norm_dtype=norm_dtype,
+        out_dtype=out_dtype,
+        **cast,
+        **options,
+    )
+    y = normalize(x, in_rows[2], weight, *rounding).reshape(-1, x.shape[-1])
+    return *in_rows, *mx_cast(y.t().contiguous(), **cast)
 
 
 def _lay_out(scales: Tensor, layout: ScaleLayout) -> Tensor:

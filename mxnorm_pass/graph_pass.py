@@ -16,7 +16,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mxnorm_pass import ops
+from mxnorm_pass import lowering
 from mxnorm_pass.canonicalize import remove_dead
 from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.graph_code import graph_code
@@ -194,7 +194,7 @@ class DecomposeOps(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         from torch._inductor.decomposition import select_decomp_table
 
-        ops.decompose(graph, select_decomp_table())
+        lowering.decompose(graph, select_decomp_table())
 
     def uuid(self) -> str:
         return source_digest()

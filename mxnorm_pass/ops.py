@@ -1,54 +1,60 @@
-"""Custom ops that the rewritten graph calls: schema, fake tensors, dispatch, decomposition.
+"""Custom ops that the rewritten graph calls: schema, fake tensors, decomposition.
 
-``mxnorm_pass::norm_cast``   norm and MX cast in one (``functional.mxnorm_cast``)
-``mxnorm_pass::cast``        MX cast (``functional.mx_cast``)
-``mxnorm_pass::dequantize``  back to high precision (``functional.mx_dequantize``)
+``mxnorm_pass::norm_cast``           norm and MX cast in one (``functional.mxnorm_cast``)
+``mxnorm_pass::norm_cast_both``      the same, cast along D and along T
+                                     (``functional.mxnorm_cast_both``)
+``mxnorm_pass::add_norm_cast``       residual add first; its sum is a result, too
+``mxnorm_pass::add_norm_cast_both``  both
+``mxnorm_pass::cast``                MX cast (``functional.mx_cast``)
+``mxnorm_pass::dequantize``          back to high precision (``functional.mx_dequantize``)
 
 Results are contiguous, whatever the strides of what is given. Each op stays one node in the joint
-graph, where people read it and the partitioner treats it as one. :func:`decompose` replaces the
-nodes by their ATen ops where Inductor is to fuse them.
+graph, where people read it and the partitioner treats it as one. What runs in its place is chosen
+in ``lowering``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from mxnorm_pass import functional
-from mxnorm_pass.graph_utils import SubgraphCache
+from mxnorm_pass.spec import NormCastSpec
 
 NAMESPACE = "mxnorm_pass"
 
 
 def _norm_cast(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    estimator: str,
-    p: float,
-    block_size: int,
-    elem_dtype: torch.dtype,
-    scale_mode: str,
-    norm_dtype: torch.dtype | None,
-    out_dtype: torch.dtype,
-    scale_layout: str,
+    x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return functional.mxnorm_cast(
+    keywords = NormCastSpec(*options).keywords()
+    return functional.mxnorm_cast(x.contiguous(), weight, block_weights=block_weights, **keywords)
+
+
+def _norm_cast_both(
+    x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *spec, gain_in_rows = options
+    return functional.mxnorm_cast_both(
         x.contiguous(),
         weight,
-        eps=eps,
-        estimator=estimator,  # type: ignore[arg-type]
-        p=p,
-        block_size=block_size,
-        elem_dtype=elem_dtype,
-        scale_mode=scale_mode,  # type: ignore[arg-type]
-        norm_dtype=norm_dtype,
-        out_dtype=out_dtype,
-        scale_layout=scale_layout,  # type: ignore[arg-type]
+        block_weights=block_weights,
+        gain_in_rows=gain_in_rows,
+        **NormCastSpec(*spec).keywords(),
     )
+
+
+def _after_add(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The op that adds a residual to its first argument and returns the sum before the rest."""
+
+    def add_first(x: Tensor, residual: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        total = (x + residual).contiguous()
+        return total, *function(total, *args)
+
+    return add_first
 
 
 def _cast(
@@ -75,22 +81,23 @@ def _fake_cast(
 
 
 def _fake_norm_cast(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    estimator: str,
-    p: float,
-    block_size: int,
-    elem_dtype: torch.dtype,
-    scale_mode: str,
-    norm_dtype: torch.dtype | None,
-    out_dtype: torch.dtype,
-    scale_layout: str,
+    x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values, scales = _fake_cast(x, block_size, elem_dtype, scale_mode)
-    if scale_layout == "blocked":
+    spec = NormCastSpec(*options)
+    values, scales = _fake_cast(x, spec.block_size, spec.elem_dtype, spec.scale_mode)
+    if spec.scale_layout == "blocked":
         scales = functional.blocked_scales(scales)
     return values, scales, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _fake_norm_cast_both(
+    x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *args, _ = options
+    spec = NormCastSpec(*args)
+    rows = x.reshape(-1, x.shape[-1]).t()
+    along_rows = _fake_norm_cast(x, weight, block_weights, *args)
+    return *along_rows, *_fake_cast(rows, spec.block_size, spec.elem_dtype, spec.scale_mode)
 
 
 def _fake_dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,6 +105,7 @@ def _fake_dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 
 
 def _define(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -107,6 +115,7 @@ def _define(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) ->
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     _library.impl(name, _without_derivative(op), "Autograd")
+    DECOMPOSITIONS[op] = eager
     return op
 
 
@@ -125,13 +134,30 @@ def _without_derivative(op: Any) -> Callable[..., Any]:
     return forward
 
 
-norm_cast = _define(
-    "norm_cast(Tensor x, Tensor? weight, float eps, str estimator, float p, int block_size, "
+_NORM = (
+    "Tensor? weight, Tensor? block_weights, float eps, str estimator, float p, int block_size, "
     "ScalarType elem_dtype, str scale_mode, ScalarType? norm_dtype, ScalarType out_dtype, "
-    "str scale_layout) "
-    "-> (Tensor values, Tensor scales, Tensor rho)",
-    _norm_cast,
-    _fake_norm_cast,
+    "str scale_layout"
+)
+_ALONG_ROWS = "Tensor values, Tensor scales, Tensor rho"
+_BOTH = f"{_ALONG_ROWS}, Tensor values_t, Tensor scales_t"
+
+norm_cast = _define(f"norm_cast(Tensor x, {_NORM}) -> ({_ALONG_ROWS})", _norm_cast, _fake_norm_cast)
+norm_cast_both = _define(
+    f"norm_cast_both(Tensor x, {_NORM}, bool gain_in_rows) -> ({_BOTH})",
+    _norm_cast_both,
+    _fake_norm_cast_both,
+)
+add_norm_cast = _define(
+    f"add_norm_cast(Tensor x, Tensor residual, {_NORM}) -> (Tensor total, {_ALONG_ROWS})",
+    _after_add(_norm_cast),
+    _after_add(_fake_norm_cast),
+)
+add_norm_cast_both = _define(
+    f"add_norm_cast_both(Tensor x, Tensor residual, {_NORM}, bool gain_in_rows) "
+    f"-> (Tensor total, {_BOTH})",
+    _after_add(_norm_cast_both),
+    _after_add(_fake_norm_cast_both),
 )
 cast = _define(
     "cast(Tensor x, int block_size, ScalarType elem_dtype, str scale_mode) "
@@ -144,31 +170,3 @@ dequantize = _define(
     _dequantize,
     _fake_dequantize,
 )
-
-_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    norm_cast: _norm_cast,
-    cast: _cast,
-    dequantize: _dequantize,
-}
-
-
-def decompose(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
-    """Replace every op of this package in ``graph`` by its ATen ops; returns how many."""
-    subgraphs = SubgraphCache(decompositions)
-    replaced = 0
-    for op, function in _DECOMPOSITIONS.items():
-        for node in graph.find_nodes(op="call_function", target=op):
-            outputs = subgraphs.graft(graph, node, function, node.args)
-            if isinstance(outputs, tuple):
-                _replace_getitems(node, outputs)
-            else:
-                node.replace_all_uses_with(outputs)
-            graph.erase_node(node)
-            replaced += 1
-    return replaced
-
-
-def _replace_getitems(node: fx.Node, outputs: tuple[fx.Node, ...]) -> None:
-    for getitem in list(node.users):
-        getitem.replace_all_uses_with(outputs[getitem.args[1]])  # type: ignore[index]
-        getitem.graph.erase_node(getitem)

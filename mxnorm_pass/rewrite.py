@@ -67,6 +67,7 @@ def _fuse_casts(graph: fx.Graph, fusion: Fusion, cast: FusedCast) -> fx.Node:
             ops.norm_cast,
             norm.x,
             norm.gain if fusion.gain == "activation" else None,
+            None,
             norm.eps,
             fusion.estimator,
             fusion.config.p,

@@ -24,8 +24,10 @@ LAYERS = [
     {"match.cast_op", "match.cast_program", "match.scale_layout"},
     {"match.layer_norm"},
     {"match.statistic"},
-    {"match.skip", "ops", "graph_code", "canonicalize"},
-    {"functional", "graph_utils", "module_names"},
+    {"match.skip", "lowering", "graph_code", "canonicalize"},
+    {"ops", "graph_utils", "module_names"},
+    {"functional", "spec"},
+    {"estimate"},
     {"config", "report"},
     {"formats", "inductor_options", "report_page"},
 ]

@@ -70,7 +70,7 @@ def forward(arg0_1, arg1_1, arg2_1):
     # arg0_1: bf16[4, 64]
     # arg1_1: bf16[64]
     # arg2_1: bf16[32, 64]
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, None, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     # linear
@@ -96,7 +96,7 @@ def forward(arg0_1, arg1_1, arg2_1):
     # arg0_1: bf16[4, 64]
     # arg1_1: bf16[64]
     # arg2_1: bf16[32, 64]
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, arg1_1, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, arg1_1, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     # linear
@@ -119,7 +119,7 @@ def forward(arg0_1, arg1_1, arg2_1):
     # arg0_1: bf16[4, 64]
     # arg1_1: bf16[64]
     # arg2_1: bf16[32, 64]
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, arg1_1, 1e-06, 'exact', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, arg1_1, None, 1e-06, 'exact', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     # linear
@@ -195,7 +195,7 @@ def forward(primals_1, primals_2, primals_3, tangents_1):
     # primals_2: bf16[64]
     # primals_3: bf16[32, 64]
     # tangents_1: bf16[4, 32]
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(primals_1, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(primals_1, None, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     getitem_6: "f32[4, 1]" = getitem(norm_cast_default, 2)
@@ -276,7 +276,7 @@ def forward(primals_1, primals_2, primals_3, tangents_1):
     # primals_2: bf16[64]
     # primals_3: bf16[32, 64]
     # tangents_1: bf16[4, 32]
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(primals_1, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(primals_1, None, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     getitem_6: "f32[4, 1]" = getitem(norm_cast_default, 2)

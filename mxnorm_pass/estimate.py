@@ -1,0 +1,157 @@
+"""The RMS of a row from the absmaxes of its blocks (McLean et al. 2026, arXiv 2603.13180).
+
+Shapes: ``T`` rows of ``D`` elements, cut into ``K = D / block_size`` blocks of ``B`` elements.
+Leading dimensions are free; blocks lie along the last one.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import mpmath
+import torch
+from torch import Tensor
+
+from mxnorm_pass.config import Estimator
+
+
+@lru_cache(maxsize=256)
+def rms_constant(p: float, block_size: int) -> float:
+    """The constant c(p, B) that turns a generalised mean of block absmaxes into an RMS.
+
+    For i.i.d. Gaussian elements G_p / RMS tends to c(p, B) almost surely as K grows, with
+    c(p, B)^p = E[max_b |z_b|^p] = integral over t > 0 of p t^(p-1) (1 - erf(t / sqrt 2)^B).
+
+    Args:
+        p: exponent of the generalised mean, > 0.
+        block_size: elements per block, B >= 1.
+
+    Raises:
+        ValueError: ``p`` is not a positive finite number or ``block_size`` is below 1.
+    """
+    if not (math.isfinite(p) and p > 0):
+        raise ValueError(f"p is {p}; it must be a finite number > 0")
+    check_block_size(block_size)
+
+    def integrand(t: Any) -> Any:
+        # By parts: t^p times the density of the largest |z|. It is bounded at 0 for every p.
+        density = block_size * mpmath.erf(t / mpmath.sqrt(2)) ** (block_size - 1)
+        return t**p * density * mpmath.sqrt(2 / mpmath.pi) * mpmath.exp(-(t**2) / 2)
+
+    with mpmath.workdps(30):
+        peak = mpmath.sqrt(max(p, 1.0))
+        knots = [0, 0.5, 1, 2, 3, 4, 6, 4 + peak, 6 + peak, 8 + 2 * peak, mpmath.inf]
+        moment = mpmath.quad(integrand, sorted(set(knots)))
+        return float(moment ** (mpmath.mpf(1) / p))
+
+
+def check_block_size(block_size: int) -> None:
+    if not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size is {block_size}; it must be an integer of at least 1")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def blocks(x: Tensor, block_size: int) -> Tensor:
+    check_block_size(block_size)
+    if x.ndim == 0 or x.shape[-1] % block_size != 0:
+        raise ValueError(
+            f"the last dimension of shape {tuple(x.shape)} is not divisible by "
+            f"block_size {block_size}"
+        )
+    return x.reshape(*x.shape[:-1], x.shape[-1] // block_size, block_size)
+
+
+def block_absmax(x: Tensor, block_size: int) -> Tensor:
+    return blocks(x, block_size).abs().amax(-1)
+
+
+def _power_mean(absmax: Tensor, p: float, weights: Tensor | None = None) -> Tensor:
+    """(mean of absmax^p)^(1/p), [..., K] -> [..., 1], within the range of absmax itself.
+
+    With ``weights`` [K] their sum of absmax^p takes the place of the mean.
+    """
+    # m^p leaves float32's range long before m does, so take the largest block out.
+    largest = absmax.amax(-1, keepdim=True).detach()
+    largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    ratio = absmax / largest
+    # The derivative of 0^p is infinite for p < 1 and would turn 0 * inf into NaN.
+    powers = torch.where(ratio > 0, torch.where(ratio > 0, ratio, 1.0).pow(p), ratio)
+    if weights is None:
+        mean = powers.mean(-1, keepdim=True)
+    else:
+        mean = (powers * weights).sum(-1, keepdim=True)
+    root = torch.where(mean > 0, torch.where(mean > 0, mean, 1.0).pow(1 / p), mean)
+    return largest * root
+
+
+def mean_square_from_absmax(
+    absmax: Tensor, p: float, block_size: int, block_weights: Tensor | None = None
+) -> Tensor:
+    """rms~^2 from block absmaxes [..., K] -> [..., 1]; p = 2 needs no root.
+
+    ``block_weights`` [K] stand for 1 / (K c^p): rms~^p = sum_k w_k m_k^p.
+    """
+    if block_weights is not None:
+        return _weighted_mean_square(absmax, p, block_weights)
+    c = rms_constant(p, block_size)
+    if p == 2:
+        return absmax.square().mean(-1, keepdim=True) / c**2
+    if p == 1:
+        return (absmax.mean(-1, keepdim=True) / c).square()
+    return (_power_mean(absmax, p) / c).square()
+
+
+def _weighted_mean_square(absmax: Tensor, p: float, block_weights: Tensor) -> Tensor:
+    width = absmax.shape[-1]
+    if block_weights.shape != (width,):
+        raise ValueError(
+            f"block_weights has shape {tuple(block_weights.shape)}; the rows have {width} blocks, "
+            f"so it must be [{width}]"
+        )
+    weights = block_weights.to(absmax.dtype)
+    if p == 2:
+        return (absmax.square() * weights).sum(-1, keepdim=True)
+    if p == 1:
+        return (absmax * weights).sum(-1, keepdim=True).square()
+    return _power_mean(absmax, p, weights).square()
+
+
+def rms_estimate(
+    x: Tensor, *, p: float = 2.0, block_size: int = 32, block_weights: Tensor | None = None
+) -> Tensor:
+    """RMS of each row, estimated from its block absmaxes: G_p / c(p, B) (paper, section 3).
+
+    Args:
+        x: [..., D], D divisible by ``block_size``; floating point.
+        p: exponent of the generalised mean, > 0.
+        block_size: elements per block.
+        block_weights: [K], non-negative; with them the estimate is (sum_k w_k m_k^p)^(1/p), for
+            data whose blocks do not share one Gaussian scale.
+
+    Returns:
+        [..., 1], float32 (float64 for float64 input), differentiable in ``x``.
+    """
+    absmax = block_absmax(x.to(compute_dtype(x)), block_size)
+    if block_weights is not None:
+        return _weighted_mean_square(absmax, p, block_weights).sqrt()
+    return _power_mean(absmax, p) / rms_constant(p, block_size)
+
+
+def mean_square(
+    x: Tensor,
+    estimator: Estimator,
+    p: float,
+    block_size: int,
+    block_weights: Tensor | None = None,
+) -> Tensor:
+    """Mean square of each row [..., D] -> [..., 1], exact or estimated."""
+    if estimator == "exact":
+        if block_weights is not None:
+            raise ValueError("block_weights belong to estimator='mxnorm'; estimator is 'exact'")
+        return x.pow(2).mean(-1, keepdim=True)
+    return mean_square_from_absmax(block_absmax(x, block_size), p, block_size, block_weights)
