@@ -1,0 +1,89 @@
+"""Device functions of the MX formats: what ``formats`` computes, on float32 bit patterns.
+
+A non-negative float32 and its bits order alike, and NaN lies above infinity, so the largest bits
+of a block are its absmax with NaN propagated, and integers are all that a scale needs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mxnorm_pass.kernels.rounding import to_elements
+
+INFINITY = tl.constexpr(0x7F800000)
+MANTISSA = tl.constexpr(0x7FFFFF)
+
+
+@triton.jit
+def absmax_bits(x, axis: tl.constexpr):
+    """Bits of the largest |x| along ``axis``; those of a NaN if there is one."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
+
+
+@triton.jit
+def e8m0_exponent(
+    absmax, mode: tl.constexpr, max_exponent: tl.constexpr, mantissa_bits: tl.constexpr
+):
+    """Biased exponent, int32, of the scale of blocks whose absmax has the bits ``absmax``.
+
+    ``formats.e8m0_exponent`` bit for bit; 448 and 57344, the largest elements, are both 1.75 times
+    a power of two.
+    """
+    exponent = (absmax >> 23) - max_exponent
+    if mode == "rceil":
+        exponent += ((absmax & MANTISSA) > 0x600000).to(tl.int32)
+        exponent = tl.where(absmax == INFINITY, 254, tl.minimum(exponent, 254))
+    elif mode == "ceil":
+        exponent += ((absmax & MANTISSA) > 0).to(tl.int32)
+    elif mode == "even":
+        exponent = ((absmax + (1 << (22 - mantissa_bits))) >> 23) - max_exponent
+    else:
+        tl.static_assert(mode == "floor", "scale_mode: rceil, ceil, even or floor")
+    return tl.where(absmax > INFINITY, 255, tl.maximum(exponent, 0))
+
+
+@triton.jit
+def e8m0_reciprocal(exponent, mode: tl.constexpr):
+    """What elements are multiplied by, float32: ``formats.cast_elements`` bit for bit."""
+    if mode == "rceil":
+        bits = (254 - exponent) << 23
+        bits = tl.where(exponent == 0, 127 << 23, bits)
+        bits = tl.where(exponent == 254, 1 << 22, bits)
+        bits = tl.where(exponent == 255, 0x7FC00000, bits)
+    else:
+        # Dividing by a power of two is multiplying by its inverse; a NaN's pattern is infinity.
+        bits = (254 - tl.maximum(exponent, 1)) << 23
+        bits = tl.where(exponent == 255, 0, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e8m0_value(exponent):
+    """2^(exponent - 127), float32; NaN for 255 (``formats.e8m0_to_float``)."""
+    bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
+    return tl.where(exponent == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def cast_blocks(
+    y,
+    absmax,
+    axis: tl.constexpr,
+    mode: tl.constexpr,
+    elem_dtype: tl.constexpr,
+    max_exponent: tl.constexpr,
+    mantissa_bits: tl.constexpr,
+):
+    """float8 elements of ``y`` and int32 exponents of its blocks, which lie along ``axis``."""
+    exponent = e8m0_exponent(absmax, mode, max_exponent, mantissa_bits)
+    factor = tl.expand_dims(e8m0_reciprocal(exponent, mode), axis)
+    largest: tl.constexpr = 1.75 * (1 << max_exponent)
+    return to_elements(y * factor, elem_dtype, largest, mantissa_bits), exponent
+
+
+@triton.jit
+def blocked_scale_offset(row, block, tiles_across):
+    """Where the 128x4 layout of ``formats.blocked_scales`` has the scale of (row, block)."""
+    tile = (row // 128) * tiles_across + block // 4
+    return tile * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + block % 4
