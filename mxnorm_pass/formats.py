@@ -7,6 +7,8 @@ bit for bit, so that a cast written there can be replaced by the one written her
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -169,6 +171,12 @@ def e8m0_to_float(scales: Tensor) -> Tensor:
     # 2**-127 is subnormal in float32 and has no exponent bits: its pattern is 1 << 22.
     bits = torch.where(exponent == 0, 1 << 22, exponent << F32_MANTISSA_BITS)
     return torch.where(exponent == E8M0_NAN, float("nan"), bits.view(torch.float32))
+
+
+def blocked_scales_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Shape in the 128x4 blocked layout of scales [..., K] of ``shape``."""
+    *leading, width = shape
+    return 32 * ((math.prod(leading) + 127) // 128), 16 * ((width + 3) // 4)
 
 
 def blocked_scales(scales: Tensor) -> Tensor:

@@ -1,0 +1,182 @@
+"""Allocate results, pick a configuration, launch. Traceable: a launch becomes one graph node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mxnorm_pass.estimate import rms_constant
+from mxnorm_pass.formats import blocked_scales_shape, element_format
+from mxnorm_pass.kernels.norm_cast import norm_cast_kernel
+from mxnorm_pass.spec import NormCastSpec
+
+TRITON_DTYPES: dict[torch.dtype, Any] = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+    torch.float8_e5m2: tl.float8e5,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a row kernel cuts its work.
+
+    Attributes:
+        rows: rows per program.
+        chunks: pieces of a row that are swept one after another; 1 holds it in registers.
+        warps: warps per program.
+    """
+
+    rows: int
+    chunks: int
+    warps: int
+
+
+_ROW_IN_REGISTERS = 16384
+
+
+def row_config(width: int) -> Config:
+    """For rows of ``width`` elements, whatever their number."""
+    padded = triton.next_power_of_2(width)
+    if padded > _ROW_IN_REGISTERS:
+        return Config(1, padded // _ROW_IN_REGISTERS, 16)
+    rows = max(1, 2048 // padded)
+    return Config(rows, 1, max(1, min(16, rows * padded // 512)))
+
+
+def launcher(kernel: Any) -> Any:
+    """``kernel`` to be called as ``[grid](...)``: under a tracer it becomes one graph node."""
+    if isinstance(kernel, triton.JITFunction):
+        return torch.library.wrap_triton(kernel)
+    return kernel
+
+
+def norm_cast(
+    x: Tensor,
+    weight: Tensor | None,
+    block_weights: Tensor | None,
+    spec: NormCastSpec,
+    *,
+    residual: Tensor | None = None,
+    dequantize: torch.dtype | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor | None, ...]:
+    """``functional.mxnorm_cast`` as one kernel.
+
+    Args:
+        x: [..., D], D divisible by the block size; float32, bfloat16 or float16.
+        residual: of x's shape; it is added to x before the norm.
+        dequantize: return values * scales in this dtype in the place of values and scales.
+
+    Returns:
+        total (None without a residual), values, scales, rho; or total, dequantized, rho.
+    """
+    width = x.shape[-1]
+    x_rows = as_rows(x)
+    residual_rows = None if residual is None else as_rows(residual)
+    total = None
+    if residual is not None:
+        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    rho = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    values = scales = dequantized = None
+    if dequantize is not None:
+        dequantized = x.new_empty(x.shape, dtype=dequantize)
+    else:
+        values = x.new_empty(x.shape, dtype=spec.elem_dtype)
+        scales = x.new_empty(scales_shape(x, spec), dtype=torch.uint8)
+    config = config or row_config(width)
+    rows = x_rows.shape[0]
+    padded = (rows + 127) // 128 * 128 if spec.scale_layout == "blocked" else rows
+    launcher(norm_cast_kernel)[((padded + config.rows - 1) // config.rows,)](
+        x_rows,
+        residual_rows,
+        weight,
+        block_weights,
+        total,
+        values,
+        scales,
+        rho,
+        dequantized,
+        rows,
+        x_rows.stride(0),
+        0 if residual_rows is None else residual_rows.stride(0),
+        *statistic_factors(spec, width, block_weights),
+        spec.eps,
+        **constants(spec, width, weight, (total if total is not None else x).dtype, x.dtype),
+        ROWS=config.rows,
+        TILE_K=tile_blocks(width, spec, config),
+        CHUNKS=config.chunks,
+        num_warps=config.warps,
+    )
+    if dequantized is not None:
+        return total, dequantized, rho
+    assert scales is not None
+    return total, values, scales.view(torch.float8_e8m0fnu), rho
+
+
+def tile_blocks(width: int, spec: NormCastSpec, config: Config) -> int:
+    blocks = triton.next_power_of_2(width // spec.block_size) // config.chunks
+    # The blocked layout is padded to 4 blocks.
+    return max(blocks, 4) if spec.scale_layout == "blocked" else blocks
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., D] as [T, D] whose rows are contiguous; a copy only where strides ask for one."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def scales_shape(x: Tensor, spec: NormCastSpec) -> tuple[int, ...]:
+    shape = (*x.shape[:-1], x.shape[-1] // spec.block_size)
+    return blocked_scales_shape(shape) if spec.scale_layout == "blocked" else shape
+
+
+def statistic_factors(
+    spec: NormCastSpec, width: int, block_weights: Tensor | None
+) -> tuple[float, float]:
+    """``factor`` and ``scale`` of ``statistic.inverse_rms``."""
+    if spec.estimator == "exact":
+        return 1.0 / width, 1.0
+    if block_weights is not None:
+        return 1.0, 1.0
+    blocks = width // spec.block_size
+    c = rms_constant(spec.p, spec.block_size)
+    if spec.p in (1, 2):
+        return 1.0 / (blocks * c**spec.p), 1.0
+    return 1.0 / blocks, 1.0 / c
+
+
+def constants(
+    spec: NormCastSpec,
+    width: int,
+    weight: Tensor | None,
+    total_dtype: torch.dtype,
+    x_dtype: torch.dtype,
+) -> dict[str, Any]:
+    """What all kernels are specialised on."""
+    elem = element_format(spec.elem_dtype)
+    norm_dtype = spec.norm_dtype or torch.float32
+    product = norm_dtype if weight is None else torch.promote_types(norm_dtype, weight.dtype)
+    exact = spec.estimator == "exact"
+    return {
+        "D": width,
+        "BLOCK": spec.block_size,
+        "EXACT": exact,
+        "P": 2.0 if exact else float(spec.p),
+        "MODE": spec.scale_mode,
+        "ELEM_DTYPE": TRITON_DTYPES[spec.elem_dtype],
+        "MAX_EXPONENT": elem.max_exponent,
+        "MANTISSA_BITS": elem.mantissa_bits,
+        "NORM_DTYPE": TRITON_DTYPES[norm_dtype],
+        "PRODUCT_DTYPE": TRITON_DTYPES[product],
+        "OUT_DTYPE": TRITON_DTYPES[spec.out_dtype],
+        "TOTAL_DTYPE": TRITON_DTYPES[total_dtype],
+        "BLOCKED_SCALES": spec.scale_layout == "blocked",
+    }

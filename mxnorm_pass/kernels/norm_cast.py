@@ -1,0 +1,168 @@
+"""Row kernel: [residual add ->] statistic -> norm -> MX cast along D, in one pass over memory.
+
+A program holds ``ROWS`` rows in registers. Rows too wide for that are cut into ``CHUNKS`` and swept
+twice, for the statistic and for the cast; the second sweep finds them in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mxnorm_pass.kernels.mx import absmax_bits, blocked_scale_offset, cast_blocks, e8m0_value
+from mxnorm_pass.kernels.rounding import narrow, round_to, widen
+from mxnorm_pass.kernels.statistic import accumulate, inverse_rms, normalize
+
+
+@triton.jit
+def norm_cast_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    block_weights_ptr,
+    total_ptr,
+    values_ptr,
+    scales_ptr,
+    rho_ptr,
+    dequantized_ptr,
+    rows,
+    x_stride,
+    residual_stride,
+    factor,
+    scale,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    EXACT: tl.constexpr,
+    P: tl.constexpr,
+    MODE: tl.constexpr,
+    ELEM_DTYPE: tl.constexpr,
+    MAX_EXPONENT: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    NORM_DTYPE: tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr,
+    OUT_DTYPE: tl.constexpr,
+    TOTAL_DTYPE: tl.constexpr,
+    BLOCKED_SCALES: tl.constexpr,
+):
+    """Pointers that are None: no such input, or a result that nobody asked for.
+
+    Args:
+        factor, scale, eps: see ``statistic.inverse_rms``.
+        TILE_K: blocks per chunk, a power of two.
+        PRODUCT_DTYPE: dtype of the product with the gain.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    partial = tl.zeros([ROWS], tl.float32)
+    largest = tl.zeros([ROWS], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        k = chunk * TILE_K + tl.arange(0, TILE_K)
+        x = load_rows(
+            x_ptr, residual_ptr, total_ptr, row, k, rows, x_stride, residual_stride,
+            D, BLOCK, TOTAL_DTYPE,
+        )  # fmt: skip
+        block_weights = load_vector(block_weights_ptr, k, D // BLOCK)
+        partial, largest = accumulate(x, block_weights, partial, largest, EXACT, P)
+    rho = inverse_rms(partial, largest, factor, scale, eps, P)
+    tl.store(rho_ptr + row, rho, mask=row < rows)
+
+    for chunk in tl.static_range(CHUNKS):
+        k = chunk * TILE_K + tl.arange(0, TILE_K)
+        if CHUNKS > 1:
+            x = load_rows(
+                x_ptr, residual_ptr, None, row, k, rows, x_stride, residual_stride,
+                D, BLOCK, TOTAL_DTYPE,
+            )  # fmt: skip
+        weight = load_gain(weight_ptr, k, D, BLOCK)
+        if EXACT:
+            y = normalize(x, rho[:, None, None], weight, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE)
+            absmax = absmax_bits(y, 2)
+        else:
+            y = x * rho[:, None, None]
+            if weight is None:
+                # |x| rho is monotonic in |x|: the blocks' maxima are at hand.
+                largest_x = absmax_bits(x, 2).to(tl.float32, bitcast=True)
+                absmax = (largest_x * rho[:, None]).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            else:
+                y = y * weight
+                absmax = absmax_bits(y, 2)
+        elements, exponent = cast_blocks(
+            y, absmax, 2, MODE, ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS
+        )
+        if values_ptr is not None:
+            store_rows(values_ptr, elements, row, k, rows, D, BLOCK)
+        if scales_ptr is not None:
+            store_scales(scales_ptr, exponent, row, k, rows, D // BLOCK, BLOCKED_SCALES)
+        if dequantized_ptr is not None:
+            dtype: tl.constexpr = dequantized_ptr.dtype.element_ty
+            factors = round_to(e8m0_value(exponent), dtype)[:, :, None]
+            restored = narrow(elements.to(tl.float32) * factors, dtype)
+            store_rows(dequantized_ptr, restored, row, k, rows, D, BLOCK)
+
+
+@triton.jit
+def load_rows(
+    x_ptr,
+    residual_ptr,
+    total_ptr,
+    row,
+    k,
+    rows,
+    x_stride,
+    residual_stride,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOTAL_DTYPE: tl.constexpr,
+):
+    """Tile [ROWS, K, B] in float32, zero outside; with a residual the rounded sum, stored once."""
+    column = k[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row[:, None, None] < rows) & (column[None, :, :] < D)
+    x_at = x_ptr + row[:, None, None] * x_stride + column[None, :, :]
+    x = widen(tl.load(x_at, mask=inside, other=0.0))
+    if residual_ptr is not None:
+        residual_at = residual_ptr + row[:, None, None] * residual_stride + column[None, :, :]
+        total = narrow(x + widen(tl.load(residual_at, mask=inside, other=0.0)), TOTAL_DTYPE)
+        if total_ptr is not None:
+            tl.store(total_ptr + row[:, None, None] * D + column[None, :, :], total, mask=inside)
+        x = widen(total)
+    return x
+
+
+@triton.jit
+def load_gain(weight_ptr, k, D: tl.constexpr, BLOCK: tl.constexpr):
+    """[1, K, B] in float32, or None."""
+    if weight_ptr is None:
+        return None
+    column = k[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return widen(tl.load(weight_ptr + column, mask=column < D, other=0.0))[None, :, :]
+
+
+@triton.jit
+def load_vector(ptr, index, size: tl.constexpr):
+    if ptr is None:
+        return None
+    return tl.load(ptr + index, mask=index < size, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, tile, row, k, rows, D: tl.constexpr, BLOCK: tl.constexpr):
+    column = k[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row[:, None, None] < rows) & (column[None, :, :] < D)
+    tl.store(ptr + row[:, None, None] * D + column[None, :, :], tile, mask=inside)
+
+
+@triton.jit
+def store_scales(ptr, exponent, row, k, rows, K: tl.constexpr, BLOCKED: tl.constexpr):
+    """Scale bytes; the blocked layout is padded with zeros to 128 rows and 4 blocks."""
+    inside = (row[:, None] < rows) & (k[None, :] < K)
+    if BLOCKED:
+        across: tl.constexpr = (K + 3) // 4
+        padded = (row[:, None] < (rows + 127) // 128 * 128) & (k[None, :] < 4 * across)
+        exponent = tl.where(inside, exponent, 0)
+        at = blocked_scale_offset(row[:, None], k[None, :], across)
+        tl.store(ptr + at, exponent.to(tl.uint8), mask=padded)
+    else:
+        tl.store(ptr + row[:, None] * K + k[None, :], exponent.to(tl.uint8), mask=inside)
