@@ -23,8 +23,8 @@ from mxnorm_pass.announce import announce
 from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
 from mxnorm_pass.freezing import FrozenGraph, is_static
 from mxnorm_pass.graph_pass import (
-    DecomposeOps,
     LeaveAlone,
+    LowerOps,
     MXNormPass,
     PassResult,
     foreign_subclass,
@@ -250,7 +250,7 @@ def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
     patches = {
         **job.options.inductor,
         "joint_custom_pre_pass": job.joint_pass(select_decomp_table()),
-        post_grad: job.with_users_passes(post_grad, DecomposeOps()),
+        post_grad: job.with_users_passes(post_grad, LowerOps()),
     }
     compiled: Any = compile_fx(
         job.gm,

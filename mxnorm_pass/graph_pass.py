@@ -188,13 +188,13 @@ class LeaveAlone(CustomGraphPass):
         return "mxnorm_pass.LeaveAlone"
 
 
-class DecomposeOps(CustomGraphPass):
-    """Inductor's ``post_grad_custom_pre_pass`` that gives it the insides of this package's ops."""
+class LowerOps(CustomGraphPass):
+    """Inductor's ``post_grad_custom_pre_pass`` that puts kernels or ATen ops in our ops' place."""
 
     def __call__(self, graph: fx.Graph) -> None:
         from torch._inductor.decomposition import select_decomp_table
 
-        lowering.decompose(graph, select_decomp_table())
+        lowering.lower(graph, select_decomp_table())
 
     def uuid(self) -> str:
         return source_digest()

@@ -1,14 +1,41 @@
-"""Choose what runs in the place of each op of this package in a graph."""
+"""Put in the place of each op of this package what Inductor is to compile: a kernel or ATen ops.
+
+A kernel becomes a ``triton_kernel_wrapper_functional`` node, which Inductor launches from its own
+wrapper, without the dispatcher. Where values and scales of a norm are only read to be dequantised,
+as emulated matmuls do, the kernel writes the dequantised values instead::
+
+    x -> norm_cast -> values, scales -> dequantize -> y    =>    x -> kernel -> y
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from torch import fx
+from torch._subclasses.functional_tensor import dispatch_functionalize
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph_utils import SubgraphCache
+
+log = logging.getLogger(__name__)
+
+
+def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
+    """Replace every op of this package in ``graph``, by a kernel if one can; returns how many."""
+    subgraphs = SubgraphCache(decompositions)
+    kernels = 0
+    for op in ops.KERNELS:
+        for node in graph.find_nodes(op="call_function", target=op):
+            reason = _why_no_kernel(node)
+            if reason is not None:
+                log.debug("%s is decomposed: %s", node.name, reason)
+            else:
+                _insert_kernel(graph, node, subgraphs)
+                kernels += 1
+    return kernels + decompose(graph, decompositions)
 
 
 def decompose(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
@@ -17,16 +44,71 @@ def decompose(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     replaced = 0
     for op, function in ops.DECOMPOSITIONS.items():
         for node in graph.find_nodes(op="call_function", target=op):
-            replace_node(graph, node, subgraphs.graft(graph, node, function, node.args))
+            _replace(graph, node, subgraphs.graft(graph, node, function, node.args))
             replaced += 1
     return replaced
 
 
-def replace_node(graph: fx.Graph, node: fx.Node, outputs: fx.Node | tuple[fx.Node, ...]) -> None:
+def _why_no_kernel(node: fx.Node) -> str | None:
+    args = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
+    return ops.why_no_kernel(node.target, args)
+
+
+def _insert_kernel(graph: fx.Graph, node: fx.Node, subgraphs: SubgraphCache) -> None:
+    dequantized = _dequantized(node)
+    if not dequantized:
+        kernel = _functional(ops.KERNELS[node.target])
+        _replace(graph, node, subgraphs.graft(graph, node, kernel, node.args))
+        return
+    kernel = _functional(ops.DEQUANTIZING_KERNELS[node.target])
+    dtype = dequantized[0].args[2]
+    results = subgraphs.graft(graph, node, kernel, (dtype, *node.args))
+    values, scales = _value_positions(node.target)
+    for reader in dequantized:
+        reader.replace_all_uses_with(results[values])
+        graph.erase_node(reader)
+    # The kernel returns one tensor in the place of two.
+    outputs = (*results[: values + 1], None, *results[scales:])
+    _replace(graph, node, outputs)
+
+
+def _value_positions(op: Any) -> tuple[int, int]:
+    names = [result.name for result in op._schema.returns]
+    return names.index("values"), names.index("scales")
+
+
+def _dequantized(node: fx.Node) -> list[fx.Node]:
+    """The ``dequantize`` nodes, all to one dtype, that alone read the op's values and scales."""
+    if node.target not in ops.DEQUANTIZING_KERNELS:
+        return []
+    positions = _value_positions(node.target)
+    results = {user.args[1]: user for user in node.users}
+    values, scales = (results.get(i) for i in positions)
+    if values is None or scales is None:
+        return []
+    readers = list(values.users)
+    if list(scales.users) != readers:
+        return []
+    for reader in readers:
+        if reader.target is not ops.dequantize or reader.args[:2] != (values, scales):
+            return []
+    return readers if len({reader.args[2] for reader in readers}) == 1 else []
+
+
+@cache
+def _functional(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel``, traced without mutation: results are returned, not written into."""
+    functional: Callable[..., Any] = dispatch_functionalize(kernel)
+    return functional
+
+
+def _replace(graph: fx.Graph, node: fx.Node, outputs: Any) -> None:
     """Let the readers of an op read ``outputs``, one node per result of the op."""
     if isinstance(outputs, tuple):
         for getitem in list(node.users):
-            getitem.replace_all_uses_with(outputs[getitem.args[1]])  # type: ignore[index]
+            output = outputs[getitem.args[1]]  # type: ignore[index]
+            if output is not None:
+                getitem.replace_all_uses_with(output)
             graph.erase_node(getitem)
     else:
         node.replace_all_uses_with(outputs)

@@ -1,4 +1,4 @@
-"""Custom ops that the rewritten graph calls: schema, fake tensors, decomposition.
+"""Custom ops that the rewritten graph calls: schema, checks, fake tensors, kernels, decompositions.
 
 ``mxnorm_pass::norm_cast``           norm and MX cast in one (``functional.mxnorm_cast``)
 ``mxnorm_pass::norm_cast_both``      the same, cast along D and along T
@@ -9,20 +9,27 @@
 ``mxnorm_pass::dequantize``          back to high precision (``functional.mx_dequantize``)
 
 Results are contiguous, whatever the strides of what is given. Each op stays one node in the joint
-graph, where people read it and the partitioner treats it as one. What runs in its place is chosen
-in ``lowering``.
+graph, where people read it and the partitioner treats it as one. On CUDA devices a Triton kernel
+runs, elsewhere, and where no kernel covers the case, the decomposition: ``functional``. In a
+compiled graph ``lowering`` makes the same choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mxnorm_pass import functional
+from mxnorm_pass.arguments import check_blocks, check_norm_cast, check_quantized, check_rows
+from mxnorm_pass.kernels.coverage import uncovered
 from mxnorm_pass.spec import NormCastSpec
+
+log = logging.getLogger(__name__)
 
 NAMESPACE = "mxnorm_pass"
 
@@ -30,29 +37,45 @@ NAMESPACE = "mxnorm_pass"
 def _norm_cast(
     x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keywords = NormCastSpec(*options).keywords()
-    return functional.mxnorm_cast(x.contiguous(), weight, block_weights=block_weights, **keywords)
+    spec = NormCastSpec(*options)
+    check_norm_cast(x, weight, block_weights, spec)
+    return functional.mxnorm_cast(
+        x.contiguous(), weight, block_weights=block_weights, **spec.keywords()
+    )
 
 
 def _norm_cast_both(
     x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *spec, gain_in_rows = options
+    *args, gain_in_rows = options
+    spec = NormCastSpec(*args)
+    check_norm_cast(x, weight, block_weights, spec)
     return functional.mxnorm_cast_both(
         x.contiguous(),
         weight,
         block_weights=block_weights,
         gain_in_rows=gain_in_rows,
-        **NormCastSpec(*spec).keywords(),
+        **spec.keywords(),
     )
+
+
+_SPEC = len(fields(NormCastSpec))
 
 
 def _after_add(function: Callable[..., Any]) -> Callable[..., Any]:
     """The op that adds a residual to its first argument and returns the sum before the rest."""
 
-    def add_first(x: Tensor, residual: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    def add_first(
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        block_weights: Tensor | None,
+        *options: Any,
+    ) -> tuple[Tensor, ...]:
+        spec = NormCastSpec(*options[:_SPEC])
+        check_norm_cast(x, weight, block_weights, spec, residual)
         total = (x + residual).contiguous()
-        return total, *function(total, *args)
+        return total, *function(total, weight, block_weights, *options)
 
     return add_first
 
@@ -60,6 +83,8 @@ def _after_add(function: Callable[..., Any]) -> Callable[..., Any]:
 def _cast(
     x: Tensor, block_size: int, elem_dtype: torch.dtype, scale_mode: str
 ) -> tuple[Tensor, Tensor]:
+    check_rows("x", x)
+    check_blocks("x", x, block_size)
     return functional.mx_cast(
         x.contiguous(),
         block_size=block_size,
@@ -69,12 +94,15 @@ def _cast(
 
 
 def _dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    check_quantized(values, scales)
     return functional.mx_dequantize(values.contiguous(), scales, dtype)
 
 
 def _fake_cast(
     x: Tensor, block_size: int, elem_dtype: torch.dtype, scale_mode: str
 ) -> tuple[Tensor, Tensor]:
+    check_rows("x", x)
+    check_blocks("x", x, block_size)
     shape = x.shape
     scales = x.new_empty((*shape[:-1], shape[-1] // block_size), dtype=torch.float8_e8m0fnu)
     return x.new_empty(shape, dtype=elem_dtype), scales
@@ -84,6 +112,7 @@ def _fake_norm_cast(
     x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = NormCastSpec(*options)
+    check_norm_cast(x, weight, block_weights, spec)
     values, scales = _fake_cast(x, spec.block_size, spec.elem_dtype, spec.scale_mode)
     if spec.scale_layout == "blocked":
         scales = functional.blocked_scales(scales)
@@ -101,14 +130,72 @@ def _fake_norm_cast_both(
 
 
 def _fake_dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    check_quantized(values, scales)
     return values.new_empty(values.shape, dtype=dtype)
+
+
+def kernel_norm_cast(
+    x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    """``norm_cast`` as a kernel, where ``uncovered`` has nothing against it."""
+    from mxnorm_pass.kernels import launch
+
+    spec = NormCastSpec(*options)
+    check_norm_cast(x, weight, block_weights, spec)
+    return launch.norm_cast(x, weight, block_weights, spec)
+
+
+def kernel_add_norm_cast(
+    x: Tensor, residual: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
+) -> tuple[Tensor, ...]:
+    """``add_norm_cast`` as a kernel."""
+    from mxnorm_pass.kernels import launch
+
+    spec = NormCastSpec(*options)
+    check_norm_cast(x, weight, block_weights, spec, residual)
+    return launch.norm_cast(x, weight, block_weights, spec, residual=residual)
+
+
+def kernel_norm_cast_dequantized(
+    dtype: torch.dtype,
+    x: Tensor,
+    weight: Tensor | None,
+    block_weights: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """``norm_cast`` with ``dequantize`` on its values: dequantized, rho."""
+    from mxnorm_pass.kernels import launch
+
+    spec = NormCastSpec(*options)
+    return launch.norm_cast(x, weight, block_weights, spec, dequantize=dtype)
+
+
+def kernel_add_norm_cast_dequantized(
+    dtype: torch.dtype,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    block_weights: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    """``add_norm_cast`` with ``dequantize`` on its values: total, dequantized, rho."""
+    from mxnorm_pass.kernels import launch
+
+    spec = NormCastSpec(*options)
+    return launch.norm_cast(x, weight, block_weights, spec, residual=residual, dequantize=dtype)
 
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
+KERNELS: dict[Any, Callable[..., Any]] = {}
 
 
-def _define(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _define(
+    schema: str,
+    eager: Callable[..., Any],
+    fake: Callable[..., Any],
+    kernel: Callable[..., Any] | None = None,
+) -> Any:
     name = schema.split("(")[0]
     _library.define(schema)
     _library.impl(name, eager, "CompositeExplicitAutograd")
@@ -116,7 +203,30 @@ def _define(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) ->
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     _library.impl(name, _without_derivative(op), "Autograd")
     DECOMPOSITIONS[op] = eager
+    if kernel is not None:
+        KERNELS[op] = kernel
+        _library.impl(name, _on_cuda(op, eager, kernel), "CUDA")
     return op
+
+
+def _on_cuda(op: Any, eager: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        reason = why_no_kernel(op, args)
+        if reason is not None:
+            log.debug("%s is decomposed: %s", op, reason)
+            return eager(*args)
+        with torch.cuda.device(args[0].device):
+            return kernel(*args)
+
+    return run
+
+
+def why_no_kernel(op: Any, args: Sequence[Any]) -> str | None:
+    """Why no kernel can run ``op`` on these arguments; None if one can."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    names = [argument.name for argument in op._schema.arguments]
+    options = args[names.index("eps") :][:_SPEC]
+    return uncovered(tensors[0], NormCastSpec(*options), *tensors[1:])
 
 
 def _without_derivative(op: Any) -> Callable[..., Any]:
@@ -142,7 +252,12 @@ _NORM = (
 _ALONG_ROWS = "Tensor values, Tensor scales, Tensor rho"
 _BOTH = f"{_ALONG_ROWS}, Tensor values_t, Tensor scales_t"
 
-norm_cast = _define(f"norm_cast(Tensor x, {_NORM}) -> ({_ALONG_ROWS})", _norm_cast, _fake_norm_cast)
+norm_cast = _define(
+    f"norm_cast(Tensor x, {_NORM}) -> ({_ALONG_ROWS})",
+    _norm_cast,
+    _fake_norm_cast,
+    kernel_norm_cast,
+)
 norm_cast_both = _define(
     f"norm_cast_both(Tensor x, {_NORM}, bool gain_in_rows) -> ({_BOTH})",
     _norm_cast_both,
@@ -152,6 +267,7 @@ add_norm_cast = _define(
     f"add_norm_cast(Tensor x, Tensor residual, {_NORM}) -> (Tensor total, {_ALONG_ROWS})",
     _after_add(_norm_cast),
     _after_add(_fake_norm_cast),
+    kernel_add_norm_cast,
 )
 add_norm_cast_both = _define(
     f"add_norm_cast_both(Tensor x, Tensor residual, {_NORM}, bool gain_in_rows) "
@@ -170,3 +286,8 @@ dequantize = _define(
     _dequantize,
     _fake_dequantize,
 )
+
+DEQUANTIZING_KERNELS: dict[Any, Callable[..., Any]] = {
+    norm_cast: kernel_norm_cast_dequantized,
+    add_norm_cast: kernel_add_norm_cast_dequantized,
+}

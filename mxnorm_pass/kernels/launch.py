@@ -67,7 +67,7 @@ def norm_cast(
     residual: Tensor | None = None,
     dequantize: torch.dtype | None = None,
     config: Config | None = None,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, ...]:
     """``functional.mxnorm_cast`` as one kernel.
 
     Args:
@@ -76,7 +76,7 @@ def norm_cast(
         dequantize: return values * scales in this dtype in the place of values and scales.
 
     Returns:
-        total (None without a residual), values, scales, rho; or total, dequantized, rho.
+        total where there is a residual; values and scales, or what they make dequantised; rho.
     """
     width = x.shape[-1]
     x_rows = as_rows(x)
@@ -115,14 +115,13 @@ def norm_cast(
         CHUNKS=config.chunks,
         num_warps=config.warps,
     )
-    if dequantized is not None:
-        return total, dequantized, rho
-    assert scales is not None
-    return total, values, scales.view(torch.float8_e8m0fnu), rho
+    if scales is not None:
+        scales = scales.view(torch.float8_e8m0fnu)
+    return tuple(t for t in (total, values, scales, dequantized, rho) if t is not None)
 
 
 def tile_blocks(width: int, spec: NormCastSpec, config: Config) -> int:
-    blocks = triton.next_power_of_2(width // spec.block_size) // config.chunks
+    blocks: int = triton.next_power_of_2(width // spec.block_size) // config.chunks
     # The blocked layout is padded to 4 blocks.
     return max(blocks, 4) if spec.scale_layout == "blocked" else blocks
 

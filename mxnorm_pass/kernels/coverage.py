@@ -1,0 +1,53 @@
+"""What the kernels do not do. Needs no Triton, so that it can say that Triton is missing."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from mxnorm_pass.formats import SCALE_MODES
+from mxnorm_pass.spec import NormCastSpec
+
+MAX_WIDTH = 65536
+# The constant's p-th power must stay in float32's range.
+MAX_P = 16.0
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCK_SIZES = (16, 32, 64, 128)
+# Ada and Hopper are the first chips that convert to float8.
+_MIN_CAPABILITY = (8, 9)
+
+
+def uncovered(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | None:
+    """Why no kernel can do this; None if one can.
+
+    Args:
+        x: [..., D], real or fake.
+        others: what else the kernel would read.
+    """
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}; the kernels run on CUDA devices"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if capability(x.device) < _MIN_CAPABILITY:
+        return f"compute capability {capability(x.device)} has no float8; {_MIN_CAPABILITY} has"
+    for tensor in (x, *others):
+        if tensor is not None and tensor.dtype not in _DTYPES:
+            return f"{tensor.dtype} is none of {', '.join(map(str, _DTYPES))}"
+    width = x.shape[-1]
+    if not isinstance(width, int) or width > MAX_WIDTH:
+        return f"rows of {width} elements; a kernel takes at most {MAX_WIDTH}"
+    if spec.block_size not in _BLOCK_SIZES:
+        return f"block size {spec.block_size}; the kernels know {_BLOCK_SIZES}"
+    if spec.scale_mode not in SCALE_MODES:
+        return f"scale mode {spec.scale_mode!r}; the kernels know {', '.join(SCALE_MODES)}"
+    if spec.estimator == "mxnorm" and spec.p > MAX_P:
+        return f"p = {spec.p}; the kernels take p up to {MAX_P}"
+    if isinstance(x.numel(), int) and x.numel() == 0:
+        return "there are no rows"
+    return None
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
