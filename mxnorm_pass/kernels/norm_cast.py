@@ -134,17 +134,22 @@ def load_rows(
 @triton.jit
 def load_gain(weight_ptr, k, D: tl.constexpr, BLOCK: tl.constexpr):
     """[1, K, B] in float32, or None."""
-    if weight_ptr is None:
-        return None
-    column = k[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return widen(tl.load(weight_ptr + column, mask=column < D, other=0.0))[None, :, :]
+    if weight_ptr is not None:
+        column = k[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        weight = widen(tl.load(weight_ptr + column, mask=column < D, other=0.0))[None, :, :]
+    else:
+        weight: tl.constexpr = None
+    return weight
 
 
 @triton.jit
 def load_vector(ptr, index, size: tl.constexpr):
-    if ptr is None:
-        return None
-    return tl.load(ptr + index, mask=index < size, other=0.0)
+    """[K] in float32, or None."""
+    if ptr is not None:
+        vector = tl.load(ptr + index, mask=index < size, other=0.0)
+    else:
+        vector: tl.constexpr = None
+    return vector
 
 
 @triton.jit
