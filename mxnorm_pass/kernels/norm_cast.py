@@ -64,7 +64,9 @@ def norm_cast_kernel(
             x_ptr, residual_ptr, total_ptr, row, k, rows, x_stride, residual_stride,
             D, BLOCK, TOTAL_DTYPE,
         )  # fmt: skip
-        block_weights = load_vector(block_weights_ptr, k, D // BLOCK)
+        block_weights: tl.constexpr = None
+        if block_weights_ptr is not None:
+            block_weights = tl.load(block_weights_ptr + k, mask=k < D // BLOCK, other=0.0)
         partial, largest = accumulate(x, block_weights, partial, largest, EXACT, P)
     rho = inverse_rms(partial, largest, factor, scale, eps, P)
     tl.store(rho_ptr + row, rho, mask=row < rows)
@@ -76,7 +78,9 @@ def norm_cast_kernel(
                 x_ptr, residual_ptr, None, row, k, rows, x_stride, residual_stride,
                 D, BLOCK, TOTAL_DTYPE,
             )  # fmt: skip
-        weight = load_gain(weight_ptr, k, D, BLOCK)
+        weight: tl.constexpr = None
+        if weight_ptr is not None:
+            weight = load_gain(weight_ptr, k, D, BLOCK)
         if EXACT:
             y = normalize(x, rho[:, None, None], weight, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE)
             absmax = absmax_bits(y, 2)
@@ -133,23 +137,9 @@ def load_rows(
 
 @triton.jit
 def load_gain(weight_ptr, k, D: tl.constexpr, BLOCK: tl.constexpr):
-    """[1, K, B] in float32, or None."""
-    if weight_ptr is not None:
-        column = k[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        weight = widen(tl.load(weight_ptr + column, mask=column < D, other=0.0))[None, :, :]
-    else:
-        weight: tl.constexpr = None
-    return weight
-
-
-@triton.jit
-def load_vector(ptr, index, size: tl.constexpr):
-    """[K] in float32, or None."""
-    if ptr is not None:
-        vector = tl.load(ptr + index, mask=index < size, other=0.0)
-    else:
-        vector: tl.constexpr = None
-    return vector
+    """Gain [1, K, B] in float32."""
+    column = k[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return widen(tl.load(weight_ptr + column, mask=column < D, other=0.0))[None, :, :]
 
 
 @triton.jit
