@@ -64,7 +64,7 @@ def norm_cast_kernel(
             x_ptr, residual_ptr, total_ptr, row, k, rows, x_stride, residual_stride,
             D, BLOCK, TOTAL_DTYPE,
         )  # fmt: skip
-        block_weights: tl.constexpr = None
+        block_weights = None
         if block_weights_ptr is not None:
             block_weights = tl.load(block_weights_ptr + k, mask=k < D // BLOCK, other=0.0)
         partial, largest = accumulate(x, block_weights, partial, largest, EXACT, P)
@@ -78,7 +78,7 @@ def norm_cast_kernel(
                 x_ptr, residual_ptr, None, row, k, rows, x_stride, residual_stride,
                 D, BLOCK, TOTAL_DTYPE,
             )  # fmt: skip
-        weight: tl.constexpr = None
+        weight = None
         if weight_ptr is not None:
             weight = load_gain(weight_ptr, k, D, BLOCK)
         if EXACT:
