@@ -40,15 +40,17 @@ class Config:
 
 
 _ROW_IN_REGISTERS = 16384
+_NARROW = 2048
 
 
 def row_config(width: int) -> Config:
     """For rows of ``width`` elements, whatever their number."""
-    padded = triton.next_power_of_2(width)
-    if padded > _ROW_IN_REGISTERS:
-        return Config(1, padded // _ROW_IN_REGISTERS, 16)
-    rows = max(1, 2048 // padded)
-    return Config(rows, 1, max(1, min(16, rows * padded // 512)))
+    padded: int = triton.next_power_of_2(width)
+    chunks = max(1, padded // _ROW_IN_REGISTERS)
+    rows = max(1, _NARROW // padded)
+    # 32 to 64 elements per thread keep enough loads in flight with few warps to wait for.
+    warps = max(4, min(8, padded // 1024))
+    return Config(rows, chunks, warps)
 
 
 def launcher(kernel: Any) -> Any:
@@ -107,9 +109,7 @@ def norm_cast(
         rows,
         x_rows.stride(0),
         0 if residual_rows is None else residual_rows.stride(0),
-        *statistic_factors(spec, width, block_weights),
-        spec.eps,
-        **constants(spec, width, weight, (total if total is not None else x).dtype, x.dtype),
+        **constants(spec, width, weight, block_weights, (total if total is not None else x).dtype),
         ROWS=config.rows,
         TILE_K=tile_blocks(width, spec, config),
         CHUNKS=config.chunks,
@@ -140,7 +140,7 @@ def scales_shape(x: Tensor, spec: NormCastSpec) -> tuple[int, ...]:
 def statistic_factors(
     spec: NormCastSpec, width: int, block_weights: Tensor | None
 ) -> tuple[float, float]:
-    """``factor`` and ``scale`` of ``statistic.inverse_rms``."""
+    """``FACTOR`` and ``SCALE`` of ``statistic.inverse_rms``."""
     if spec.estimator == "exact":
         return 1.0 / width, 1.0
     if block_weights is not None:
@@ -156,19 +156,23 @@ def constants(
     spec: NormCastSpec,
     width: int,
     weight: Tensor | None,
+    block_weights: Tensor | None,
     total_dtype: torch.dtype,
-    x_dtype: torch.dtype,
 ) -> dict[str, Any]:
     """What all kernels are specialised on."""
     elem = element_format(spec.elem_dtype)
     norm_dtype = spec.norm_dtype or torch.float32
     product = norm_dtype if weight is None else torch.promote_types(norm_dtype, weight.dtype)
     exact = spec.estimator == "exact"
+    factor, scale = statistic_factors(spec, width, block_weights)
     return {
         "D": width,
         "BLOCK": spec.block_size,
         "EXACT": exact,
         "P": 2.0 if exact else float(spec.p),
+        "EPS": spec.eps,
+        "FACTOR": factor,
+        "SCALE": scale,
         "MODE": spec.scale_mode,
         "ELEM_DTYPE": TRITON_DTYPES[spec.elem_dtype],
         "MAX_EXPONENT": elem.max_exponent,

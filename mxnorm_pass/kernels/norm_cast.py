@@ -28,16 +28,16 @@ def norm_cast_kernel(
     rows,
     x_stride,
     residual_stride,
-    factor,
-    scale,
-    eps,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     TILE_K: tl.constexpr,
     CHUNKS: tl.constexpr,
+    EPS: tl.constexpr,
     EXACT: tl.constexpr,
     P: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SCALE: tl.constexpr,
     MODE: tl.constexpr,
     ELEM_DTYPE: tl.constexpr,
     MAX_EXPONENT: tl.constexpr,
@@ -51,8 +51,8 @@ def norm_cast_kernel(
     """Pointers that are None: no such input, or a result that nobody asked for.
 
     Args:
-        factor, scale, eps: see ``statistic.inverse_rms``.
         TILE_K: blocks per chunk, a power of two.
+        FACTOR, SCALE: see ``statistic.inverse_rms``.
         PRODUCT_DTYPE: dtype of the product with the gain.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -67,8 +67,11 @@ def norm_cast_kernel(
         block_weights = None
         if block_weights_ptr is not None:
             block_weights = tl.load(block_weights_ptr + k, mask=k < D // BLOCK, other=0.0)
+        if weight_ptr is not None and CHUNKS == 1:
+            # Asked for here, the gain arrives while the rows are summed up.
+            gain = load_gain(weight_ptr, k, D, BLOCK)
         partial, largest = accumulate(x, block_weights, partial, largest, EXACT, P)
-    rho = inverse_rms(partial, largest, factor, scale, eps, P)
+    rho = inverse_rms(partial, largest, EPS, P, FACTOR, SCALE)
     tl.store(rho_ptr + row, rho, mask=row < rows)
 
     for chunk in tl.static_range(CHUNKS):
@@ -80,7 +83,9 @@ def norm_cast_kernel(
             )  # fmt: skip
         weight = None
         if weight_ptr is not None:
-            weight = load_gain(weight_ptr, k, D, BLOCK)
+            if CHUNKS > 1:
+                gain = load_gain(weight_ptr, k, D, BLOCK)
+            weight = widen(gain)[None, :, :]
         if EXACT:
             y = normalize(x, rho[:, None, None], weight, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE)
             absmax = absmax_bits(y, 2)
@@ -137,9 +142,9 @@ def load_rows(
 
 @triton.jit
 def load_gain(weight_ptr, k, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Gain [1, K, B] in float32."""
+    """[K, B], as it is stored."""
     column = k[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return widen(tl.load(weight_ptr + column, mask=column < D, other=0.0))[None, :, :]
+    return tl.load(weight_ptr + column, mask=column < D, other=0.0, eviction_policy="evict_last")
 
 
 @triton.jit

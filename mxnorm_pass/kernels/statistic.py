@@ -42,22 +42,29 @@ def accumulate(x, block_weights, partial, largest, EXACT: tl.constexpr, P: tl.co
 
 
 @triton.jit
-def inverse_rms(partial, largest, factor, scale, eps, P: tl.constexpr):
+def inverse_rms(
+    partial,
+    largest,
+    EPS: tl.constexpr,
+    P: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SCALE: tl.constexpr,
+):
     """rho [ROWS] of the sums that :func:`accumulate` made.
 
     Args:
-        factor: what the sum is multiplied by: 1 / (K c^p), 1 / D for the exact RMS; 1 with block
-            weights. For p other than 1 and 2 c is left to ``scale``.
-        scale: 1 / c for these p.
+        FACTOR: what the sum is multiplied by: 1 / (K c^p), 1 / D for the exact RMS; 1 with block
+            weights. For p other than 1 and 2 c is left to ``SCALE``.
+        SCALE: 1 / c for these p.
     """
-    mean_square = partial * factor
+    mean_square = partial * FACTOR
     if P == 1.0:
         mean_square = mean_square * mean_square
     elif P != 2.0:
-        root = divisor(largest) * power(mean_square, 1.0 / P) * scale
+        root = divisor(largest) * power(mean_square, 1.0 / P) * SCALE
         mean_square = root * root
     # The approximate rsqrt would take subnormals for zero.
-    return tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
+    return tl.div_rn(1.0, tl.sqrt_rn(mean_square + EPS))
 
 
 @triton.jit
