@@ -2,14 +2,16 @@
 
 The formats are those of the OCP Microscaling (MX) specification v1.0. The scale modes, special
 values and saturation follow torchao 0.18 (``torchao/prototype/mx_formats/mx_tensor.py::to_mx``)
-bit for bit, so that a cast written there can be replaced by the one written here.
+bit for bit, so that a cast written there can be replaced by the one written here. Its RCEIL, which
+takes float32's log2, is "rceil-log2"; "rceil" is what that approximates. Of bfloat16 and float16
+both give the same bits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, get_args
 
 import torch
@@ -17,13 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ScaleMode = Literal["rceil", "floor", "ceil", "even"]
+CastMode = Literal[ScaleMode, "rceil-log2"]
 ScaleLayout = Literal["row-major", "blocked"]
 SCALE_MODES: Final[tuple[ScaleMode, ...]] = get_args(ScaleMode)
+CAST_MODES: Final[tuple[CastMode, ...]] = get_args(CastMode)
 
 MX_BLOCK_SIZE: Final = 32
 E8M0_BIAS: Final = 127
+E8M0_LARGEST: Final = 254
 E8M0_NAN: Final = 255
 F32_MANTISSA_BITS: Final = 23
+F32_MANTISSA_MASK: Final = (1 << F32_MANTISSA_BITS) - 1
 F32_SMALLEST_NORMAL: Final = 2.0**-126
 
 
@@ -43,6 +49,11 @@ class ElementFormat:
     max_exponent: int
     mantissa_bits: int
 
+    @property
+    def max_mantissa(self) -> int:
+        """Mantissa bits of ``max`` as float32; 0x600000 where ``max`` is 1.75 * 2**max_exponent."""
+        return round((self.max / 2.0**self.max_exponent - 1) * 2**F32_MANTISSA_BITS)
+
 
 ELEMENT_FORMATS: Final = {
     torch.float8_e4m3fn: ElementFormat(torch.float8_e4m3fn, 448.0, 8, 3),
@@ -56,13 +67,18 @@ class MXFormat:
 
     Attributes:
         elem_dtype: element type, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
-        scale_mode: "rceil", "floor", "ceil" or "even".
+        scale_mode: "rceil", "floor", "ceil", "even" or "rceil-log2", see :func:`e8m0_exponent`.
         block_size: elements that share one scale; 32 in MXFP8.
     """
 
     elem_dtype: torch.dtype = torch.float8_e4m3fn
-    scale_mode: ScaleMode = "rceil"
+    scale_mode: CastMode = "rceil"
     block_size: int = MX_BLOCK_SIZE
+
+    @property
+    def without_log2(self) -> MXFormat:
+        """The same format with "rceil" in the place of "rceil-log2"."""
+        return replace(self, scale_mode="rceil") if self.scale_mode == "rceil-log2" else self
 
     def __str__(self) -> str:
         elem = str(self.elem_dtype).removeprefix("torch.float8_")
@@ -77,37 +93,46 @@ def element_format(dtype: torch.dtype) -> ElementFormat:
     return ELEMENT_FORMATS[dtype]
 
 
-def e8m0_exponent(absmax: Tensor, elem_dtype: torch.dtype, scale_mode: ScaleMode) -> Tensor:
+def e8m0_exponent(absmax: Tensor, elem_dtype: torch.dtype, scale_mode: CastMode) -> Tensor:
     """Biased E8M0 exponent of each block's shared scale.
 
     Args:
         absmax: float32, non-negative or NaN, any shape.
         elem_dtype: element type that the scale must fit.
         scale_mode: "floor" (OCP MX v1.0 section 6.3), "ceil", "even" (absmax rounded to the
-            element's mantissa first), or "rceil" (cuBLAS block scaling: round absmax / max up).
+            element's mantissa first), "rceil" (cuBLAS block scaling: the smallest power of two
+            that is not below absmax / max, exactly), or "rceil-log2" (torchao's emulation of it:
+            float32's log2 may round a quotient just above a power of two down to it).
 
     Returns:
         uint8 of ``absmax``'s shape; 255 encodes NaN.
+
+    Raises:
+        ValueError: ``elem_dtype`` or ``scale_mode`` is unknown.
     """
     elem = element_format(elem_dtype)
-    if scale_mode == "rceil":
-        return _rceil_exponent(absmax / elem.max)
-    if scale_mode not in SCALE_MODES:
-        raise ValueError(f"scale_mode is {scale_mode!r}; allowed: {', '.join(SCALE_MODES)}")
+    if scale_mode not in CAST_MODES:
+        raise ValueError(f"scale_mode is {scale_mode!r}; allowed: {', '.join(CAST_MODES)}")
+    if scale_mode == "rceil-log2":
+        return _log2_exponent(absmax / elem.max)
     bits = absmax.view(torch.int32)
     if scale_mode == "even":
         half_ulp = 1 << (F32_MANTISSA_BITS - elem.mantissa_bits - 1)
         bits = (bits + half_ulp) & (0x1FF << F32_MANTISSA_BITS)
-    exponent = ((bits >> F32_MANTISSA_BITS) & 0xFF) - E8M0_BIAS
-    if scale_mode == "ceil":
-        exponent = exponent + ((bits & 0x7FFFFF) > 0).to(torch.int32)
-    unbiased = (exponent - elem.max_exponent).clamp(-E8M0_BIAS, E8M0_BIAS + 1)
-    return torch.where(torch.isnan(absmax), E8M0_NAN, (unbiased + E8M0_BIAS).to(torch.uint8))
+    exponent = ((bits >> F32_MANTISSA_BITS) & 0xFF) - elem.max_exponent
+    if scale_mode in ("ceil", "rceil"):
+        # Compared with 2**max_exponent or with max, both times a power of two.
+        limit = elem.max_mantissa if scale_mode == "rceil" else 0
+        exponent = exponent + ((bits & F32_MANTISSA_MASK) > limit).to(torch.int32)
+    biased = exponent.clamp(min=0).to(torch.uint8)
+    if scale_mode == "rceil":
+        biased = torch.where(torch.isinf(absmax), E8M0_LARGEST, biased)
+    return torch.where(torch.isnan(absmax), E8M0_NAN, biased)
 
 
-def _rceil_exponent(descale: Tensor) -> Tensor:
+def _log2_exponent(descale: Tensor) -> Tensor:
     finite = torch.ceil(torch.log2(descale)).clamp(-E8M0_BIAS, E8M0_BIAS) + E8M0_BIAS
-    special = torch.where(torch.isinf(descale), 254, finite.to(torch.uint8))
+    special = torch.where(torch.isinf(descale), E8M0_LARGEST, finite.to(torch.uint8))
     return torch.where(torch.isnan(descale), E8M0_NAN, special)
 
 
@@ -123,13 +148,13 @@ def round_up_to_e8m0(x: Tensor) -> Tensor:
     bits = x.view(torch.int32)
     exponent = (bits >> F32_MANTISSA_BITS) & 0xFF
     # Below 2**-126 float32 has no exponent; the smallest E8M0 number, 2**-127, is 1 << 22.
-    above = torch.where(exponent == 0, bits > (1 << 22), (bits & 0x7FFFFF) > 0)
-    rounded = (exponent + above.to(torch.int32)).clamp(max=254).to(torch.uint8)
+    above = torch.where(exponent == 0, bits > (1 << 22), (bits & F32_MANTISSA_MASK) > 0)
+    rounded = (exponent + above.to(torch.int32)).clamp(max=E8M0_LARGEST).to(torch.uint8)
     return torch.where(torch.isnan(x), E8M0_NAN, rounded)
 
 
 def cast_elements(
-    x: Tensor, exponent: Tensor, elem_dtype: torch.dtype, scale_mode: ScaleMode
+    x: Tensor, exponent: Tensor, elem_dtype: torch.dtype, scale_mode: CastMode
 ) -> Tensor:
     """Divide by the shared scale, saturate, and round to the element type.
 
@@ -144,7 +169,7 @@ def cast_elements(
         ``elem_dtype`` tensor of ``x``'s shape. Finite values saturate; NaN stays NaN.
     """
     limit = element_format(elem_dtype).max
-    if scale_mode == "rceil":
+    if scale_mode in ("rceil", "rceil-log2"):
         scaled = x * _rceil_reciprocal(exponent)
     else:
         scale = (exponent.to(torch.int32) << F32_MANTISSA_BITS).view(torch.float32)
@@ -157,7 +182,7 @@ def _rceil_reciprocal(exponent: Tensor) -> Tensor:
     # 2**(127 - exponent), built from its bits: exact on every backend, unlike exp2.
     reciprocal = ((254 - exponent.to(torch.int32)) << F32_MANTISSA_BITS).view(torch.float32)
     reciprocal = torch.where(exponent == 0, 1.0, reciprocal)
-    reciprocal = torch.where(exponent == 254, 2.0**-127, reciprocal)
+    reciprocal = torch.where(exponent == E8M0_LARGEST, 2.0**-127, reciprocal)
     return torch.where(exponent == E8M0_NAN, float("nan"), reciprocal)
 
 

@@ -26,8 +26,8 @@ from mxnorm_pass.estimate import (
     rms_estimate,
 )
 from mxnorm_pass.formats import (
+    CastMode,
     ScaleLayout,
-    ScaleMode,
     blocked_scales,
     cast_elements,
     e8m0_exponent,
@@ -254,7 +254,7 @@ def mx_cast(
     x: Tensor,
     *,
     elem_dtype: torch.dtype = torch.float8_e4m3fn,
-    scale_mode: ScaleMode = "rceil",
+    scale_mode: CastMode = "rceil",
     block_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """Cast to an MX format along the last dimension.
@@ -264,7 +264,8 @@ def mx_cast(
 
     Returns:
         values [..., D] of ``elem_dtype`` and scales [..., K] of ``torch.float8_e8m0fnu``.
-        Equal to torchao's ``to_mx`` bit for bit, but for the sign of NaN.
+        Equal to torchao's ``to_mx`` bit for bit, but for the sign of NaN; its RCEIL of float32
+        is "rceil-log2" (see :func:`mxnorm_pass.formats.e8m0_exponent`).
     """
     in_blocks = blocks(x, block_size)
     absmax = in_blocks.abs().amax(-1, keepdim=True).to(torch.float32)
@@ -272,7 +273,7 @@ def mx_cast(
 
 
 def _cast_blocks(
-    like: Tensor, in_blocks: Tensor, absmax: Tensor, elem_dtype: torch.dtype, mode: ScaleMode
+    like: Tensor, in_blocks: Tensor, absmax: Tensor, elem_dtype: torch.dtype, mode: CastMode
 ) -> tuple[Tensor, Tensor]:
     exponent = e8m0_exponent(absmax, elem_dtype, mode)
     values = cast_elements(in_blocks, exponent, elem_dtype, mode).reshape(like.shape)
@@ -306,7 +307,7 @@ def mxnorm_cast(
     block_weights: Tensor | None = None,
     estimator: Estimator = "mxnorm",
     elem_dtype: torch.dtype = torch.float8_e4m3fn,
-    scale_mode: ScaleMode = "rceil",
+    scale_mode: CastMode = "rceil",
     norm_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
     scale_layout: ScaleLayout = "row-major",
@@ -360,7 +361,7 @@ def mxnorm_cast_both(
     *,
     gain_in_rows: bool = True,
     elem_dtype: torch.dtype = torch.float8_e4m3fn,
-    scale_mode: ScaleMode = "rceil",
+    scale_mode: CastMode = "rceil",
     norm_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
     block_size: int = 32,
@@ -437,7 +438,7 @@ def mx_linear(
     quantized: tuple[Tensor, Tensor] | None = None,
     gain: Tensor | None = None,
     elem_dtype: torch.dtype = torch.float8_e4m3fn,
-    scale_mode: ScaleMode = "rceil",
+    scale_mode: CastMode = "rceil",
     block_size: int = 32,
 ) -> Tensor:
     """Linear layer on MX-cast operands; the backward's matmuls stay in high precision.

@@ -181,7 +181,8 @@ def _redirect_weight(
 def _cast_scaled_weight(
     graph: fx.Graph, at: fx.Node, weight: WeightCast, gain: fx.Node
 ) -> tuple[fx.Node, ...]:
-    fmt = weight.cast.format
+    # As in the activation's cast: the product with the gain has no bits in the matched graph.
+    fmt = weight.cast.format.without_log2
     weight32 = _to_dtype(graph, at, weight.weight, torch.float32)
     scaled = call(graph, at, aten.mul.Tensor, weight32, _to_dtype(graph, at, gain, torch.float32))
     cast = call(graph, at, ops.cast, scaled, fmt.block_size, fmt.elem_dtype, fmt.scale_mode)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mxnorm_pass.config import Estimator
-from mxnorm_pass.formats import ScaleLayout, ScaleMode
+from mxnorm_pass.formats import CastMode, ScaleLayout
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class NormCastSpec:
     p: float
     block_size: int
     elem_dtype: torch.dtype
-    scale_mode: ScaleMode
+    scale_mode: CastMode
     norm_dtype: torch.dtype | None
     out_dtype: torch.dtype
     scale_layout: ScaleLayout

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mxnorm_pass.config import Gradient
-from mxnorm_pass.formats import SCALE_MODES
+from mxnorm_pass.formats import CAST_MODES
 from mxnorm_pass.functional import rms_constant
 
 U = 2.0**-24
@@ -28,7 +28,7 @@ GRADIENTS: tuple[Gradient, ...] = ("true", "orthogonal", "paper")
 
 all_gradients = pytest.mark.parametrize("gradient", GRADIENTS)
 all_inputs = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-all_modes = pytest.mark.parametrize("mode", SCALE_MODES)
+all_modes = pytest.mark.parametrize("mode", CAST_MODES)
 all_elements = pytest.mark.parametrize("elem_dtype", [E4M3, E5M2], ids=["e4m3fn", "e5m2"])
 all_edges = pytest.mark.parametrize("case", EDGE_CASES, ids=str)
 with_and_without_weight = pytest.mark.parametrize("weighted", [False, True])

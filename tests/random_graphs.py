@@ -23,7 +23,13 @@ from random_specs import (
     ReaderSpec,
     StageSpec,
 )
-from reference import MXBackward, Recipe, convert_to_mxfp8_training, quantize_with_torchao
+from reference import (
+    MXBackward,
+    Recipe,
+    convert_to_mxfp8_training,
+    quantize_with_torchao,
+    torchao_mode,
+)
 from test_match_casts import HAND_CASTS, CastLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -344,33 +350,42 @@ class _ReferenceStage:
         operand = reader.operand(self.stage.seen(y.reshape(exact.shape)))
         in_cast = gain if site.gain == "activation" else None
         values, scales, _ = functional.mxnorm_cast(
-            x, in_cast, eps=eps, p=config.p, **self._format(reader, name)
+            x, in_cast, eps=eps, p=config.p, **without_log2(self._kept_format(reader, name))
         )
         quantized = values.reshape(operand.shape), scales.reshape(*operand.shape[:-1], -1)
         fold = gain if site.gain == "fold" else None
         return self._mx_linear(reader, name, operand, quantized=quantized, gain=fold)
 
     def _mx_linear(self, reader: Linear, name: str, y: Tensor, **fused: Any) -> Tensor:
-        form, linear = self._format(reader, name), reader.linear
+        linear = reader.linear
+        kept = self._kept_format(reader, name)
+        # A weight with the gain in it has a new cast.
+        form = kept if fused.get("gain") is None else without_log2(kept)
         weight = linear.weight.t() if isinstance(reader, Right) else linear.weight
         if reader.spec.cast == "torchao inference":
             activation = functional.mx_dequantize(*fused["quantized"], BF16)
             return F.linear(activation, linear.weight.dequantize())
         if reader.spec.cast == "torchao training":
-            out = MXBackward.apply(y, linear.weight, Recipe(cast=form, backward="mx"), form | fused)
+            out = MXBackward.apply(y, linear.weight, Recipe(kept=kept, backward="mx"), form | fused)
             return out if linear.bias is None else out + linear.bias
         dtype = BF16 if self.reference.spec.autocast else y.dtype
         bias = linear.bias.to(dtype) if linear.bias is not None else None
         with torch.autocast("cpu", enabled=False):
             return functional.mx_linear(y.to(dtype), weight.to(dtype), bias, **form, **fused)
 
-    def _format(self, reader: Linear, name: str) -> dict[str, Any]:
+    def _kept_format(self, reader: Linear, name: str) -> dict[str, Any]:
+        """Of the casts that the pass leaves as they are."""
         if reader.spec.cast == "by hand":
             return {"scale_mode": HAND_CASTS[reader.spec.mode][1]}
         if reader.spec.cast != "plain":
-            return {"scale_mode": reader.spec.mode}
+            return {"scale_mode": torchao_mode(reader.spec.mode)}
         config = self.reference.config.resolve(name).config
         return {"scale_mode": config.scale_mode, "elem_dtype": config.elem_dtype}
+
+
+def without_log2(form: dict[str, Any]) -> dict[str, Any]:
+    """Of the casts that the pass writes in the place of these."""
+    return form | {"scale_mode": form["scale_mode"].removesuffix("-log2")}
 
 
 def linear_name(spec: ModelSpec, stage: int, reader: int) -> str:

@@ -73,6 +73,11 @@ def quantize_with_torchao(model: nn.Module, mode: str = "rceil") -> nn.Module:
     return model
 
 
+def torchao_mode(mode: str) -> str:
+    """The scale mode of ``functional`` that torchao's is."""
+    return "rceil-log2" if mode == "rceil" else mode
+
+
 def _is_converted(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and "lm_head" not in name
 
@@ -105,7 +110,8 @@ class Recipe:
 
     Attributes:
         norm: keyword arguments of ``functional.mxnorm``.
-        cast: keyword arguments of ``functional.mx_cast``.
+        cast: keyword arguments of ``functional.mx_cast``, for casts that the pass writes.
+        kept: of casts that stay as the model has them; None: as ``cast``.
         gain: "fold" or "activation".
         every_linear: all linears are cast, not only those that a norm feeds.
         off: last name components of linears that stay plain and read the exact norm.
@@ -116,12 +122,17 @@ class Recipe:
 
     norm: dict[str, Any] = field(default_factory=dict)
     cast: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] | None = None
     gain: str = "fold"
     every_linear: bool = False
     off: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     head: bool = False
     backward: str = "high-precision"
+
+    @property
+    def kept_cast(self) -> dict[str, Any]:
+        return self.cast if self.kept is None else self.kept
 
 
 def reference_of(model: LlamaForCausalLM, recipe: Recipe) -> LlamaForCausalLM:
@@ -197,10 +208,12 @@ class _Linear(nn.Module):
         self.fused: _Fused | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        options = dict(self.recipe.cast)
+        options = dict(self.recipe.kept_cast)
         fused = getattr(x, "fused", self.fused)
         if fused is not None:
             x = fused.output
+            # A weight with the gain in it has a new cast.
+            options = dict(options if fused.gain is None else self.recipe.cast)
             options |= {"quantized": fused.quantized, "gain": fused.gain}
         weight, bias = self.weight, self.bias
         if torch.is_autocast_enabled("cpu"):
@@ -227,7 +240,7 @@ class MXBackward(torch.autograd.Function):
         x, weight = ctx.saved_tensors
 
         def rounded(t: Tensor) -> Tensor:
-            values, scales = functional.mx_cast(t.contiguous(), **ctx.recipe.cast)
+            values, scales = functional.mx_cast(t.contiguous(), **ctx.recipe.kept_cast)
             return functional.mx_dequantize(values, scales, t.dtype)
 
         grad2, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])

@@ -164,6 +164,7 @@ def test_module_rule_overrides_only_what_is_overridable(name: Any) -> None:
         ("gradient", "fake", "'orthogonal'"),
         ("elem_dtype", torch.float16, "torch.float8_e5m2"),
         ("scale_mode", "round", "'even'"),
+        ("scale_mode", "rceil-log2", "'rceil'"),
     ],
 )
 def test_module_override_is_validated_like_the_field(name: str, bad: Any, allowed: str) -> None:

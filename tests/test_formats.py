@@ -15,21 +15,33 @@ from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.mx_tensor import MXTensor, to_mx
 
 from mxnorm_pass.formats import (
+    CAST_MODES,
     ELEMENT_FORMATS,
-    SCALE_MODES,
+    CastMode,
     MXFormat,
-    ScaleMode,
+    e8m0_exponent,
     e8m0_to_float,
     element_format,
+    round_up_to_e8m0,
 )
 from mxnorm_pass.functional import mx_cast, mx_dequantize, mxnorm_cast
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 INPUT_DTYPES = (torch.float32, torch.bfloat16)
+# torchao's RCEIL takes float32's log2; of a bfloat16 absmax that is exact.
+LIKE_TORCHAO = {
+    f"{mode}-{name}": (mode, dtype)
+    for mode in CAST_MODES
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    if (mode, dtype) != ("rceil", torch.float32)
+}
 
-all_modes = pytest.mark.parametrize("mode", SCALE_MODES)
+all_modes = pytest.mark.parametrize("mode", CAST_MODES)
 all_elements = pytest.mark.parametrize("elem_dtype", [E4M3, E5M2], ids=["e4m3fn", "e5m2"])
 all_inputs = pytest.mark.parametrize("dtype", INPUT_DTYPES, ids=["fp32", "bf16"])
+like_torchao = pytest.mark.parametrize(
+    "mode, dtype", list(LIKE_TORCHAO.values()), ids=list(LIKE_TORCHAO)
+)
 all_edges = pytest.mark.parametrize("case", EDGE_CASES, ids=str)
 # Seeded by the test's name, so that a failure in one run is a failure in each.
 repeatable = settings(
@@ -37,8 +49,11 @@ repeatable = settings(
 )
 
 
-def torchao_cast(x: Tensor, elem_dtype: torch.dtype, mode: ScaleMode) -> tuple[Tensor, Tensor]:
-    scales, values = to_mx(x, elem_dtype, BLOCK_SIZE, ScaleCalculationMode[mode.upper()])
+def torchao_cast(
+    x: Tensor, elem_dtype: torch.dtype, mode: CastMode, block_size: int = BLOCK_SIZE
+) -> tuple[Tensor, Tensor]:
+    scale_mode = ScaleCalculationMode[mode.removesuffix("-log2").upper()]
+    scales, values = to_mx(x, elem_dtype, block_size, scale_mode)
     return values, scales
 
 
@@ -48,7 +63,7 @@ def torchao_dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Te
     return tensor.dequantize(dtype)
 
 
-def assert_cast_equals_torchao(x: Tensor, elem_dtype: torch.dtype, mode: ScaleMode) -> None:
+def assert_cast_equals_torchao(x: Tensor, elem_dtype: torch.dtype, mode: CastMode) -> None:
     values, scales = mx_cast(x, elem_dtype=elem_dtype, scale_mode=mode)
     expected_values, expected_scales = torchao_cast(x, elem_dtype, mode)
     assert bits_equal(scales, expected_scales), describe_difference(scales, expected_scales)
@@ -72,23 +87,21 @@ def bit_patterns(draw: st.DrawFn, dtype: torch.dtype, finite: bool = False) -> T
     return bits.view(dtype).reshape(2, 2 * BLOCK_SIZE)
 
 
-@all_inputs
+@like_torchao
 @all_elements
-@all_modes
 @all_edges
 def test_cast_equals_torchao(
-    case: EdgeCase, mode: ScaleMode, elem_dtype: torch.dtype, dtype: torch.dtype
+    case: EdgeCase, mode: CastMode, elem_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     assert_cast_equals_torchao(case.x(dtype), elem_dtype, mode)
 
 
-@all_inputs
+@like_torchao
 @all_elements
-@all_modes
 @repeatable
 @given(data=st.data())
 def test_cast_equals_torchao_on_random_bits(
-    data: st.DataObject, mode: ScaleMode, elem_dtype: torch.dtype, dtype: torch.dtype
+    data: st.DataObject, mode: CastMode, elem_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     assert_cast_equals_torchao(data.draw(bit_patterns(dtype)), elem_dtype, mode)
 
@@ -96,9 +109,9 @@ def test_cast_equals_torchao_on_random_bits(
 @all_elements
 @all_modes
 def test_cast_follows_leading_dimensions_and_strides(
-    mode: ScaleMode, elem_dtype: torch.dtype
+    mode: CastMode, elem_dtype: torch.dtype
 ) -> None:
-    x = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     values, scales = mx_cast(x, elem_dtype=elem_dtype, scale_mode=mode)
     assert (values.shape, scales.shape) == (x.shape, (3, 5, 3))
     flat_values, flat_scales = torchao_cast(x.reshape(15, 96), elem_dtype, mode)
@@ -111,7 +124,7 @@ def test_cast_follows_leading_dimensions_and_strides(
 
 
 @all_modes
-def test_cast_of_float16_is_that_of_float32(mode: ScaleMode) -> None:
+def test_cast_of_float16_is_that_of_float32(mode: CastMode) -> None:
     # float16 lies inside float32, so the widened input is the same number.
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).half()
     for actual, expected in zip(
@@ -121,19 +134,81 @@ def test_cast_of_float16_is_that_of_float32(mode: ScaleMode) -> None:
 
 
 @all_modes
-def test_cast_takes_the_block_size(mode: ScaleMode) -> None:
-    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+def test_cast_takes_the_block_size(mode: CastMode) -> None:
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     values, scales = mx_cast(x, scale_mode=mode, block_size=16)
-    expected_scales, expected = to_mx(x, E4M3, 16, ScaleCalculationMode[mode.upper()])
+    expected, expected_scales = torchao_cast(x, E4M3, mode, 16)
     assert scales.shape == (4, 4)
     assert bits_equal(values, expected) and bits_equal(scales, expected_scales)
+
+
+def finite_absmaxes() -> Tensor:
+    """[N] of float32: all powers of two times the edges of a mantissa, and random bits."""
+    mantissas = torch.tensor([0, 1, 2, 0x5FFFFE, 0x5FFFFF, 0x600000, 0x600001, 0x600002, 0x7FFFFF])
+    edges = (torch.arange(255)[:, None] << 23) + mantissas
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(0, 0x7F800000, (100_000,), generator=generator)
+    return torch.cat([edges.flatten(), random]).to(torch.int32).view(torch.float32)
+
+
+def assert_smallest_that_fits(exponent: Tensor, absmax: Tensor, elem_dtype: torch.dtype) -> None:
+    """absmax <= max * 2^(exponent - 127), and no smaller scale does; float64 holds both exactly."""
+    largest = torch.finfo(elem_dtype).max * torch.exp2(exponent.double() - 127)
+    assert (absmax.double() <= largest).all()
+    assert (absmax.double() > largest / 2)[exponent > 0].all()
+
+
+@all_elements
+def test_rceil_is_the_smallest_scale_that_fits(elem_dtype: torch.dtype) -> None:
+    absmax = finite_absmaxes()
+    assert_smallest_that_fits(e8m0_exponent(absmax, elem_dtype, "rceil"), absmax, elem_dtype)
+
+
+@all_elements
+def test_rceil_of_special_values(elem_dtype: torch.dtype) -> None:
+    nans = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    absmax = torch.cat([torch.tensor([0.0, math.inf]), nans])
+    assert e8m0_exponent(absmax, elem_dtype, "rceil").tolist() == [0, 254, 255, 255, 255]
+
+
+@all_elements
+def test_rceil_is_the_quotient_rounded_up(elem_dtype: torch.dtype) -> None:
+    """As PTX takes it from absmax / max, but for one quotient that float32 rounds to 2^-127."""
+    largest = torch.finfo(elem_dtype).max
+    absmax = finite_absmaxes()
+    different = e8m0_exponent(absmax, elem_dtype, "rceil") != round_up_to_e8m0(absmax / largest)
+    rounded = torch.tensor(largest * 2.0**-127).nextafter(torch.tensor(1.0))
+    assert rounded / largest == 2.0**-127
+    assert absmax[different].unique().tolist() == [rounded.item()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@all_elements
+def test_log2_is_exact_for_every_absmax_of_16_bits(
+    elem_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    absmax = torch.arange(1 << 15).to(torch.int16).view(dtype).float()
+    exponent = e8m0_exponent(absmax, elem_dtype, "rceil")
+    assert torch.equal(exponent, e8m0_exponent(absmax, elem_dtype, "rceil-log2"))
+    finite = absmax.isfinite()
+    assert_smallest_that_fits(exponent[finite], absmax[finite], elem_dtype)
+
+
+@all_elements
+def test_log2_of_float32_rounds_down_to_a_power_of_two(elem_dtype: torch.dtype) -> None:
+    # A quotient of 2^k (1 + 2^-23) has a log2 of less than k + 2^-22; float32's next is k + 2^-17.
+    powers = torch.tensor([torch.finfo(elem_dtype).max * 2.0**k for k in range(64, 112)])
+    above = powers.nextafter(torch.tensor(math.inf))
+    exact, log2 = (e8m0_exponent(above, elem_dtype, m) for m in ("rceil", "rceil-log2"))
+    assert exact.tolist() == [k + 128 for k in range(64, 112)]
+    assert log2.tolist() == [k + 127 for k in range(64, 112)]
 
 
 @all_modes
 @all_inputs
 @all_edges
 def test_e4m3_of_finite_input_is_never_nan(
-    case: EdgeCase, dtype: torch.dtype, mode: ScaleMode
+    case: EdgeCase, dtype: torch.dtype, mode: CastMode
 ) -> None:
     x = case.x(dtype)
     x = torch.where(x.isfinite(), x, torch.finfo(dtype).max)
@@ -146,7 +221,7 @@ def test_e4m3_of_finite_input_is_never_nan(
 @repeatable
 @given(data=st.data())
 def test_e4m3_of_random_finite_bits_is_never_nan(
-    data: st.DataObject, dtype: torch.dtype, mode: ScaleMode
+    data: st.DataObject, dtype: torch.dtype, mode: CastMode
 ) -> None:
     x = data.draw(bit_patterns(dtype, finite=True))
     assert x.isfinite().all()
@@ -156,7 +231,7 @@ def test_e4m3_of_random_finite_bits_is_never_nan(
 
 @all_modes
 @all_elements
-def test_a_nan_spoils_its_own_block_only(elem_dtype: torch.dtype, mode: ScaleMode) -> None:
+def test_a_nan_spoils_its_own_block_only(elem_dtype: torch.dtype, mode: CastMode) -> None:
     x = torch.ones(1, 3 * BLOCK_SIZE)
     x[0, BLOCK_SIZE + 1] = math.nan
     values, scales = mx_cast(x, elem_dtype=elem_dtype, scale_mode=mode)
@@ -199,7 +274,7 @@ def test_dequantize_to_float32_rounds_the_true_product_once(elem_dtype: torch.dt
 @all_modes
 @all_edges
 def test_dequantize_equals_torchao_on_edge_cases(
-    case: EdgeCase, mode: ScaleMode, elem_dtype: torch.dtype, dtype: torch.dtype
+    case: EdgeCase, mode: CastMode, elem_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     values, scales = mx_cast(case.x(dtype), elem_dtype=elem_dtype, scale_mode=mode)
     actual = mx_dequantize(values, scales, dtype)
@@ -211,7 +286,7 @@ def test_dequantize_equals_torchao_on_edge_cases(
 @all_elements
 @all_modes
 def test_representable_values_survive(
-    mode: ScaleMode, elem_dtype: torch.dtype, dtype: torch.dtype
+    mode: CastMode, elem_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     # A block with the absmax 2^max_exponent * 2^k has the scale 2^k in every mode, "ceil" too
     # (no mantissa to round up), so each element of at most that magnitude times 2^k is exact.
@@ -249,6 +324,7 @@ def test_element_table_agrees_with_torch(dtype: torch.dtype) -> None:
     assert elem.max == info.max
     assert elem.max_exponent == math.floor(math.log2(info.max))
     assert 2.0**-elem.mantissa_bits == info.eps
+    assert (1 + elem.max_mantissa * 2.0**-23) * 2.0**elem.max_exponent == info.max
 
 
 def test_format_names_itself() -> None:
@@ -256,9 +332,15 @@ def test_format_names_itself() -> None:
     assert str(MXFormat(E5M2, "even", 16)) == "mxfp8 e5m2 even block 16"
 
 
+@all_modes
+def test_format_without_log2(mode: CastMode) -> None:
+    fmt = MXFormat(E5M2, mode, 16)
+    assert fmt.without_log2 == (MXFormat(E5M2, "rceil", 16) if mode == "rceil-log2" else fmt)
+
+
 @pytest.mark.parametrize("bad", [torch.float16, torch.float8_e4m3fnuz, torch.int8], ids=str)
-@pytest.mark.parametrize("mode", SCALE_MODES)
-def test_unknown_element_dtype_is_named(mode: ScaleMode, bad: torch.dtype) -> None:
+@pytest.mark.parametrize("mode", CAST_MODES)
+def test_unknown_element_dtype_is_named(mode: CastMode, bad: torch.dtype) -> None:
     with pytest.raises(ValueError) as error:
         mx_cast(torch.ones(1, 32), elem_dtype=bad, scale_mode=mode)
     for part in (str(bad), "torch.float8_e4m3fn", "torch.float8_e5m2", "elem_dtype"):
@@ -269,7 +351,7 @@ def test_unknown_element_dtype_is_named(mode: ScaleMode, bad: torch.dtype) -> No
 def test_unknown_scale_mode_is_named(bad: str) -> None:
     with pytest.raises(ValueError) as error:
         mx_cast(torch.ones(1, 32), scale_mode=bad)  # type: ignore[arg-type]
-    for part in (repr(bad), "scale_mode", *SCALE_MODES):
+    for part in (repr(bad), "scale_mode", *CAST_MODES):
         assert part in str(error.value)
 
 

@@ -30,7 +30,7 @@ from numerics import (
 from torch import Tensor
 
 from mxnorm_pass.config import Estimator
-from mxnorm_pass.formats import SCALE_MODES, ScaleMode
+from mxnorm_pass.formats import CAST_MODES, CastMode
 from mxnorm_pass.functional import (
     inverse_rms,
     mx_cast,
@@ -53,7 +53,7 @@ ROUNDINGS = {"huggingface": True, "rms_norm": False}
 @all_elements
 @all_modes
 def test_exact_cast_is_norm_then_cast(
-    mode: ScaleMode,
+    mode: CastMode,
     elem_dtype: torch.dtype,
     dtype: torch.dtype,
     rounding: str,
@@ -73,7 +73,7 @@ def test_exact_cast_is_norm_then_cast(
 
 
 @all_modes
-def test_exact_cast_equals_llama_norm_then_cast(mode: ScaleMode) -> None:
+def test_exact_cast_equals_llama_norm_then_cast(mode: CastMode) -> None:
     # The bf16 roundings before and after the gain are there: without them bits differ.
     x, weight = normal(32, WIDTH).bfloat16(), gain().bfloat16()
     expected = mx_cast(llama_norm(weight)(x), scale_mode=mode)
@@ -86,7 +86,7 @@ def test_exact_cast_equals_llama_norm_then_cast(mode: ScaleMode) -> None:
 
 
 def assert_within_half_an_ulp(
-    values: Tensor, scales: Tensor, y: Tensor, relative_error: float, mode: ScaleMode
+    values: Tensor, scales: Tensor, y: Tensor, relative_error: float, mode: CastMode
 ) -> None:
     """|v s - y| against what rounding y / s to the element type allows.
 
@@ -113,7 +113,7 @@ def assert_within_half_an_ulp(
 @all_elements
 @all_modes
 def test_mxnorm_cast_rounds_only_to_the_element(
-    mode: ScaleMode, elem_dtype: torch.dtype, dtype: torch.dtype, p: float, weighted: bool
+    mode: CastMode, elem_dtype: torch.dtype, dtype: torch.dtype, p: float, weighted: bool
 ) -> None:
     x = normal(64, WIDTH, dtype=dtype)
     x[:16, 40] *= 100
@@ -159,7 +159,7 @@ def test_mxnorm_cast_ignores_the_roundings_of_the_norm() -> None:
 
 
 def assert_same_specials(
-    x: Tensor, weight: Tensor | None, p: float, elem_dtype: torch.dtype, mode: ScaleMode
+    x: Tensor, weight: Tensor | None, p: float, elem_dtype: torch.dtype, mode: CastMode
 ) -> None:
     cast: dict[str, Any] = {"elem_dtype": elem_dtype, "scale_mode": mode}
     values, scales, _ = mxnorm_cast(x, weight, eps=EPS, p=p, **cast)
@@ -176,7 +176,7 @@ def assert_same_specials(
 def test_specials_are_those_of_the_exact_norm(case: EdgeCase, dtype: torch.dtype, p: float) -> None:
     x = case.x(dtype)
     shrinking = gain(x.shape[-1], dtype, low=0.25, high=1.0)
-    for mode in SCALE_MODES:
+    for mode in CAST_MODES:
         for elem_dtype in (E4M3, E5M2):
             assert_same_specials(x, None, p, elem_dtype, mode)
             assert_same_specials(x, shrinking, p, elem_dtype, mode)
@@ -202,7 +202,7 @@ def test_specials_are_those_of_the_exact_norm_with_large_gains(
 @all_elements
 @all_modes
 def test_linear_is_linear_on_dequantised_operands(
-    mode: ScaleMode, elem_dtype: torch.dtype, dtype: torch.dtype, weighted: bool
+    mode: CastMode, elem_dtype: torch.dtype, dtype: torch.dtype, weighted: bool
 ) -> None:
     options: dict[str, Any] = {"elem_dtype": elem_dtype, "scale_mode": mode}
     x, weight = normal(2, 5, WIDTH, dtype=dtype), normal(24, WIDTH, seed=1, dtype=dtype)
@@ -221,7 +221,7 @@ def test_linear_is_linear_on_dequantised_operands(
 @all_inputs
 @all_modes
 def test_linear_folds_the_gain_in_float32(
-    mode: ScaleMode, dtype: torch.dtype, gain_dtype: torch.dtype
+    mode: CastMode, dtype: torch.dtype, gain_dtype: torch.dtype
 ) -> None:
     x, weight = normal(5, WIDTH, dtype=dtype), normal(24, WIDTH, seed=1, dtype=dtype)
     scale = gain(dtype=gain_dtype)
@@ -276,11 +276,11 @@ def test_gradient_reaches_through_norm_and_linear() -> None:
     k=st.integers(-30, 30),
     p=st.sampled_from([0.5, 1, 2, 3.7]),
     estimator=st.sampled_from(["mxnorm", "exact"]),
-    mode=st.sampled_from(SCALE_MODES),
+    mode=st.sampled_from(CAST_MODES),
     seed=st.integers(0, 2**16),
 )
 def test_scaling_by_a_power_of_two_changes_no_bit(
-    k: int, p: float, estimator: Estimator, mode: ScaleMode, seed: int
+    k: int, p: float, estimator: Estimator, mode: CastMode, seed: int
 ) -> None:
     # Multiplying by 2^k commutes with every rounding while nothing leaves the normal range: with
     # 2^-30 <= |x| <= 2^4 or x = 0, the squares stay between 2^-120 and 2^68.

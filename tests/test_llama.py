@@ -18,6 +18,7 @@ from reference import (
     quantize_with_torchao,
     reference_of,
     token_ids,
+    torchao_mode,
 )
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -179,7 +180,12 @@ def test_exact_changes_no_bit_of_a_torchao_model(mode) -> None:
 def test_torchao_training(dtype, mode, wgrad_with_hp) -> None:
     model = build_llama(dtype, layers=1)
     backward = "mx-hp-wgrad" if wgrad_with_hp else "mx"
-    recipe = Recipe(cast={"scale_mode": mode}, every_linear=True, backward=backward)
+    recipe = Recipe(
+        cast={"scale_mode": mode},
+        kept={"scale_mode": torchao_mode(mode)},
+        every_linear=True,
+        backward=backward,
+    )
     reference = reference_of(model, recipe)
     want, want_gradients = train(reference, reference)
     convert_to_mxfp8_training(model, mode, wgrad_with_hp)

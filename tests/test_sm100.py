@@ -26,8 +26,9 @@ from torchao.quantization.quantize_.common.kernel_preference import KernelPrefer
 
 import mxnorm_pass
 from mxnorm_pass import MXNormConfig, SkipReason, functional, graph_pass
-from mxnorm_pass.formats import blocked_scales, round_up_to_e8m0
+from mxnorm_pass.formats import ELEMENT_FORMATS, MXFormat, blocked_scales, round_up_to_e8m0
 from mxnorm_pass.graph_pass import run_pass
+from mxnorm_pass.match.cast import Cast, find_casts
 
 aten = torch.ops.aten
 BF16, E8M0 = torch.bfloat16, torch.float8_e8m0fnu
@@ -57,6 +58,21 @@ def test_round_up_to_e8m0_is_the_smallest_scale_that_is_not_below() -> None:
     assert (torch.exp2(exponent - 128) < x)[exponent > 0].all()
     special = torch.tensor([0.0, float("inf"), float("nan"), 2.0**127, 1.5 * 2.0**127])
     assert round_up_to_e8m0(special).tolist() == [0, 254, 255, 254, 254]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("elem", ELEMENT_FORMATS, ids=str)
+def test_rceil_by_ptx_is_exact(elem: torch.dtype, dtype: torch.dtype) -> None:
+    def cast(x: Tensor) -> list[Tensor]:
+        return list(to_mx(x, elem, 32, ScaleCalculationMode.RCEIL))
+
+    with sm100():
+        traced = functional_graph(cast, torch.empty(4, 64, dtype=dtype, device="cuda"))
+    if not any("asm_str" in n.kwargs for n in traced.graph.nodes):
+        pytest.skip(f"torchao uses no PTX on torch {torch.__version__}")
+    (found,) = find_casts(traced.graph)
+    assert isinstance(found, Cast), found
+    assert found.format == MXFormat(elem, "rceil")
 
 
 # Whole Llama, inference

@@ -19,7 +19,13 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import is_fake
 
 from mxnorm_pass import functional
-from mxnorm_pass.formats import E8M0_NAN, SCALE_MODES, MXFormat, round_up_to_e8m0
+from mxnorm_pass.formats import (
+    CAST_MODES,
+    E8M0_NAN,
+    MXFormat,
+    element_format,
+    round_up_to_e8m0,
+)
 from mxnorm_pass.graph_utils import aten, is_call, is_view, prims, real_tensors, tensor_of
 
 CONSTANTS = frozenset({aten.full.default, aten.scalar_tensor.default, aten.full_like.default})
@@ -188,12 +194,13 @@ def _classify(
 ) -> MXFormat | None:
     """Run the program on the probe and find the scale mode that gives the same bits."""
     with real_tensors():
-        probe = _probe(source, block_size)
+        probe = _probe(source, elem, block_size)
         try:
             values, scales = _evaluate(program, probe)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             return None
-        for mode in SCALE_MODES:
+        # "rceil-log2" comes last: of bfloat16 and float16 it gives the bits of "rceil".
+        for mode in CAST_MODES:
             want_values, want_scales = functional.mx_cast(
                 probe, elem_dtype=elem, scale_mode=mode, block_size=block_size
             )
@@ -231,12 +238,13 @@ def _same_cast(values: Tensor, scales: Tensor, want_values: Tensor, want_scales:
     return bool((same | (want_scale == E8M0_NAN).view(-1, 1)).all())
 
 
-def _probe(dtype: torch.dtype, block_size: int) -> Tensor:
+def _probe(dtype: torch.dtype, elem: torch.dtype, block_size: int) -> Tensor:
     """Blocks [N, block_size] that tell the scale modes apart."""
     info = torch.finfo(dtype)
     ulp = info.eps
     # Around 1 FLOOR, CEIL and EVEN part; around 1.75 = 448 / 256 (e4m3) and 57344 / 32768 (e5m2)
-    # RCEIL does; around 1.9375 and 1.875 EVEN rounds up to the next power of two.
+    # RCEIL does, and its log2 rounds down the float32 above where the exponent is not near 0;
+    # around 1.9375 and 1.875 EVEN rounds up to the next power of two.
     edges = [1.0, 1.25, 1.5, 1.75, 1.875, 1.9375]
     mantissas = [m + d * ulp for m in edges for d in (-1, 0, 1) if 1 <= m + d * ulp < 2]
     mantissas.append(2 - ulp)
@@ -244,6 +252,11 @@ def _probe(dtype: torch.dtype, block_size: int) -> Tensor:
     largest = torch.tensor(mantissas, dtype=torch.float64)[None, :] * 2.0 ** exponents[:, None]
     largest = largest.flatten()
     largest = largest[largest <= info.max]
+    # The quotient by elem.max is rounded to float32 before PTX or a comparison sees it. That
+    # moves one absmax across a power of two: to 2**-127, the smallest scale, which no block of a
+    # normalised row or of a weight comes near.
+    quotient = largest / element_format(elem).max
+    largest = largest[(quotient <= 2.0**-127) | (quotient.float() > 2.0**-127)]
     shape = torch.linspace(-1, 1, block_size - 1, dtype=torch.float64)
     shape = torch.cat([torch.ones(1, dtype=torch.float64), shape * 2.0 ** -(shape.abs() * 12)])
     probe = (largest[:, None] * shape[None, :]).to(dtype)

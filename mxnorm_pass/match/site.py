@@ -88,7 +88,11 @@ class Fusion:
         output = tensor_of(self.norm.output)
         assert output is not None
         layout: ScaleLayout = "blocked" if consumer.linear.blocked_scales else "row-major"
-        return FusedCast(consumer.cast.format, consumer.rounds_to or output.dtype, layout)
+        fmt = consumer.cast.format
+        if self.estimator == "mxnorm":
+            # Its values differ from the matched graph's anyhow: no log2 has to be emulated.
+            fmt = fmt.without_log2
+        return FusedCast(fmt, consumer.rounds_to or output.dtype, layout)
 
     def site(self) -> Site:
         return Site(
