@@ -86,30 +86,54 @@ def norm_cast_kernel(
             if CHUNKS > 1:
                 gain = load_gain(weight_ptr, k, D, BLOCK)
             weight = widen(gain)[None, :, :]
-        if EXACT:
-            y = normalize(x, rho[:, None, None], weight, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE)
-            absmax = absmax_bits(y, 2)
-        else:
-            y = x * rho[:, None, None]
-            if weight is None:
-                # |x| rho is monotonic in |x|: the blocks' maxima are at hand.
-                largest_x = absmax_bits(x, 2).to(tl.float32, bitcast=True)
-                absmax = (largest_x * rho[:, None]).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            else:
-                y = y * weight
-                absmax = absmax_bits(y, 2)
-        elements, exponent = cast_blocks(
-            y, absmax, 2, MODE, ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS
-        )
+        elements, exponent = norm_and_cast(
+            x, rho, weight, EXACT, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE,
+            MODE, ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS,
+        )  # fmt: skip
         if values_ptr is not None:
             store_rows(values_ptr, elements, row, k, rows, D, BLOCK)
         if scales_ptr is not None:
             store_scales(scales_ptr, exponent, row, k, rows, D // BLOCK, BLOCKED_SCALES)
         if dequantized_ptr is not None:
-            dtype: tl.constexpr = dequantized_ptr.dtype.element_ty
-            factors = round_to(e8m0_value(exponent), dtype)[:, :, None]
-            restored = narrow(elements.to(tl.float32) * factors, dtype)
+            restored = dequantize(elements, exponent, dequantized_ptr.dtype.element_ty)
             store_rows(dequantized_ptr, restored, row, k, rows, D, BLOCK)
+
+
+@triton.jit
+def norm_and_cast(
+    x,
+    rho,
+    weight,
+    EXACT: tl.constexpr,
+    NORM_DTYPE: tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr,
+    OUT_DTYPE: tl.constexpr,
+    MODE: tl.constexpr,
+    ELEM_DTYPE: tl.constexpr,
+    MAX_EXPONENT: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+):
+    """float8 elements [ROWS, K, B] and int32 exponents [ROWS, K] of rows x with inverse RMS rho."""
+    rho = rho[:, None]
+    if EXACT:
+        y = normalize(x, rho[:, :, None], weight, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE)
+        absmax = absmax_bits(y, 2)
+    elif weight is None:
+        y = x * rho[:, :, None]
+        # |x| rho is monotonic in |x|: the blocks' maxima are at hand.
+        absmax = absmax_bits(x, 2).to(tl.float32, bitcast=True) * rho
+        absmax = absmax.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    else:
+        y = x * rho[:, :, None] * weight
+        absmax = absmax_bits(y, 2)
+    return cast_blocks(y, absmax, 2, MODE, ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS)
+
+
+@triton.jit
+def dequantize(elements, exponent, dtype: tl.constexpr):
+    """elements * scales as ``functional.mx_dequantize`` rounds them."""
+    factor = round_to(e8m0_value(exponent), dtype)[:, :, None]
+    return narrow(elements.to(tl.float32) * factor, dtype)
 
 
 @triton.jit
