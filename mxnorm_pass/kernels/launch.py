@@ -48,8 +48,8 @@ def row_config(width: int) -> Config:
     padded: int = triton.next_power_of_2(width)
     chunks = max(1, padded // _ROW_IN_REGISTERS)
     rows = max(1, _NARROW // padded)
-    # 32 to 64 elements per thread keep enough loads in flight with few warps to wait for.
-    warps = max(4, min(8, padded // 1024))
+    # 32 to 64 elements per thread keep enough loads in flight, with few warps to wait for.
+    warps = 8 if width >= 8192 else 4
     return Config(rows, chunks, warps)
 
 
