@@ -53,6 +53,8 @@ QUICK = {"tokens": [16, 8192], "widths": [4096], "rounds": 10}
 REPLAY_BYTES = 3e9
 MAX_CALLS = 256
 COMPARED_ROWS = 256
+# Where the output is no terminal.
+TABLE_WIDTH = 190
 
 
 class BadInput(Exception):
@@ -319,7 +321,7 @@ def run(args: argparse.Namespace, console: Console) -> None:
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     try:
-        run(args, Console(width=None if sys.stdout.isatty() else 140))
+        run(args, Console(width=None if sys.stdout.isatty() else TABLE_WIDTH))
     except BadInput as error:
         print(f"bench_kernels.py: {error}", file=sys.stderr)
         return 2

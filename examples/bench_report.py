@@ -11,6 +11,7 @@ from typing import Any
 from bench_checks import Check
 from bench_contestants import OURS, TUNED, VARIANTS
 from benchlib import Timing
+from rich import box
 from rich.table import Table
 
 TITLES = {
@@ -180,8 +181,8 @@ def tables(cases: Sequence[Measured]) -> list[Table]:
 
 def times_table(variant: str, cases: Sequence[Measured]) -> Table:
     """Time, bandwidth, share of the copy's, and the speed-up of mxnorm over the row's others."""
-    table = Table(title=f"{TITLES[variant]}: us, GB/s, share of copy")
-    for title in ("D", "T", *COLUMNS, "inductor/mxnorm", "tuned/mxnorm", "exact/mxnorm"):
+    table = Table(title=f"{TITLES[variant]}: us, GB/s, share of copy", box=box.SIMPLE_HEAD)
+    for title in ("D", "T", *COLUMNS, "inductor\n/mxnorm", "tuned\n/mxnorm", "exact\n/mxnorm"):
         table.add_column(title, justify="right")
     for case in sorted(cases, key=lambda c: (c.width, c.tokens)):
         factors = [case.ratio(n, "mxnorm") for n in ("inductor", "inductor-tuned", "exact")]
@@ -199,11 +200,11 @@ def cell(case: Measured, name: str) -> str:
     if timing is None or gbps is None:
         return "failed" if name in case.failures else ""
     share = case.ratio("copy", name)
-    return f"{timing.us:.1f}\n{gbps:.0f}" + ("" if share is None else f"\n{share:.2f}")
+    return f"{timing.us:.1f} {gbps:5.0f}" + ("" if share is None else f" {share:.2f}")
 
 
 def verdict_table(lines: Sequence[Verdict]) -> Table:
-    table = Table(title="What must be shown")
+    table = Table(title="What must be shown", box=box.SIMPLE_HEAD)
     for title in ("", "claim", "found"):
         table.add_column(title)
     words = {True: "PASS", False: "FAIL", None: "-"}
