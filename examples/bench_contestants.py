@@ -82,7 +82,7 @@ def contestant(name: str, variant: Variant, width: int, weight: Tensor) -> Call:
 
 
 def compiled(function: Callable[..., Any], variant: Variant, options: dict[str, Any]) -> Call:
-    fast = torch.compile(function, dynamic=False, options=options or None)
+    fast = torch.compile(function, fullgraph=True, dynamic=False, options=options or None)
 
     def call(inputs: Inputs) -> Outputs:
         return dict(zip(NAMES[variant], fast(inputs.x, inputs.residual), strict=True))
@@ -142,7 +142,7 @@ def liger(variant: Variant) -> Call:
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    cast = torch.compile(torchao_cast, dynamic=False)
+    cast = torch.compile(torchao_cast, fullgraph=True, dynamic=False)
 
     def call(inputs: Inputs) -> Outputs:
         if inputs.residual is None:
@@ -190,10 +190,11 @@ def reference(name: str, variant: Variant, inputs: Inputs, rows: int) -> Outputs
         "eps": EPS, "estimator": estimator, "block_size": BLOCK, "norm_dtype": HIGH,
         "out_dtype": HIGH,
     }  # fmt: skip
-    values, scales, _ = functional.mxnorm_cast(x, weight, **options)
-    expected |= {"values": values, "scales": scales}
+    names = ("values", "scales", "rho", "values_t", "scales_t")
     if variant == "both":
-        y = functional.mxnorm(x, inputs.weight, **options)
-        values_t, scales_t = functional.mx_cast(y.t().contiguous())
-        expected |= {"values_t": values_t, "scales_t": scales_t}
+        gain = name != "mxnorm-fold"
+        out = functional.mxnorm_cast_both(x, inputs.weight, gain_in_rows=gain, **options)
+    else:
+        out = functional.mxnorm_cast(x, weight, **options)
+    expected |= {name: tensor for name, tensor in zip(names, out, strict=False) if name != "rho"}
     return expected
