@@ -304,3 +304,41 @@ def test_runs_take_turns() -> None:
 
 def test_timing_has_the_median_and_the_spread() -> None:
     assert Timing.of([float(i) for i in range(101)]) == Timing(50, 10, 90)
+
+
+@pytest.mark.parametrize("work", ["prefill", "training"])
+def test_layers_are_measured_on_a_cpu_too(work: str, tmp_path: Path) -> None:
+    path = tmp_path / "layer.json"
+    sizes = ["--hidden", "256", "--tokens", "64", "--layers", "1", "--device", "cpu"]
+    done = run_example(
+        "bench_layer.py",
+        *sizes,
+        "--work",
+        work,
+        "--rounds",
+        "2",
+        "--no-warm-up",
+        "--json",
+        str(path),
+    )
+    assert done.returncode == 0, done.stderr
+    (scenario,) = json.loads(path.read_text())["scenarios"]
+    assert (scenario["work"], scenario["tokens"]) == (work, 64)
+    arms = scenario["arms"]
+    assert {name: arm["fused"] for name, arm in arms.items()} == {
+        "inductor": 0, "mxnorm": 2, "exact": 2
+    }  # fmt: skip
+    for arm in arms.values():
+        assert 0 < arm["timing"]["low"] <= arm["timing"]["us"] <= arm["timing"]["high"]
+        assert arm["compile_seconds"] > arm["pass_seconds"] >= 0
+    assert 0 < arms["mxnorm"]["pass_seconds"] and arms["inductor"]["pass_seconds"] == 0
+    # The estimate moves the logits by more than a compiler's rounding does.
+    assert arms["mxnorm"]["error"] > 2 * max(arms["inductor"]["error"], arms["exact"]["error"])
+    assert arms["mxnorm"]["error"] < 0.5
+    assert f"PASS {work} T = 64: exact as near" in done.stdout
+
+
+def test_layers_refuse_a_wrong_shape() -> None:
+    done = run_example("bench_layer.py", "--hidden", "100")
+    assert done.returncode == 2
+    assert "--hidden must be a multiple of 128" in done.stderr
