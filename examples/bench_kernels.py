@@ -1,6 +1,6 @@
 """RMSNorm + MX cast on one GPU: our kernels against a copy, Inductor and Liger.
 
-    python examples/bench_kernels.py --time-limit 540
+    python examples/bench_kernels.py --precompile 12 --time-limit 540
     python examples/bench_kernels.py --time-limit 540 --resume     # until it says that all is done
     python examples/bench_kernels.py --quick --json quick.json
     python examples/bench_kernels.py --plot-only examples/results/bench_kernels.json
@@ -27,10 +27,15 @@ import argparse
 import gc
 import json
 import math
+import multiprocessing
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +114,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help=f"instead of the grid: {QUICK}")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop between shapes")
+    parser.add_argument(
+        "--precompile", type=number, metavar="N", help="first fill the caches from N processes"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with what --json has")
     parser.add_argument("--json", type=Path, default=RESULTS / "bench_kernels.json")
     parser.add_argument("--plot", type=Path, help="a PNG; default: beside --json")
@@ -124,17 +132,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def draw_inputs(case: Case) -> list[Inputs]:
-    generator = torch.Generator("cuda").manual_seed(0)
+def draw_inputs(case: Case, calls: int, device: str = "cuda") -> list[Inputs]:
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        kwargs: Any = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+        kwargs: Any = {"device": device, "dtype": torch.bfloat16, "generator": generator}
         return torch.randn(*shape, **kwargs)
 
     weight = 1 + 0.1 * normal(case.width)
     shape = (case.tokens, case.width)
     sets = []
-    for _ in range(case.calls):
+    for _ in range(calls):
         residual = normal(*shape) if case.variant == "residual" else None
         sets.append(Inputs(3 * normal(*shape), residual, weight))
     return sets
@@ -194,9 +202,37 @@ def wanted(case: Case, args: argparse.Namespace) -> list[str]:
 
 
 @torch.no_grad()
+def compile_once(job: tuple[Case, str], device: str) -> None:
+    """Compile one contestant for one shape, for the sake of the caches on disk."""
+    torch._dynamo.reset()
+    # Tuning beside other processes would choose badly: only the measuring process remembers.
+    with torch._inductor.config.patch(compile_threads=1, autotune_local_cache=False):
+        case, name = job
+        try:
+            (inputs,) = draw_inputs(case, 1, device)
+            bench_contestants.contestant(name, case.variant, case.width, inputs.weight)(inputs)
+        except Exception:
+            pass  # it will fail again, or have more memory, where it is measured
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def precompile(cases: Sequence[Case], args: argparse.Namespace, device: str = "cuda") -> None:
+    """Compile in ``args.precompile`` processes what is to be measured in this one."""
+    jobs = [(c, n) for c in cases for n in wanted(c, args) if n not in ("copy", "exact-repeat")]
+    random.Random(0).shuffle(jobs)  # not all of the large ones, with their memory, at once
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(args.precompile, mp_context=context) as pool:
+            list(pool.map(partial(compile_once, device=device), jobs))
+    except BrokenProcessPool as error:
+        print(f"--precompile ended early: {error}", flush=True)
+
+
+@torch.no_grad()
 def measure(case: Case, args: argparse.Namespace) -> Measured:
     torch._dynamo.reset()
-    sets = draw_inputs(case)
+    sets = draw_inputs(case, case.calls)
     entries: dict[str, Entry] = {}
     failures: dict[str, str] = {}
     for name in wanted(case, args):
@@ -274,6 +310,9 @@ def remaining(args: argparse.Namespace, measured: list[Measured]) -> Iterator[Ca
 def measure_all(args: argparse.Namespace, results: dict[str, Any]) -> None:
     begun, longest = time.monotonic(), 0.0
     cases = list(remaining(args, results["cases"]))
+    if args.precompile:
+        precompile(cases, args)
+        print(f"precompiled in {time.monotonic() - begun:.0f} s", flush=True)
     for i, case in enumerate(cases):
         elapsed = time.monotonic() - begun
         if args.time_limit is not None and elapsed + longest > args.time_limit:
