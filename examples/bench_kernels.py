@@ -14,11 +14,12 @@ that together have as many bytes as the work must read and write (``rho``, writt
 not counted). "exact-repeat" is "exact" once more: how far the two are apart is noise.
 
 Contestants: "inductor" is HuggingFace's LlamaRMSNorm and torchao's ``to_mx`` as people write them,
-through ``torch.compile``. "tuned-flat" is the same with max-autotune-no-cudagraphs, which includes
-coordinate descent. "tuned-blocks" is tuned likewise, with the norm written on [T, K, 32] and the
-reshape last, so that the row sum and the cast need two kernels instead of three. "inductor-tuned",
-in the tables, is the faster of the two at each shape. "liger" is Liger's (add and) norm followed by
-the compiled cast.
+through ``torch.compile``. The tuned ones have the options of max-autotune-no-cudagraphs, which
+include coordinate descent: "tuned-blocks" with the norm written on [T, K, 32] and the reshape last,
+"tuned-flat" as people write it, "tuned-multi" like "tuned-blocks" with multi-kernel (persistent or
+looped row sums, chosen at run time). All have two kernels, the row sum and the rest, which reads x
+again; the last two are not measured unless named. "inductor-tuned", in the tables, is the fastest
+tuned one at each shape. "liger" is Liger's (add and) norm followed by the compiled cast.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ import bench_contestants
 import bench_report
 import torch
 from bench_checks import Outputs, compare, poison, unwritten
-from bench_contestants import CONTESTANTS, TUNED, VARIANTS, Inputs, Variant, moved_bytes
+from bench_contestants import CONTESTANTS, DEFAULT, TUNED, VARIANTS, Inputs, Variant, moved_bytes
 from bench_report import Measured
 from benchlib import RESULTS, Timing, interleaved, invocation, machine, save_json
 from rich.console import Console
@@ -107,7 +108,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=number, nargs="+", default=list(TOKENS), metavar="T")
     parser.add_argument("--widths", type=number, nargs="+", default=list(WIDTHS), metavar="D")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(DEFAULT))
     parser.add_argument("--rounds", type=number, default=25, help="timed replays of each")
     parser.add_argument(
         "--tuned-from", type=number, default=1024, metavar="T", help="tune from T tokens on"
