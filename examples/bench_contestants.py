@@ -35,7 +35,8 @@ NAMES: dict[Variant, tuple[str, ...]] = {
 
 OURS = ("exact", "exact-repeat", "mxnorm", "mxnorm-fold")
 TUNED = ("tuned-blocks", "tuned-flat", "tuned-multi")
-CONTESTANTS = ("copy", "inductor", *TUNED, "liger", *OURS)
+COPIES = ("copy-memcpy", "copy-kernel")
+CONTESTANTS = (*COPIES, "inductor", *TUNED, "liger", *OURS)
 # The other tuned ones gave the same two kernels on torch 2.11 and 2.13, at twice the compile time.
 DEFAULT = tuple(name for name in CONTESTANTS if name not in TUNED[1:])
 

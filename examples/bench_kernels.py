@@ -9,9 +9,10 @@ How it measures. A CUDA graph holds many calls of a contestant, each with its ow
 outputs; before each replay the L2 cache is flushed, so no call finds its inputs there. Contestants
 take turns, in a new order every round; the table shows the median of a call over the rounds. Before
 the timed rounds all outputs are filled with 0xFF bytes; after them none may be left, and the first
-rows are compared with ``mxnorm_pass.functional``. "copy" is ``Tensor.copy_`` between two buffers
+rows are compared with ``mxnorm_pass.functional``. "copy" moves between two buffers
 that together have as many bytes as the work must read and write (``rho``, written by ours alone,
-not counted). "exact-repeat" is "exact" once more: how far the two are apart is noise.
+not counted): by ``Tensor.copy_`` or by an elementwise kernel, whichever is faster.
+"exact-repeat" is "exact" once more: how far the two are apart is noise.
 
 Contestants: "inductor" is HuggingFace's LlamaRMSNorm and torchao's ``to_mx`` as people write them,
 through ``torch.compile``. The tuned ones have the options of max-autotune-no-cudagraphs, which
@@ -44,7 +45,16 @@ import bench_contestants
 import bench_report
 import torch
 from bench_checks import Outputs, compare, poison, unwritten
-from bench_contestants import CONTESTANTS, DEFAULT, TUNED, VARIANTS, Inputs, Variant, moved_bytes
+from bench_contestants import (
+    CONTESTANTS,
+    COPIES,
+    DEFAULT,
+    TUNED,
+    VARIANTS,
+    Inputs,
+    Variant,
+    moved_bytes,
+)
 from bench_report import Measured
 from benchlib import RESULTS, Timing, interleaved, invocation, machine, save_json
 from rich.console import Console
@@ -149,15 +159,20 @@ def draw_inputs(case: Case, calls: int, device: str = "cuda") -> list[Inputs]:
     return sets
 
 
-def copies(case: Case) -> list[Callable[[], Outputs]]:
+def copies(case: Case, name: str) -> list[Callable[[], Outputs]]:
     """Calls that copy: source and target together are ``case.bytes``, new ones for each call."""
+    copy = torch.Tensor.copy_ if name == "copy-memcpy" else copy_by_kernel
 
     def one() -> Callable[[], Outputs]:
         source = torch.empty(case.bytes // 2, dtype=torch.uint8, device="cuda").random_(0, 255)
         target = torch.empty_like(source)
-        return lambda: {"copy": target.copy_(source)}
+        return lambda: {"copy": copy(target, source)}
 
     return [one() for _ in range(case.calls)]
+
+
+def copy_by_kernel(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    return torch.bitwise_not(source, out=target)
 
 
 @dataclass
@@ -171,8 +186,8 @@ class Entry:
 
 def prepare(name: str, case: Case, sets: list[Inputs]) -> Entry:
     begun = time.perf_counter()
-    if name == "copy":
-        calls = copies(case)
+    if name in COPIES:
+        calls = copies(case, name)
     else:
         call = bench_contestants.contestant(name, case.variant, case.width, sets[0].weight)
         calls = [lambda inputs=inputs: call(inputs) for inputs in sets]  # type: ignore[misc]
@@ -220,7 +235,7 @@ def compile_once(job: tuple[Case, str], device: str) -> None:
 
 def precompile(cases: Sequence[Case], args: argparse.Namespace, device: str = "cuda") -> None:
     """Compile in ``args.precompile`` processes what is to be measured in this one."""
-    jobs = [(c, n) for c in cases for n in wanted(c, args) if n not in ("copy", "exact-repeat")]
+    jobs = [(c, n) for c in cases for n in wanted(c, args) if n not in (*COPIES, "exact-repeat")]
     random.Random(0).shuffle(jobs)  # not all of the large ones, with their memory, at once
     context = multiprocessing.get_context("spawn")
     try:
@@ -248,7 +263,7 @@ def measure(case: Case, args: argparse.Namespace) -> Measured:
     checks = {}
     for name, entry in entries.items():
         left = sum(unwritten(outputs) for outputs in entry.outputs)
-        if name != "copy":
+        if name not in COPIES:
             rows = min(case.tokens, COMPARED_ROWS)
             expected = bench_contestants.reference(name, case.variant, sets[0], rows)
             checks[name] = compare(entry.outputs[0], expected, left)

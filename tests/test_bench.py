@@ -118,7 +118,8 @@ def test_the_opponents_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.no_grad()
 def test_what_other_processes_compiled_is_found() -> None:
     case = Case("norm", TOKENS, WIDTH)
-    args = bench_kernels.parse_args(["--precompile", "1", "--contestants", "copy", "inductor"])
+    argv = ["--precompile", "1", "--contestants", "copy-kernel", "inductor"]
+    args = bench_kernels.parse_args(argv)
     bench_kernels.precompile([case], args, "cpu")
     torch._dynamo.utils.counters.clear()
     (inputs,) = bench_kernels.draw_inputs(case, 1, "cpu")
@@ -182,18 +183,18 @@ def test_a_wrong_sum_is_no_rounding() -> None:
 
 
 def test_verdicts_take_the_worst_shape() -> None:
-    good = measured(copy=95, mxnorm=100, mxnorm_fold=100)
+    good = measured(copy_kernel=95, mxnorm=100, mxnorm_fold=100)
     assert verdict([good], "T*D >= 2^25").passed is True
     for worse in (
-        measured(copy=94, mxnorm=100, mxnorm_fold=98),
-        measured(copy=94, mxnorm=98, mxnorm_fold=100),
+        measured(copy_kernel=94, mxnorm=100, mxnorm_fold=98),
+        measured(copy_kernel=94, mxnorm=98, mxnorm_fold=100),
     ):
         found = verdict([good, worse], "T*D >= 2^25")
         assert found.passed is False
         assert found.found == "0.940 at 8192x4096 norm"
     # Too small to count, and of another variant.
-    assert verdict([good, measured(tokens=4096, copy=1, mxnorm=9)], "T*D >= 2^25").passed
-    assert verdict([good, measured("residual", copy=1, mxnorm=9)], "T*D >= 2^25").passed
+    assert verdict([good, measured(tokens=4096, copy_kernel=1, mxnorm=9)], "T*D >= 2^25").passed
+    assert verdict([good, measured("residual", copy_kernel=1, mxnorm=9)], "T*D >= 2^25").passed
 
 
 def test_speed_up_is_a_geometric_mean_over_many_tokens() -> None:
@@ -213,15 +214,15 @@ def test_speed_up_is_a_geometric_mean_over_many_tokens() -> None:
 
 def test_both_directions_are_judged_at_their_shapes() -> None:
     words = "both directions"
-    good = measured("both", copy=90, mxnorm=100)
-    slow = measured("both", width=8192, copy=89, mxnorm=100)
+    good = measured("both", copy_kernel=90, mxnorm=100)
+    slow = measured("both", width=8192, copy_kernel=89, mxnorm=100)
     assert verdict([good], words).passed is True
     assert verdict([good, slow], words).passed is False
-    assert verdict([measured("both", width=16384, copy=1, mxnorm=100)], words).passed is None
+    assert verdict([measured("both", width=16384, copy_kernel=1, mxnorm=100)], words).passed is None
 
 
 def test_tuned_is_the_faster_spelling() -> None:
-    case = measured(tuned_flat=30, tuned_blocks=20, mxnorm=10, copy=9)
+    case = measured(tuned_flat=30, tuned_blocks=20, mxnorm=10, copy_kernel=9)
     assert case.ratio("inductor-tuned", "mxnorm") == 2
     assert case.gbps("mxnorm") == case.bytes / 10e-6 / 1e9
     assert measured(mxnorm=10).timing("inductor-tuned") is None
@@ -253,7 +254,7 @@ def test_equality_with_functional(check: Check, passed: bool) -> None:
 
 
 def test_failures_show() -> None:
-    case = measured(copy=1)
+    case = measured(copy_kernel=1)
     case.failures["mxnorm"] = "RuntimeError: no kernel"
     assert verdict([case], "every contestant ran").passed is False
     assert bench_report.cell(case, "mxnorm") == "failed"
@@ -307,7 +308,8 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 def test_on_a_gpu_our_kernels_are_right(tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"
     sizes = ["--tokens", "64", "8192", "--widths", "256", "--rounds", "2", "--json", str(path)]
-    done = run_example("bench_kernels.py", *sizes, "--contestants", "copy", *contestants.OURS)
+    chosen = ["--contestants", "copy-memcpy", "copy-kernel", *contestants.OURS]
+    done = run_example("bench_kernels.py", *sizes, *chosen)
     assert done.returncode == 0, done.stderr
     cases = bench_kernels.load(path)["cases"]
     assert [str(Case(c.variant, c.tokens, c.width)) for c in cases] == [
