@@ -177,9 +177,13 @@ def copy_by_kernel(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Entry:
-    """A contestant in a graph, with the outputs of each of its calls."""
+    """A contestant in a graph, with the outputs of each of its calls.
+
+    ``calls`` own what the graph reads; capturing the next graph empties the allocator's cache.
+    """
 
     graph: torch.cuda.CUDAGraph
+    calls: list[Callable[[], Outputs]]
     outputs: list[Outputs]
     compile_seconds: float
 
@@ -205,7 +209,7 @@ def prepare(name: str, case: Case, sets: list[Inputs]) -> Entry:
     with torch.cuda.graph(graph):
         # Outputs that stay referenced keep their own memory in the graph's pool.
         outputs = [one() for one in calls]
-    return Entry(graph, outputs, seconds)
+    return Entry(graph, calls, outputs, seconds)
 
 
 def wanted(case: Case, args: argparse.Namespace) -> list[str]:
