@@ -142,6 +142,18 @@ def strip(node: fx.Node, *through: Callable[[fx.Node], bool]) -> fx.Node:
     return node
 
 
+def ancestors_after(node: fx.Node, first: fx.Node) -> set[fx.Node]:
+    """``node`` and all that it is computed from, as far as it stands at ``first`` or below."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node not in found and node >= first:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
+
+
 _SAME_VALUE_DEPTH = 8
 
 

@@ -6,6 +6,8 @@ Forward, for each norm and MX format::
                   |                        =>
                   +-> high-precision readers      x, rho -> norm output (only if it is read)
 
+The residual add in front of it goes into the op, too, see ``residual``.
+
 Backward: the norm's VJP gives way to the traced VJP of ``functional.mxnorm`` on the part of the
 cotangent that comes from the fused consumers. All other readers keep the exact norm.
 """
@@ -39,6 +41,7 @@ from mxnorm_pass.match.backward import NormBackward
 from mxnorm_pass.match.cast import Cast
 from mxnorm_pass.match.linear import Consumer, WeightCast, cast_use
 from mxnorm_pass.match.norm import Norm, Rounding
+from mxnorm_pass.residual import fuse_residual_add
 
 
 def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
@@ -51,6 +54,9 @@ def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
         _serve_backward_reads(graph, fusion, rhos[0], subgraphs)
     if fusion.backward is not None:
         _replace_backward(graph, fusion, fusion.backward, rhos[0], subgraphs)
+    if fusion.residual is not None:
+        op, _ = rhos[0].args
+        fuse_residual_add(graph, op, fusion.residual)  # type: ignore[arg-type]
 
 
 def _fuse_casts(graph: fx.Graph, fusion: Fusion, cast: FusedCast) -> fx.Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -34,6 +34,7 @@ from mxnorm_pass.match.linear import (
     weight_cast,
 )
 from mxnorm_pass.match.norm import Norm
+from mxnorm_pass.match.residual import residual_add
 from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.report import Site, SkipReason
 
@@ -60,6 +61,7 @@ class Fusion:
         backward: the norm's VJP, None in inference.
         cotangent: terms of the output's cotangent, given where ``exclusive`` is False.
         backward_reads: (node read, backward reader) of the consumers, such as weight gradients.
+        residual: the residual add whose sum the norm reads, if the fused op does it.
     """
 
     norm: Norm
@@ -70,6 +72,7 @@ class Fusion:
     backward: NormBackward | None = None
     cotangent: CotangentSplit | None = None
     backward_reads: tuple[tuple[fx.Node, fx.Node], ...] = ()
+    residual: fx.Node | None = None
 
     @property
     def estimator(self) -> Estimator:
@@ -102,6 +105,7 @@ class Fusion:
             estimator=self.estimator,
             gain=self.gain,
             format=str(self.casts[0].format),
+            residual=self.residual is not None,
         )
 
 
@@ -156,7 +160,20 @@ def find_sites(
     )
     sites = [_find_site(norm, context) for norm in norms]
     sites += [_refuse_layer_norm(norm, config) for norm in find_layer_norms(graph)]
-    return sorted(sites, key=_anchor)
+    return list(_with_residual_adds(sorted(sites, key=_anchor)))
+
+
+def _with_residual_adds(sites: Iterable[Fusion | Refusal]) -> Iterator[Fusion | Refusal]:
+    """Give each fusion the add in front of it; of several norms of one sum the first gets it."""
+    taken: set[fx.Node] = set()
+    for site in sites:
+        if isinstance(site, Fusion):
+            gain = site.norm.gain if site.gain == "activation" else None
+            add = residual_add(site.norm, [gain] if gain is not None else [], taken)
+            if add is not None:
+                taken.add(add)
+                site = replace(site, residual=add)
+        yield site
 
 
 def _anchor(site: Fusion | Refusal) -> fx.Node:
