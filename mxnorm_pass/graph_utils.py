@@ -90,6 +90,11 @@ def is_backward(node: fx.Node) -> bool:
     return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
 
+def partition_of(node: fx.Node) -> tuple[Any, ...]:
+    """On which side the partitioner must put the node, whether and with what it is recomputed."""
+    return tuple(node.meta.get(k) for k in ("partitioner_tag", "recompute", "ac_graph_id"))
+
+
 def forward_users(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if not is_backward(user)]
 

@@ -372,6 +372,8 @@ class Consumer:
         weight: the weight's cast, None where the weight arrives quantised.
         rounds_to: dtype to which the norm's output is rounded on its way to the cast; None if it
             passes through several narrow ones.
+        dequantized: on the way to the matmul, the values times scales, if they are those of
+            ``mxnorm_pass::dequantize``.
     """
 
     linear: QuantizedMatmul
@@ -379,6 +381,7 @@ class Consumer:
     cast: Cast
     weight: WeightCast | None
     rounds_to: torch.dtype | None
+    dequantized: fx.Node | None = None
 
     @property
     def name(self) -> str:

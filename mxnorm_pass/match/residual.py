@@ -11,11 +11,15 @@ from collections.abc import Collection, Iterable
 
 from torch import Tensor, fx
 
-from mxnorm_pass.graph_utils import ancestors_after, aten, is_call, same_shape, tensor_of
+from mxnorm_pass.graph_utils import (
+    ancestors_after,
+    aten,
+    is_call,
+    partition_of,
+    same_shape,
+    tensor_of,
+)
 from mxnorm_pass.match.norm import Norm
-
-# What the partitioner asks of a node: which side it is on, whether and with what it is recomputed.
-_PARTITION_KEYS = ("partitioner_tag", "recompute", "ac_graph_id")
 
 
 def residual_add(
@@ -30,7 +34,7 @@ def residual_add(
     add = norm.x
     if add in taken or not _is_plain_add(add):
         return None
-    if any(_partition(add) != _partition(node) for node in (norm.anchor, norm.output)):
+    if any(partition_of(add) != partition_of(node) for node in (norm.anchor, norm.output)):
         return None
     # The sum will wait for all that the op reads.
     sums = {add, *taken}
@@ -62,7 +66,3 @@ def _matches(operand: Tensor | None, total: Tensor) -> bool:
 def _is_contiguous(value: Tensor) -> bool:
     """Without a guard on symbolic sizes."""
     return same_shape(value.stride(), value.new_empty(value.shape).stride())
-
-
-def _partition(node: fx.Node) -> tuple[object, ...]:
-    return tuple(node.meta.get(key) for key in _PARTITION_KEYS)

@@ -21,6 +21,7 @@ from mxnorm_pass.match.backward import (
     split_cotangent,
 )
 from mxnorm_pass.match.cast import Cast, UnknownCast, find_casts
+from mxnorm_pass.match.dequantize import dequantization
 from mxnorm_pass.match.layer_norm import LayerNorm, find_layer_norms
 from mxnorm_pass.match.linear import (
     CastIndex,
@@ -168,7 +169,7 @@ def _with_residual_adds(sites: Iterable[Fusion | Refusal]) -> Iterator[Fusion | 
     taken: set[fx.Node] = set()
     for site in sites:
         if isinstance(site, Fusion):
-            gain = site.norm.gain if site.gain == "activation" else None
+            gain = site.norm.gain
             add = residual_add(site.norm, [gain] if gain is not None else [], taken)
             if add is not None:
                 taken.add(add)
@@ -240,7 +241,9 @@ def _consumers(norm: Norm, read_by: Sequence[Reader], context: _Context) -> _Con
         for matmul in use.matmuls:
             weight = weight_cast(matmul, reader.cast, context.by_matmul)
             rounds_to = narrowest_dtype((norm.output, *reader.path))
-            found.consumers.append(Consumer(matmul, reader, reader.cast, weight, rounds_to))
+            product = dequantization(reader.cast, matmul)
+            consumer = Consumer(matmul, reader, reader.cast, weight, rounds_to, product)
+            found.consumers.append(consumer)
     found.consumers.sort(key=lambda c: c.linear.matmul)
     return found
 
