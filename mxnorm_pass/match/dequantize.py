@@ -18,7 +18,6 @@ from torch import Tensor, fx
 
 from mxnorm_pass import functional, ops
 from mxnorm_pass.graph_utils import (
-    aten,
     dtype_of,
     is_backward,
     is_call,
@@ -29,10 +28,8 @@ from mxnorm_pass.graph_utils import (
     tensor_of,
 )
 from mxnorm_pass.match.cast import Cast, last_view
-from mxnorm_pass.match.linear import QuantizedMatmul
+from mxnorm_pass.match.linear import PRODUCTS, QuantizedMatmul
 from mxnorm_pass.match.program import Program
-
-_PRODUCTS = frozenset({aten.mul.Tensor, ops.dequantize})
 
 
 def dequantization(cast: Cast, linear: QuantizedMatmul) -> fx.Node | None:
@@ -41,7 +38,7 @@ def dequantization(cast: Cast, linear: QuantizedMatmul) -> fx.Node | None:
     Its elements are those of the cast's source in row-major order. None where the arithmetic or
     the layout is another, or where the backward reads it: it would keep a tensor twice as large.
     """
-    products = [n for n in linear.slice if n not in linear.of_scales and is_call(n, _PRODUCTS)]
+    products = [n for n in linear.slice if n not in linear.of_scales and is_call(n, PRODUCTS)]
     if len(products) != 1:
         return None
     (product,) = products
@@ -110,7 +107,6 @@ def _computation(result: fx.Node, sources: Sequence[fx.Node]) -> list[fx.Node]:
         node = pending.pop()
         if node not in found and node not in sources and tensor_of(node) is not None:
             found.add(node)
-            # A constant's tensor inputs would only give it its shape, as sizes do.
             pending += node.all_input_nodes
     return sorted(found)
 
