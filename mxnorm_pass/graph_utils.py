@@ -90,6 +90,11 @@ def is_backward(node: fx.Node) -> bool:
     return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
 
+def partition_of(node: fx.Node) -> tuple[Any, ...]:
+    """On which side the partitioner must put the node, whether and with what it is recomputed."""
+    return tuple(node.meta.get(k) for k in ("partitioner_tag", "recompute", "ac_graph_id"))
+
+
 def forward_users(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if not is_backward(user)]
 
@@ -140,6 +145,18 @@ def strip(node: fx.Node, *through: Callable[[fx.Node], bool]) -> fx.Node:
     while any(see(node) for see in through):
         node = node.args[0]  # type: ignore[assignment]
     return node
+
+
+def ancestors_after(node: fx.Node, first: fx.Node) -> set[fx.Node]:
+    """``node`` and all that it is computed from, as far as it stands at ``first`` or below."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node not in found and node >= first:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
 
 
 _SAME_VALUE_DEPTH = 8

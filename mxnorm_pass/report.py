@@ -47,6 +47,7 @@ class Site:
         estimator: "mxnorm" or "exact"; None where skipped.
         gain: "fold" or "activation"; None where skipped or where the norm has no gain.
         format: the MX format of the fused cast, "mxfp8 e4m3fn rceil block 32".
+        residual: the residual add in front of the norm is fused, too.
     """
 
     norm: str
@@ -57,11 +58,17 @@ class Site:
     estimator: str | None = None
     gain: str | None = None
     format: str | None = None
+    residual: bool = False
+
+    @property
+    def how(self) -> str:
+        """Estimator, gain, format and residual add, for people; empty where skipped."""
+        parts = (self.estimator, self.gain, self.format, "residual add" if self.residual else None)
+        return ", ".join(filter(None, parts))
 
     def __str__(self) -> str:
         if self.status == "fused":
-            how = ", ".join(filter(None, [self.estimator, self.gain, self.format]))
-            return f"fused    {self.norm} -> {', '.join(self.consumers)} ({how})"
+            return f"fused    {self.norm} -> {', '.join(self.consumers)} ({self.how})"
         why = f"{self.reason.name}: {self.reason.value}" if self.reason else ""
         return f"skipped  {self.norm}: {why}" + (f" ({self.detail})" if self.detail else "")
 

@@ -28,7 +28,7 @@ _PAGE = """<!doctype html>
 <td>{{ site.consumers | join(", ") }}
 <td>{% if site.reason %}{{ site.reason.name }}: {{ site.reason.value }}
 {%- if site.detail %} ({{ site.detail }}){% endif %}
-{%- else %}{{ [site.estimator, site.gain, site.format] | select | join(", ") }}{% endif %}
+{%- else %}{{ site.how }}{% endif %}
 {% endfor %}
 </table>
 <details><summary>graph before</summary><pre>{{ graph.before }}</pre></details>

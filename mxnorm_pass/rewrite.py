@@ -6,6 +6,9 @@ Forward, for each norm and MX format::
                   |                        =>
                   +-> high-precision readers      x, rho -> norm output (only if it is read)
 
+The residual add in front of it goes into the op, too, see ``residual``. Of consumers that
+dequantise, those that want one dtype share one ``dequantize`` of values and scales.
+
 Backward: the norm's VJP gives way to the traced VJP of ``functional.mxnorm`` on the part of the
 cotangent that comes from the fused consumers. All other readers keep the exact norm.
 """
@@ -29,6 +32,7 @@ from mxnorm_pass.graph_utils import (
     dtype_of,
     is_call,
     outputs_of,
+    partition_of,
     prims,
     same_shape,
     same_size,
@@ -39,6 +43,7 @@ from mxnorm_pass.match.backward import NormBackward
 from mxnorm_pass.match.cast import Cast
 from mxnorm_pass.match.linear import Consumer, WeightCast, cast_use
 from mxnorm_pass.match.norm import Norm, Rounding
+from mxnorm_pass.residual import fuse_residual_add
 
 
 def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
@@ -51,6 +56,9 @@ def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
         _serve_backward_reads(graph, fusion, rhos[0], subgraphs)
     if fusion.backward is not None:
         _replace_backward(graph, fusion, fusion.backward, rhos[0], subgraphs)
+    if fusion.residual is not None:
+        op, _ = rhos[0].args
+        fuse_residual_add(graph, op, fusion.residual)  # type: ignore[arg-type]
 
 
 def _fuse_casts(graph: fx.Graph, fusion: Fusion, cast: FusedCast) -> fx.Node:
@@ -87,6 +95,7 @@ def _redirect_casts(
     graph: fx.Graph, at: fx.Node, consumers: Sequence[Consumer], values: fx.Node, scales: fx.Node
 ) -> None:
     matmuls = {c.linear.matmul for c in consumers}
+    products = {(c.cast, c.linear.matmul): c.dequantized for c in consumers}
     views: dict[object, fx.Node] = {}
     for cast in dict.fromkeys(c.cast for c in consumers):
         use = cast_use(cast)
@@ -98,6 +107,10 @@ def _redirect_casts(
             old_scales = matmul.blocked_scales or cast.scales
             new_scales = _shared_view(graph, at, scales, old_scales, views)
             replaced = {cast.values: new_values, old_scales: new_scales}
+            product = products[cast, matmul.matmul]
+            if product is not None:
+                new = _shared_dequantization(graph, values, scales, product, views)
+                replaced[product] = _shared_view(graph, product, new, product, views)
             if exclusive:
                 _replace_cast(cast, replaced)
             else:
@@ -119,6 +132,20 @@ def _shared_view(
     if key not in views:
         views[key] = _byte_view(graph, at, node, like)
     return views[key]
+
+
+def _shared_dequantization(
+    graph: fx.Graph,
+    values: fx.Node,
+    scales: fx.Node,
+    like: fx.Node,
+    made: dict[object, fx.Node],
+) -> fx.Node:
+    """Values times scales in the dtype of ``like``, made once for each part of the graph."""
+    key = (values, dtype_of(like), *partition_of(like))
+    if key not in made:
+        made[key] = call(graph, like, ops.dequantize, values, scales, dtype_of(like))
+    return made[key]
 
 
 def _byte_view(graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node) -> fx.Node:

@@ -27,7 +27,8 @@ from mxnorm_pass.graph_utils import (
     tensor_of,
 )
 from mxnorm_pass.match.cast_op import CastOp, cast_op
-from mxnorm_pass.match.cast_program import CONSTANTS, recognize
+from mxnorm_pass.match.cast_program import recognize
+from mxnorm_pass.match.program import CONSTANTS
 
 _MAX_REGION = 200
 _HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
@@ -112,7 +113,7 @@ def _match_region(values: fx.Node) -> Cast | UnknownCast | None:
     fmt = recognize(blocks, nodes, values, scales.node)
     if fmt is None:
         return UnknownCast(blocks, f"the cast to {values.name} matches no MX scale mode")
-    last_values, last_scales = _last_view(values), _last_view(scales.node)
+    last_values, last_scales = last_view(values), last_view(scales.node)
     return Cast(
         blocks, last_values, last_scales, fmt, frozenset((*nodes, last_values, last_scales))
     )
@@ -215,7 +216,7 @@ def _leak(region: _Region, scales: _Scales) -> fx.Node | None:
     return None
 
 
-def _last_view(node: fx.Node) -> fx.Node:
+def last_view(node: fx.Node) -> fx.Node:
     """Follow reshapes that only serve to give the result its final shape."""
     while True:
         users = list(node.users)

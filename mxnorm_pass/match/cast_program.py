@@ -1,60 +1,21 @@
 """Evaluate a cast's scalar ops on a fixed probe of blocks and name what they compute.
 
-The program of a cast is its nodes with all shapes taken out, so that each spelling is evaluated
-once. The outcome is compared bit for bit with ``functional.mx_cast`` under every scale mode; the
-probe holds each exponent with the mantissas around which the modes differ, and the special values.
+The outcome is compared bit for bit with ``functional.mx_cast`` under every scale mode; the probe
+holds each exponent with the mantissas around which the modes differ, and the special values.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import is_fake
 
 from mxnorm_pass import functional
-from mxnorm_pass.formats import (
-    CAST_MODES,
-    E8M0_NAN,
-    MXFormat,
-    element_format,
-    round_up_to_e8m0,
-)
-from mxnorm_pass.graph_utils import aten, is_call, is_view, prims, real_tensors, tensor_of
-
-CONSTANTS = frozenset({aten.full.default, aten.scalar_tensor.default, aten.full_like.default})
-_REDUCTIONS = frozenset({aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim})
-_EVALUATED = frozenset(
-    {
-        prims.convert_element_type.default,
-        aten._to_copy.default,
-        aten.to.dtype,
-        aten.view.dtype,
-        aten.where.self,
-        aten.index_put.default,
-        aten.masked_fill.Scalar,
-        aten.masked_fill.Tensor,
-        aten.copy.default,
-        aten.full_like.default,
-    }
-)
-
-
-def _cvt_rp_ue8m0(x: Tensor) -> Tensor:
-    """PTX ``cvt.rp.satfinite.ue8m0x2.f32 d, 0.0, x`` (PTX ISA, cvt): E8M0 of x, rounded up."""
-    return round_up_to_e8m0(x).to(torch.uint16)
-
-
-# Inline assembly that a CPU cannot run; torchao's RCEIL cast has it on sm100.
-_ASSEMBLY: dict[str, Callable[[Tensor], Tensor]] = {
-    "cvt.rp.satfinite.ue8m0x2.f32 $0, 0.0, $1;": _cvt_rp_ue8m0
-}
+from mxnorm_pass.formats import CAST_MODES, E8M0_NAN, MXFormat, element_format
+from mxnorm_pass.graph_utils import real_tensors, tensor_of
+from mxnorm_pass.match.program import Program
 
 
 def recognize(
@@ -73,130 +34,21 @@ def recognize(
     block_size = value.shape[-1]
     if not isinstance(block_size, int) or block_size < 2:
         return None
-    program = _program(blocks, nodes, values, scales)
+    program = Program.of([blocks], nodes, [values, scales])
     if program is None:
         return None
     return _classify(program, value.dtype, elem.dtype, block_size)
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One node of a region as a function of the results before it (0 is the probe)."""
-
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class _Result:
-    """Reference to a step's result within a program."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class _Program:
-    """A region with its shapes taken out; equal programs are equal spellings."""
-
-    steps: tuple[_Step, ...]
-    values: int
-    scales: int
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _program(
-    blocks: fx.Node, nodes: Sequence[fx.Node], values: fx.Node, scales: fx.Node
-) -> _Program | None:
-    index: dict[fx.Node, int] = {blocks: 0}
-    steps: list[_Step] = []
-    for node in nodes:
-        step = _step(node, index)
-        if step is None:
-            return None
-        steps.append(step)
-        index[node] = len(steps)
-    return _Program(tuple(steps), index[values], index[scales])
-
-
-def _step(node: fx.Node, index: dict[fx.Node, int]) -> _Step | None:
-    def encode(arg: Any) -> Any:
-        if isinstance(arg, fx.Node):
-            return _Result(index[arg])
-        if isinstance(arg, (list, tuple)):
-            return tuple(map(encode, arg))
-        return arg
-
-    if node.op == "get_attr":
-        return _attribute_step(node)
-    if is_view(node) or is_call(node, (aten.expand.default,)):
-        return _Step(_identity, (encode(node.args[0]),), ())
-    if node.target in CONSTANTS:
-        value = tensor_of(node)
-        fill = node.args[0 if node.target is aten.scalar_tensor.default else 1]
-        if value is None or not isinstance(fill, (int, float, bool)):
-            return None
-        return _constant_step(fill, value.dtype)
-    if node.target in _REDUCTIONS:
-        return _block_reduction(node, encode)
-    if "asm_str" in node.kwargs:
-        return _assembly_step(node, encode)
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.pointwise not in tags and node.target not in _EVALUATED:
-        return None
-    kwargs = {k: v for k, v in node.kwargs.items() if k in ("dtype", "alpha", "rounding_mode")}
-    encoded = tuple((k, encode(v)) for k, v in sorted(kwargs.items()))
-    return _Step(node.target, tuple(map(encode, node.args)), encoded)
-
-
-def _assembly_step(node: fx.Node, encode: Callable[[Any], Any]) -> _Step | None:
-    """``inline_asm_elementwise``, of which only known instructions can be evaluated."""
-    instruction = _ASSEMBLY.get(str(node.kwargs["asm_str"]))
-    if instruction is None or len(node.args) != 1 or node.kwargs.get("dtype") != torch.uint16:
-        return None
-    return _Step(instruction, (encode(node.args[0]),), ())
-
-
-def _attribute_step(node: fx.Node) -> _Step | None:
-    owner = node.graph.owning_module
-    value = operator.attrgetter(str(node.target))(owner) if owner is not None else None
-    if not isinstance(value, Tensor) or value.numel() != 1 or is_fake(value):
-        return None
-    with real_tensors():
-        return _constant_step(value.item(), value.dtype)
-
-
-def _constant_step(value: float, dtype: torch.dtype) -> _Step:
-    # One NaN object, so that equal programs compare equal.
-    value = math.nan if value != value else value
-    return _Step(torch.tensor, (value,), (("dtype", dtype),))
-
-
-def _block_reduction(node: fx.Node, encode: Callable[[Any], Any]) -> _Step | None:
-    source = tensor_of(node.args[0])  # type: ignore[arg-type]
-    dims = node.args[1] if len(node.args) > 1 else None
-    dims = dims if isinstance(dims, (list, tuple)) else [dims]
-    if source is None or len(dims) != 1 or not isinstance(dims[0], int):
-        return None
-    if dims[0] % source.ndim != source.ndim - 1:
-        return None
-    if node.target not in (aten.amax.default, aten.amin.default):
-        return None
-    return _Step(node.target, (encode(node.args[0]), (-1,), True), ())
-
-
 @lru_cache(maxsize=256)
 def _classify(
-    program: _Program, source: torch.dtype, elem: torch.dtype, block_size: int
+    program: Program, source: torch.dtype, elem: torch.dtype, block_size: int
 ) -> MXFormat | None:
     """Run the program on the probe and find the scale mode that gives the same bits."""
     with real_tensors():
         probe = _probe(source, elem, block_size)
         try:
-            values, scales = _evaluate(program, probe)
+            values, scales = program(probe)
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             return None
         # "rceil-log2" comes last: of bfloat16 and float16 it gives the bits of "rceil".
@@ -207,22 +59,6 @@ def _classify(
             if _same_cast(values, scales, want_values, want_scales):
                 return MXFormat(elem, mode, block_size)
     return None
-
-
-def _evaluate(program: _Program, probe: Tensor) -> tuple[Tensor, Tensor]:
-    results = [probe]
-
-    def decode(arg: Any) -> Any:
-        if isinstance(arg, _Result):
-            return results[arg.index]
-        if isinstance(arg, tuple):
-            return [decode(a) for a in arg]
-        return arg
-
-    for step in program.steps:
-        kwargs = {k: decode(v) for k, v in step.kwargs}
-        results.append(step.target(*map(decode, step.args), **kwargs))
-    return results[program.values], results[program.scales]
 
 
 def _same_cast(values: Tensor, scales: Tensor, want_values: Tensor, want_scales: Tensor) -> bool:

@@ -51,7 +51,7 @@ _LAYOUT = frozenset({aten.permute.default, aten.t.default, aten.transpose.int, a
 # What turns scales into numbers, beside pointwise ops.
 _DECODING = frozenset({aten.view.dtype, aten.where.self, aten.full_like.default, aten.full.default})
 _CONSTANTS = frozenset({aten.full.default, aten.scalar_tensor.default, aten.zeros.default})
-_PRODUCTS = frozenset({aten.mul.Tensor, ops.dequantize})
+PRODUCTS = frozenset({aten.mul.Tensor, ops.dequantize})
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def _hold(node: fx.Node, holds: Mapping[fx.Node, _Holds]) -> _Holds | None:
     inputs = [n for n in node.all_input_nodes if tensor_of(n) is not None]
     known = {holds.get(n) for n in inputs if n in holds or not _is_constant(n)}
     if known == {_Holds.VALUES, _Holds.SCALES}:
-        return _Holds.PRODUCT if is_call(node, _PRODUCTS) else None
+        return _Holds.PRODUCT if is_call(node, PRODUCTS) else None
     if len(known) != 1:
         return None
     held = known.pop()
@@ -372,6 +372,8 @@ class Consumer:
         weight: the weight's cast, None where the weight arrives quantised.
         rounds_to: dtype to which the norm's output is rounded on its way to the cast; None if it
             passes through several narrow ones.
+        dequantized: on the way to the matmul, the values times scales, if they are those of
+            ``mxnorm_pass::dequantize``.
     """
 
     linear: QuantizedMatmul
@@ -379,6 +381,7 @@ class Consumer:
     cast: Cast
     weight: WeightCast | None
     rounds_to: torch.dtype | None
+    dequantized: fx.Node | None = None
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -21,6 +21,7 @@ from mxnorm_pass.match.backward import (
     split_cotangent,
 )
 from mxnorm_pass.match.cast import Cast, UnknownCast, find_casts
+from mxnorm_pass.match.dequantize import dequantization
 from mxnorm_pass.match.layer_norm import LayerNorm, find_layer_norms
 from mxnorm_pass.match.linear import (
     CastIndex,
@@ -34,6 +35,7 @@ from mxnorm_pass.match.linear import (
     weight_cast,
 )
 from mxnorm_pass.match.norm import Norm
+from mxnorm_pass.match.residual import residual_add
 from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.report import Site, SkipReason
 
@@ -60,6 +62,7 @@ class Fusion:
         backward: the norm's VJP, None in inference.
         cotangent: terms of the output's cotangent, given where ``exclusive`` is False.
         backward_reads: (node read, backward reader) of the consumers, such as weight gradients.
+        residual: the residual add whose sum the norm reads, if the fused op does it.
     """
 
     norm: Norm
@@ -70,6 +73,7 @@ class Fusion:
     backward: NormBackward | None = None
     cotangent: CotangentSplit | None = None
     backward_reads: tuple[tuple[fx.Node, fx.Node], ...] = ()
+    residual: fx.Node | None = None
 
     @property
     def estimator(self) -> Estimator:
@@ -102,6 +106,7 @@ class Fusion:
             estimator=self.estimator,
             gain=self.gain,
             format=str(self.casts[0].format),
+            residual=self.residual is not None,
         )
 
 
@@ -156,7 +161,20 @@ def find_sites(
     )
     sites = [_find_site(norm, context) for norm in norms]
     sites += [_refuse_layer_norm(norm, config) for norm in find_layer_norms(graph)]
-    return sorted(sites, key=_anchor)
+    return list(_with_residual_adds(sorted(sites, key=_anchor)))
+
+
+def _with_residual_adds(sites: Iterable[Fusion | Refusal]) -> Iterator[Fusion | Refusal]:
+    """Give each fusion the add in front of it; of several norms of one sum the first gets it."""
+    taken: set[fx.Node] = set()
+    for site in sites:
+        if isinstance(site, Fusion):
+            gain = site.norm.gain
+            add = residual_add(site.norm, [gain] if gain is not None else [], taken)
+            if add is not None:
+                taken.add(add)
+                site = replace(site, residual=add)
+        yield site
 
 
 def _anchor(site: Fusion | Refusal) -> fx.Node:
@@ -223,7 +241,9 @@ def _consumers(norm: Norm, read_by: Sequence[Reader], context: _Context) -> _Con
         for matmul in use.matmuls:
             weight = weight_cast(matmul, reader.cast, context.by_matmul)
             rounds_to = narrowest_dtype((norm.output, *reader.path))
-            found.consumers.append(Consumer(matmul, reader, reader.cast, weight, rounds_to))
+            product = dequantization(reader.cast, matmul)
+            consumer = Consumer(matmul, reader, reader.cast, weight, rounds_to, product)
+            found.consumers.append(consumer)
     found.consumers.sort(key=lambda c: c.linear.matmul)
     return found
 
