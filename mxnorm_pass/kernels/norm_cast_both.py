@@ -39,27 +39,61 @@ def _round(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _partial_sums(x, block_weights_ptr, block, blocks, ESTIMATOR: tl.constexpr, P: tl.constexpr):
-    """[R]: what the columns of the tile ``x`` [R, C] add to the rows' statistic."""
-    x = widen(x)
-    if ESTIMATOR == "exact":
-        return tl.sum(x * x, 1)
-    in_blocks = tl.reshape(x, [x.shape[0], x.shape[1] // 32, 32])
-    absmax = absmax_bits(in_blocks, 2).to(tl.float32, bitcast=True)
-    if P == 2:
-        absmax = absmax * absmax
-    if block_weights_ptr is not None:
-        weights = tl.load(block_weights_ptr + block, block < blocks, 0.0)
-        absmax = absmax * widen(weights)[None, :]
-    return tl.sum(absmax, 1)
+def _digits(eight, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
+    """Square of 32 rows, row in it, and column of the eights of elements of a tile.
+
+    The index of an eight has the digits (a, g, h, b, c), of sizes (S / 8, R / 32, C / S, 256 / S,
+    S / 8); the row has (g, b, a), the column (h, c).
+    """
+    c = eight % (S // 8)
+    b = eight // (S // 8) % (256 // S)
+    h = eight // 32 % (C // S)
+    g = eight // 32 // (C // S) % (R // 32)
+    a = eight // (R * C // S)
+    return g, b * (S // 8) + a, h * S + c * 8
 
 
 @triton.jit
-def _inverse_rms(partials_ptr, across, factor, eps, squared: tl.constexpr, R: tl.constexpr,
+def _offsets(row, column, stride, rows, width, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
+    """Offsets and mask, [R C / 8, 8], of the tile that begins at (row, column)."""
+    g, row_in, column_in = _digits(tl.arange(0, R * C // 8)[:, None], R, C, S)
+    # Rows and columns end with whole blocks.
+    inside = (row + g * 32 < rows) & (column + column_in < width)
+    column = column + column_in + tl.arange(0, 8)[None, :]
+    row = row + g * 32 + row_in
+    return row.to(tl.int64) * stride + column, tl.broadcast_to(inside, column.shape)
+
+
+@triton.jit
+def _row_blocks(x, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
+    """A tile as [S / 8, R / 32, C / S, 256 / S, S / 32, 32], blocks along D last."""
+    return tl.reshape(x, [S // 8, R // 32, C // S, 256 // S, S // 32, 32])
+
+
+@triton.jit
+def _partial_sums(x, block_weights_ptr, column, blocks, ESTIMATOR: tl.constexpr, P: tl.constexpr,
+                  R: tl.constexpr, C: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """[R]: what the columns of the tile ``x`` add to the rows' statistic."""
+    in_blocks = _row_blocks(widen(x), R, C, S)
+    if ESTIMATOR == "exact":
+        sums = tl.sum(in_blocks * in_blocks, 5)
+    else:
+        sums = absmax_bits(in_blocks, 5).to(tl.float32, bitcast=True)
+        if P == 2:
+            sums = sums * sums
+        if block_weights_ptr is not None:
+            block = column // 32 + tl.arange(0, C // 32)
+            weights = widen(tl.load(block_weights_ptr + block, block < blocks, 0.0))
+            sums = sums * tl.reshape(weights, [1, 1, C // S, 1, S // 32])
+    return tl.reshape(tl.permute(tl.sum(tl.sum(sums, 4), 2), 1, 2, 0), [R])
+
+
+@triton.jit
+def _inverse_rms(partials_ptr, factor, eps, squared: tl.constexpr, R: tl.constexpr,
                  ACROSS: tl.constexpr):  # fmt: skip
     """[R]: rho of a group's rows from its tiles' sums [across, R], added in one fixed order."""
-    tile = tl.arange(0, ACROSS)[:, None]
-    sums = tl.load(partials_ptr + tile * R + tl.arange(0, R)[None, :], tile < across, 0.0)
+    tile = tl.arange(0, triton.next_power_of_2(ACROSS))[:, None]
+    sums = tl.load(partials_ptr + tile * R + tl.arange(0, R)[None, :], tile < ACROSS, 0.0)
     mean = tl.sum(sums, 0) * factor
     if squared:
         mean = mean * mean
@@ -67,107 +101,107 @@ def _inverse_rms(partials_ptr, across, factor, eps, squared: tl.constexpr, R: tl
 
 
 @triton.jit
-def _normalize(x, rho, gain, NORM: tl.constexpr, PRODUCT: tl.constexpr, OUT: tl.constexpr):
-    """``functional.normalize`` of a tile [R, C], in float32."""
-    y = _round(x * rho[:, None], NORM)
-    if gain is not None:
-        y = _round(y * gain[None, :], PRODUCT)
-    return _round(y, OUT)
+def _count_in(sums, partials_ptr, counters_ptr, rho_ptr, tile, rows, factor, eps,
+              squared: tl.constexpr, R: tl.constexpr, ACROSS: tl.constexpr):  # fmt: skip
+    """Publish a tile's sums; the last tile of its group turns them into rho."""
+    group = tile // ACROSS
+    tl.store(partials_ptr + tile.to(tl.int64) * R + tl.arange(0, R), sums)
+    tl.debug_barrier()
+    if tl.atomic_add(counters_ptr + group, 1, sem="acq_rel") == ACROSS - 1:
+        first = (group * ACROSS).to(tl.int64) * R
+        rho = _inverse_rms(partials_ptr + first, factor, eps, squared, R, ACROSS)
+        row = group * R + tl.arange(0, R)
+        tl.store(rho_ptr + row, rho, row < rows)
+        tl.debug_barrier()
+        tl.atomic_add(counters_ptr + group, 1, sem="release")
 
 
 @triton.jit
-def _row_absmax(x, rho, y, from_x: tl.constexpr):
-    """Bits of the absmax of ``y``'s blocks [R, C / 32, 32]; of x rho where that is the same."""
-    if from_x:
-        absmax = absmax_bits(tl.reshape(x, y.shape), 2).to(tl.float32, bitcast=True)
-        return (absmax * rho[:, None]).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return absmax_bits(y, 2)
-
-
-@triton.jit
-def _wait(counter_ptr, arrivals):
-    while tl.atomic_add(counter_ptr, 0, sem="acquire") < arrivals:
+def _wait(counter_ptr, across):
+    """Until a group has its rho: its tiles have counted in, and the last of them once more."""
+    while tl.atomic_add(counter_ptr, 0, sem="acquire") <= across:
         pass
 
 
 @triton.jit
-def _store_rows(y, absmax, values_ptr, scales_ptr, row, column, block, rows, blocks,
-                MODE: tl.constexpr, MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                BLOCKED: tl.constexpr):  # fmt: skip
-    """Cast ``y`` [R, C / 32, 32] along its rows and store it."""
-    elem_dtype: tl.constexpr = values_ptr.dtype.element_ty
-    values, exponent = cast_blocks(y, absmax, 2, MODE, elem_dtype, MAX_EXPONENT, MANTISSA_BITS)
-    width = blocks * 32
-    tl.store(
-        values_ptr + (row[:, None] * width + column[None, :]),
-        tl.reshape(values, [y.shape[0], y.shape[1] * 32]),
-        (row < rows)[:, None] & (column < width)[None, :],
-    )
-    inside = (row < rows)[:, None] & (block < blocks)[None, :]
-    if BLOCKED:
-        across = (blocks + 3) // 4
-        offset = blocked_scale_offset(row[:, None], block[None, :], across)
-        exponent = tl.where(inside, exponent, 0)
-        inside = (row < (rows + 127) // 128 * 128)[:, None] & (block < across * 4)[None, :]
-    else:
-        offset = row[:, None] * blocks + block[None, :]
-    tl.store(scales_ptr + offset, exponent.to(tl.uint8), inside)
+def _normalize(x, rho, gain, NORM: tl.constexpr, PRODUCT: tl.constexpr, OUT: tl.constexpr):
+    """``functional.normalize`` of a tile, in float32."""
+    y = _round(x * rho, NORM)
+    if gain is not None:
+        y = _round(y * gain, PRODUCT)
+    return _round(y, OUT)
 
 
 @triton.jit
-def _store_columns(y, values_ptr, scales_ptr, row, column, rows, width,
-                   MODE: tl.constexpr, MAX_EXPONENT: tl.constexpr,
-                   MANTISSA_BITS: tl.constexpr):  # fmt: skip
-    """Cast ``y`` [R, C] along its columns and store it transposed."""
-    R: tl.constexpr = y.shape[0]
-    C: tl.constexpr = y.shape[1]
+def _store_rows(y, absmax, values_ptr, scales_ptr, row, column, rows, blocks,
+                MODE: tl.constexpr, MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+                BLOCKED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+                S: tl.constexpr):  # fmt: skip
+    """Cast the tile ``y``, blocks in its last dimension, along its rows and store it."""
     elem_dtype: tl.constexpr = values_ptr.dtype.element_ty
-    in_blocks = tl.reshape(y, [R // 32, 32, C])
-    absmax = absmax_bits(in_blocks, 1)
+    values, exponent = cast_blocks(y, absmax, 5, MODE, elem_dtype, MAX_EXPONENT, MANTISSA_BITS)
+    width = blocks * 32
+    offsets, inside = _offsets(row, column, width, rows, width, R, C, S)
+    tl.store(values_ptr + offsets, tl.reshape(values, [R * C // 8, 8]), inside)
+    exponent = tl.reshape(tl.permute(exponent, 1, 3, 0, 2, 4), [R, C // 32])
+    row = row + tl.arange(0, R)[:, None]
+    block = column // 32 + tl.arange(0, C // 32)[None, :]
+    inside = (row < rows) & (block < blocks)
+    if BLOCKED:
+        across = (blocks + 3) // 4
+        offsets = blocked_scale_offset(row, block, across)
+        exponent = tl.where(inside, exponent, 0)
+        inside = (row < (rows + 127) // 128 * 128) & (block < across * 4)
+    else:
+        offsets = row.to(tl.int64) * blocks + block
+    tl.store(scales_ptr + offsets, exponent.to(tl.uint8), inside)
+
+
+@triton.jit
+def _store_columns(y, values_ptr, scales_ptr, row, column, rows, width, MODE: tl.constexpr,
+                   MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, R: tl.constexpr,
+                   C: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """Cast the tile ``y`` along its columns and store it transposed."""
+    elem_dtype: tl.constexpr = values_ptr.dtype.element_ty
+    y = tl.reshape(y, [S // 8, R // 32, C // S, 256 // S, S // 8, 8])
+    # A thread holds consecutive rows: transposed first, they are packed four to a register.
+    y = tl.reshape(tl.permute(y, 2, 4, 5, 1, 3, 0), [C, R // 32, 32])
     values, exponent = cast_blocks(
-        in_blocks, absmax, 1, MODE, elem_dtype, MAX_EXPONENT, MANTISSA_BITS
+        y, absmax_bits(y, 2), 2, MODE, elem_dtype, MAX_EXPONENT, MANTISSA_BITS
     )
+    column = column + tl.arange(0, C)[:, None]
+    inside = column < width
     column = column.to(tl.int64)
-    # Transposed as bytes: a quarter of what float32 would move.
+    block = row // 32 + tl.arange(0, R // 32)[None, :]
+    row = row + tl.arange(0, R)[None, :]
+    tl.store(values_ptr + column * rows + row, tl.reshape(values, [C, R]), inside & (row < rows))
     tl.store(
-        values_ptr + (column[:, None] * rows + row[None, :]),
-        tl.trans(tl.reshape(values, [R, C])),
-        (column < width)[:, None] & (row < rows)[None, :],
-    )
-    block = tl.min(tl.reshape(row, [R // 32, 32]), 1) // 32
-    tl.store(
-        scales_ptr + (column[:, None] * (rows // 32) + block[None, :]),
-        tl.trans(exponent.to(tl.uint8)),
-        (column < width)[:, None] & (block * 32 < rows)[None, :],
+        scales_ptr + column * (rows // 32) + block,
+        exponent.to(tl.uint8),
+        inside & (block * 32 < rows),
     )
 
 
 @triton.jit
 def _cast(
-    x, rho, gain, values_ptr, scales_ptr, values_t_ptr, scales_t_ptr, row, column, block, rows,
-    blocks, ESTIMATOR: tl.constexpr, GAIN_IN_ROWS: tl.constexpr, MODE: tl.constexpr,
+    x, rho, gain, values_ptr, scales_ptr, values_t_ptr, scales_t_ptr, row, column, rows, blocks,
+    ESTIMATOR: tl.constexpr, GAIN_IN_ROWS: tl.constexpr, MODE: tl.constexpr,
     MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, NORM: tl.constexpr,
-    PRODUCT: tl.constexpr, OUT: tl.constexpr, BLOCKED: tl.constexpr,
+    PRODUCT: tl.constexpr, OUT: tl.constexpr, BLOCKED: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Both casts of the tile ``x`` [R, C], float32."""
+    """Both casts of the tile ``x``, float32, that begins at (row, column)."""
     row_gain = gain if GAIN_IN_ROWS else None
     if ESTIMATOR == "exact":
-        y = _normalize(x, rho, row_gain, NORM, PRODUCT, OUT)
+        y = _row_blocks(_normalize(x, rho, row_gain, NORM, PRODUCT, OUT), R, C, S)
     else:
-        y = _normalize(x, rho, row_gain, None, None, None)
-    y = tl.reshape(y, [x.shape[0], x.shape[1] // 32, 32])
-    absmax = _row_absmax(x, rho, y, ESTIMATOR != "exact" and row_gain is None)
-    _store_rows(y, absmax, values_ptr, scales_ptr, row, column, block, rows, blocks, MODE,
-                MAX_EXPONENT, MANTISSA_BITS, BLOCKED)  # fmt: skip
+        # Rounding is monotonic, so this has the bits of the blocks' maxima times rho, too.
+        y = _row_blocks(_normalize(x, rho, row_gain, None, None, None), R, C, S)
+    _store_rows(y, absmax_bits(y, 5), values_ptr, scales_ptr, row, column, rows, blocks, MODE,
+                MAX_EXPONENT, MANTISSA_BITS, BLOCKED, R, C, S)  # fmt: skip
     y = _normalize(x, rho, gain, NORM, PRODUCT, OUT)
     _store_columns(y, values_t_ptr, scales_t_ptr, row, column, rows, blocks * 32, MODE,
-                   MAX_EXPONENT, MANTISSA_BITS)  # fmt: skip
-
-
-@triton.jit
-def _load(x_ptr, stride, row, column, rows, width):
-    inside = ((row >= 0) & (row < rows))[:, None] & (column < width)[None, :]
-    return tl.load(x_ptr + (row[:, None] * stride + column[None, :]), inside, 0.0)
+                   MAX_EXPONENT, MANTISSA_BITS, R, C, S)  # fmt: skip
 
 
 @triton.jit
@@ -178,57 +212,63 @@ def norm_cast_both_kernel(
     ESTIMATOR: tl.constexpr, P: tl.constexpr, GAIN_IN_ROWS: tl.constexpr, MODE: tl.constexpr,
     MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, NORM: tl.constexpr,
     PRODUCT: tl.constexpr, OUT: tl.constexpr, BLOCKED: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, ACROSS: tl.constexpr, HOLD: tl.constexpr, TICKET: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr, ACROSS: tl.constexpr, HOLD: tl.constexpr,
+    TICKET: tl.constexpr,
 ):  # fmt: skip
+    """Grid: tiles + lag. A tile is a tensor [R C / 8, 8], see ``_digits``.
+
+    Triton gives eights to the lanes of a warp, then to the warps, then to a thread again: a warp
+    has squares of 32 rows and S columns, whose blocks need no other warp in either direction, and
+    a thread has 8 columns of S / 8 consecutive rows.
+    """
     rows, width = row_blocks * 32, blocks * 32
-    across = tl.cdiv(width, C)
     tiles = tl.num_programs(0) - lag
     if TICKET:
         # Programs in the order in which they start.
-        mine = tl.atomic_add(counters_ptr + tiles // across, 1, sem="relaxed")
+        mine = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     else:
         mine = tl.program_id(0)
-    row = (mine // across).to(tl.int64) * R + tl.arange(0, R)
-    column = mine % across * C + tl.arange(0, C)
-    block = mine % across * (C // 32) + tl.arange(0, C // 32)
-    x = _load(x_ptr, x_stride, row, column, rows, width)
+    row, column = mine // ACROSS * R, mine % ACROSS * C
+    offsets, inside = _offsets(row, column, x_stride, rows, width, R, C, S)
+    x = tl.load(x_ptr + offsets, inside, 0.0)
     if residual_ptr is not None:
-        residual = _load(residual_ptr, residual_stride, row, column, rows, width)
+        offsets, _ = _offsets(row, column, residual_stride, rows, width, R, C, S)
+        residual = tl.load(residual_ptr + offsets, inside, 0.0)
         x = narrow(widen(x) + widen(residual), total_ptr.dtype.element_ty)
-        inside = (row < rows)[:, None] & (column < width)[None, :]
-        tl.store(total_ptr + (row[:, None] * width + column[None, :]), x, inside)
+        offsets, _ = _offsets(row, column, width, rows, width, R, C, S)
+        tl.store(total_ptr + offsets, x, inside)
     late = mine - lag
-    if HOLD:
-        held, late_row, late_column = x, row, column
-    else:
-        late_row = (tl.maximum(late, 0) // across).to(tl.int64) * R + tl.arange(0, R)
-        late_column = tl.maximum(late, 0) % across * C + tl.arange(0, C)
-        held = x
+    late_row, late_column, held = row, column, x
+    if not HOLD:
+        tile = tl.maximum(late, 0)
+        late_row, late_column = tile // ACROSS * R, tile % ACROSS * C
         if residual_ptr is None:
-            held = _load(x_ptr, x_stride, late_row, late_column, tl.where(late < 0, 0, rows), width)
+            some_rows = tl.where(late < 0, 0, rows)
+            offsets, inside = _offsets(late_row, late_column, x_stride, some_rows, width, R, C, S)
+            held = tl.load(x_ptr + offsets, inside, 0.0)
     if mine < tiles:
-        sums = _partial_sums(x, block_weights_ptr, block, blocks, ESTIMATOR, P)
-        tl.store(partials_ptr + mine.to(tl.int64) * R + tl.arange(0, R), sums)
-        tl.debug_barrier()
-        tl.atomic_add(counters_ptr + mine // across, 1, sem="release")
+        sums = _partial_sums(x, block_weights_ptr, column, blocks, ESTIMATOR, P, R, C, S)
+        _count_in(sums, partials_ptr, counters_ptr + 1, rho_ptr, mine, rows, factor, eps,
+                  ESTIMATOR != "exact" and P == 1, R, ACROSS)  # fmt: skip
     if late >= 0:
-        group = late // across
-        _wait(counters_ptr + group, across)
-        rho = _inverse_rms(
-            partials_ptr + group.to(tl.int64) * across * R, across, factor, eps,
-            ESTIMATOR != "exact" and P == 1, R, ACROSS,
-        )  # fmt: skip
-        if late % across == 0:
-            tl.store(rho_ptr + late_row, rho, late_row < rows)
-        if not HOLD and residual_ptr is not None:
-            held = _load(total_ptr, width, late_row, late_column, rows, width)
         gain = None
         if weight_ptr is not None:
-            gain = widen(tl.load(weight_ptr + late_column, late_column < width, 0.0))
+            # The same for all of a thread's rows.
+            _, _, gain_column = _digits(tl.arange(0, R * C // S)[:, None], R, C, S)
+            gain_column = late_column + gain_column + tl.arange(0, 8)[None, :]
+            gain = widen(tl.load(weight_ptr + gain_column, gain_column < width, 0.0))[None, :, :]
+        _wait(counters_ptr + 1 + late // ACROSS, ACROSS)
+        if not HOLD and residual_ptr is not None:
+            offsets, inside = _offsets(late_row, late_column, width, rows, width, R, C, S)
+            held = tl.load(total_ptr + offsets, inside, 0.0)
+        g, rho_row, _ = _digits(tl.arange(0, R * C // 8), R, C, S)
+        rho_row = late_row + g * 32 + rho_row
+        rho = tl.load(rho_ptr + rho_row, late_row + g * 32 < rows, 0.0)
         _cast(
-            widen(held), rho, gain, values_ptr, scales_ptr, values_t_ptr, scales_t_ptr,
-            late_row, late_column, late % across * (C // 32) + tl.arange(0, C // 32), rows, blocks,
-            ESTIMATOR, GAIN_IN_ROWS, MODE, MAX_EXPONENT, MANTISSA_BITS, NORM, PRODUCT, OUT, BLOCKED,
+            tl.reshape(widen(held), [S // 8, R * C // S, 8]),
+            tl.reshape(rho, [S // 8, R * C // S, 1]), gain, values_ptr, scales_ptr, values_t_ptr,
+            scales_t_ptr, late_row, late_column, rows, blocks, ESTIMATOR, GAIN_IN_ROWS, MODE,
+            MAX_EXPONENT, MANTISSA_BITS, NORM, PRODUCT, OUT, BLOCKED, R, C, S,
         )  # fmt: skip
 
 
@@ -242,6 +282,7 @@ class Configuration:
         warps: of a program.
         lag: tiles between the sum of a tile and its cast; at least a group, or 0 to hold tiles.
         ticket: number the programs as they start, instead of relying on the grid's order.
+        square: columns of a warp's squares, 32 or 64.
     """
 
     rows: int
@@ -249,6 +290,7 @@ class Configuration:
     warps: int
     lag: int
     ticket: bool = True
+    square: int = 64
 
 
 def configuration(width: int, dtype: torch.dtype) -> Configuration:
@@ -325,8 +367,8 @@ def norm_cast_both(
             scales_t, partials, counters, flat.stride(0),
             0 if flat_residual is None else flat_residual.stride(0), flat.shape[0] // 32,
             width // 32, config.lag, _factor(width, spec, block_weights), spec.eps,
-            GAIN_IN_ROWS=gain_in_rows, ACROSS=triton.next_power_of_2(across), R=config.rows,
-            C=config.columns, HOLD=config.lag == 0, TICKET=config.ticket,
+            GAIN_IN_ROWS=gain_in_rows, ACROSS=across, R=config.rows,
+            C=config.columns, S=config.square, HOLD=config.lag == 0, TICKET=config.ticket,
             num_warps=config.warps, **_constants(spec, weight),
         )  # fmt: skip
     e8m0 = torch.float8_e8m0fnu
@@ -366,7 +408,8 @@ def _factor(width: int, spec: NormCastSpec, block_weights: Tensor | None) -> flo
         return 1.0 / width
     if block_weights is not None:
         return 1.0
-    return 32.0 / (width * rms_constant(spec.p, 32) ** spec.p)
+    c: float = rms_constant(spec.p, 32) ** spec.p
+    return 32.0 / (width * c)
 
 
 def _constants(spec: NormCastSpec, weight: Tensor | None) -> dict[str, Any]:
