@@ -124,6 +124,22 @@ def _wait(counter_ptr, across):
 
 
 @triton.jit
+def _load_rho(rho_ptr, row, rows, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
+    """[S / 8, R C / S, 1], of a tile's elements."""
+    g, row_in, column_in = _digits(tl.arange(0, R * C // 8), R, C, S)
+    rho = tl.load(rho_ptr + row + g * 32 + row_in, row + g * 32 < rows, 0.0)
+    return tl.reshape(rho, [S // 8, R * C // S, 1])
+
+
+@triton.jit
+def _load_gain(weight_ptr, column, width, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
+    """[1, R C / S, 8], float32, of a tile's elements: a thread's rows share it."""
+    g, row_in, column_in = _digits(tl.arange(0, R * C // S)[:, None], R, C, S)
+    column = column + column_in + tl.arange(0, 8)[None, :]
+    return widen(tl.load(weight_ptr + column, column < width, 0.0))[None, :, :]
+
+
+@triton.jit
 def _normalize(x, rho, gain, NORM: tl.constexpr, PRODUCT: tl.constexpr, OUT: tl.constexpr):
     """``functional.normalize`` of a tile, in float32."""
     y = _round(x * rho, NORM)
@@ -232,10 +248,10 @@ def norm_cast_both_kernel(
     offsets, inside = _offsets(row, column, x_stride, rows, width, R, C, S)
     x = tl.load(x_ptr + offsets, inside, 0.0)
     if residual_ptr is not None:
-        offsets, _ = _offsets(row, column, residual_stride, rows, width, R, C, S)
+        offsets, inside = _offsets(row, column, residual_stride, rows, width, R, C, S)
         residual = tl.load(residual_ptr + offsets, inside, 0.0)
         x = narrow(widen(x) + widen(residual), total_ptr.dtype.element_ty)
-        offsets, _ = _offsets(row, column, width, rows, width, R, C, S)
+        offsets, inside = _offsets(row, column, width, rows, width, R, C, S)
         tl.store(total_ptr + offsets, x, inside)
     late = mine - lag
     late_row, late_column, held = row, column, x
@@ -253,20 +269,15 @@ def norm_cast_both_kernel(
     if late >= 0:
         gain = None
         if weight_ptr is not None:
-            # The same for all of a thread's rows.
-            _, _, gain_column = _digits(tl.arange(0, R * C // S)[:, None], R, C, S)
-            gain_column = late_column + gain_column + tl.arange(0, 8)[None, :]
-            gain = widen(tl.load(weight_ptr + gain_column, gain_column < width, 0.0))[None, :, :]
+            gain = _load_gain(weight_ptr, late_column, width, R, C, S)
         _wait(counters_ptr + 1 + late // ACROSS, ACROSS)
         if not HOLD and residual_ptr is not None:
             offsets, inside = _offsets(late_row, late_column, width, rows, width, R, C, S)
             held = tl.load(total_ptr + offsets, inside, 0.0)
-        g, rho_row, _ = _digits(tl.arange(0, R * C // 8), R, C, S)
-        rho_row = late_row + g * 32 + rho_row
-        rho = tl.load(rho_ptr + rho_row, late_row + g * 32 < rows, 0.0)
+        rho = _load_rho(rho_ptr, late_row, rows, R, C, S)
         _cast(
             tl.reshape(widen(held), [S // 8, R * C // S, 8]),
-            tl.reshape(rho, [S // 8, R * C // S, 1]), gain, values_ptr, scales_ptr, values_t_ptr,
+            rho, gain, values_ptr, scales_ptr, values_t_ptr,
             scales_t_ptr, late_row, late_column, rows, blocks, ESTIMATOR, GAIN_IN_ROWS, MODE,
             MAX_EXPONENT, MANTISSA_BITS, NORM, PRODUCT, OUT, BLOCKED, R, C, S,
         )  # fmt: skip
