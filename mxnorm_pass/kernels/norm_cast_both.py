@@ -24,7 +24,9 @@ def _digits(eight, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
     """Square of 32 rows, row in it, and column of the eights of elements of a tile.
 
     The index of an eight has the digits (a, g, h, b, c), of sizes (S / 8, R / 32, C / S, 256 / S,
-    S / 8); the row has (g, b, a), the column (h, c).
+    S / 8); the row has (g, b, a), the column (h, c). Triton gives eights to the lanes of a warp,
+    then to the warps, then to a thread again: a warp has squares of 32 rows and S columns, whose
+    blocks need no other warp in either direction; a thread has 8 columns of S / 8 rows.
     """
     c = eight % (S // 8)
     b = eight // (S // 8) % (256 // S)
@@ -43,6 +45,28 @@ def _offsets(row, column, stride, rows, width, R: tl.constexpr, C: tl.constexpr,
     column = column + column_in + tl.arange(0, 8)[None, :]
     row = row + g * 32 + row_in
     return row.to(tl.int64) * stride + column, tl.broadcast_to(inside, column.shape)
+
+
+@triton.jit
+def _load(ptr, row, column, stride, rows, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+          S: tl.constexpr):  # fmt: skip
+    """The tile that begins at (row, column), zero outside."""
+    offsets, inside = _offsets(row, column, stride, rows, D, R, C, S)
+    return tl.load(ptr + offsets, inside, 0.0)
+
+
+@triton.jit
+def _load_sum(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, rows,
+              D: tl.constexpr, TOTAL_DTYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+              S: tl.constexpr):  # fmt: skip
+    """The tile of x; with a residual the rounded sum, stored."""
+    x = _load(x_ptr, row, column, x_stride, rows, D, R, C, S)
+    if residual_ptr is not None:
+        residual = _load(residual_ptr, row, column, residual_stride, rows, D, R, C, S)
+        x = narrow(widen(x) + widen(residual), TOTAL_DTYPE)
+        offsets, inside = _offsets(row, column, D, rows, D, R, C, S)
+        tl.store(total_ptr + offsets, x, inside)
+    return x
 
 
 @triton.jit
@@ -118,11 +142,11 @@ def _load_gain(weight_ptr, column, width, R: tl.constexpr, C: tl.constexpr, S: t
 
 
 @triton.jit
-def _store_rows(y, absmax, values_ptr, scales_ptr, row, column, rows,
-                D: tl.constexpr, MODE: tl.constexpr, MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                BLOCKED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-                S: tl.constexpr):  # fmt: skip
+def _store_rows(y, values_ptr, scales_ptr, row, column, rows, D: tl.constexpr, MODE: tl.constexpr,
+                MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, BLOCKED: tl.constexpr,
+                R: tl.constexpr, C: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """Cast the tile ``y``, blocks in its last dimension, along its rows and store it."""
+    absmax = absmax_bits(y, 5)
     elem_dtype: tl.constexpr = values_ptr.dtype.element_ty
     values, exponent = cast_blocks(y, absmax, 5, MODE, elem_dtype, MAX_EXPONENT, MANTISSA_BITS)
     offsets, inside = _offsets(row, column, D, rows, D, R, C, S)
@@ -143,8 +167,8 @@ def _store_rows(y, absmax, values_ptr, scales_ptr, row, column, rows,
 
 @triton.jit
 def _store_columns(y, values_ptr, scales_ptr, row, column, rows, D: tl.constexpr,
-                   MODE: tl.constexpr, MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, R: tl.constexpr,
-                   C: tl.constexpr, S: tl.constexpr):  # fmt: skip
+                   MODE: tl.constexpr, MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+                   R: tl.constexpr, C: tl.constexpr, S: tl.constexpr):  # fmt: skip
     """Cast the tile ``y`` along its columns and store it transposed."""
     elem_dtype: tl.constexpr = values_ptr.dtype.element_ty
     y = tl.reshape(y, [S // 8, R // 32, C // S, 256 // S, S // 8, 8])
@@ -182,8 +206,8 @@ def _cast(
         # Its blocks' maxima are those of x times rho: rounding is monotonic.
         y = normalize(x, rho, row_gain, tl.float32, tl.float32, tl.float32)
     y = _row_blocks(y, R, C, S)
-    _store_rows(y, absmax_bits(y, 5), values_ptr, scales_ptr, row, column, rows, D, MODE,
-                MAX_EXPONENT, MANTISSA_BITS, BLOCKED_SCALES, R, C, S)  # fmt: skip
+    _store_rows(y, values_ptr, scales_ptr, row, column, rows, D, MODE, MAX_EXPONENT,
+                MANTISSA_BITS, BLOCKED_SCALES, R, C, S)  # fmt: skip
     y = normalize(x, rho, gain, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE)
     _store_columns(y, values_t_ptr, scales_t_ptr, row, column, rows, D, MODE, MAX_EXPONENT,
                    MANTISSA_BITS, R, C, S)  # fmt: skip
@@ -202,10 +226,6 @@ def norm_cast_both_kernel(
 ):  # fmt: skip
     """Grid: tiles + lag. A tile is a tensor [R C / 8, 8], see ``_digits``.
 
-    Triton gives eights to the lanes of a warp, then to the warps, then to a thread again: a warp
-    has squares of 32 rows and S columns, whose blocks need no other warp in either direction, and
-    a thread has 8 columns of S / 8 consecutive rows.
-
     Args:
         counters_ptr: zeros, one for the tickets and one per group.
         row_blocks: rows / 32, so that the compiler sees that rows are a multiple.
@@ -219,23 +239,16 @@ def norm_cast_both_kernel(
     if TICKET:
         mine = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     row, column = mine // ACROSS * R, mine % ACROSS * C
-    offsets, inside = _offsets(row, column, x_stride, rows, D, R, C, S)
-    x = tl.load(x_ptr + offsets, inside, 0.0)
-    if residual_ptr is not None:
-        offsets, inside = _offsets(row, column, residual_stride, rows, D, R, C, S)
-        residual = tl.load(residual_ptr + offsets, inside, 0.0)
-        x = narrow(widen(x) + widen(residual), TOTAL_DTYPE)
-        offsets, inside = _offsets(row, column, D, rows, D, R, C, S)
-        tl.store(total_ptr + offsets, x, inside)
+    x = _load_sum(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, rows, D,
+                  TOTAL_DTYPE, R, C, S)  # fmt: skip
     late = mine - lag
     late_row, late_column, held = row, column, x
     if not HOLD:
         tile = tl.maximum(late, 0)
         late_row, late_column = tile // ACROSS * R, tile % ACROSS * C
         if residual_ptr is None:
-            some_rows = tl.where(late < 0, 0, rows)
-            offsets, inside = _offsets(late_row, late_column, x_stride, some_rows, D, R, C, S)
-            held = tl.load(x_ptr + offsets, inside, 0.0)
+            some = tl.where(late < 0, 0, rows)
+            held = _load(x_ptr, late_row, late_column, x_stride, some, D, R, C, S)
     if mine < tl.num_programs(0) - lag:
         sums = _partial_sums(x, block_weights_ptr, column, D, EXACT, P, R, C, S)
         _count_in(sums, partials_ptr, counters_ptr + 1, rho_ptr, mine, rows, ACROSS, EPS, P,
@@ -246,8 +259,7 @@ def norm_cast_both_kernel(
             gain = _load_gain(weight_ptr, late_column, D, R, C, S)
         _wait(counters_ptr + 1 + late // ACROSS, ACROSS)
         if not HOLD and residual_ptr is not None:
-            offsets, inside = _offsets(late_row, late_column, D, rows, D, R, C, S)
-            held = tl.load(total_ptr + offsets, inside, 0.0)
+            held = _load(total_ptr, late_row, late_column, D, rows, D, R, C, S)
         _cast(
             tl.reshape(widen(held), [S // 8, R * C // S, 8]),
             _load_rho(rho_ptr, late_row, rows, R, C, S), gain,
