@@ -20,9 +20,9 @@ class Configuration:
         rows: of a tile, a power of two of at least 32.
         columns: of a tile, a power of two of at least 128.
         warps: of a program.
-        lag: tiles between the sum of a tile and its cast. At least the tiles across a row, so that
-            no program waits for one that started later, or 0: hold the tile in registers, which
-            needs all programs of a row resident at once.
+        lag: programs between the sum of a tile and its cast. At least twice the tiles across a
+            row, so that no program waits for one that started later; as many tiles must stay in
+            the L2 cache.
         ticket: number the programs as they start, instead of relying on the grid's order.
         square: columns of a warp's squares, 32 or 64.
     """
@@ -38,9 +38,9 @@ class Configuration:
 def configuration(width: int) -> Configuration:
     """For rows of ``width`` elements, whatever their number."""
     columns = 128
-    # More than are resident at once, so that nobody waits; 8 MiB of bfloat16 in the L2 cache.
-    lag = max(512, 2 * ((width + columns - 1) // columns))
-    return Configuration(rows=64, columns=columns, warps=8, lag=lag, square=32)
+    # More than are resident at once, so that nobody waits; 12 MiB of bfloat16 in the L2 cache.
+    lag = max(1536, 2 * ((width + columns - 1) // columns))
+    return Configuration(rows=32, columns=columns, warps=4, lag=lag, square=32)
 
 
 def norm_cast_both(
@@ -81,12 +81,12 @@ def norm_cast_both(
     tiles = groups * ((width + config.columns - 1) // config.columns)
     launcher(norm_cast_both_kernel)[(tiles + config.lag,)](
         x_rows, residual_rows, weight, block_weights, total, values, scales, rho, values_t,
-        scales_t, x.new_empty((tiles * config.rows,), dtype=torch.float32),
-        x.new_zeros((groups + 1,), dtype=torch.int32), rows // 32, x_rows.stride(0),
+        scales_t, x.new_zeros(((tiles + groups) * config.rows + 1,), dtype=torch.int32),
+        rows // 32, x_rows.stride(0),
         0 if residual_rows is None else residual_rows.stride(0), config.lag,
         **constants(spec, width, weight, block_weights, (x if total is None else total).dtype),
         GAIN_IN_ROWS=gain_in_rows, R=config.rows, C=config.columns, S=config.square,
-        HOLD=config.lag == 0, TICKET=config.ticket, num_warps=config.warps,
+        TICKET=config.ticket, num_warps=config.warps,
     )  # fmt: skip
     e8m0 = torch.float8_e8m0fnu
     results = (values, scales.view(e8m0), rho, values_t, scales_t.view(e8m0))

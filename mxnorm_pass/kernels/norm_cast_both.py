@@ -1,12 +1,11 @@
 """Norm, cast along D and cast along T of one tensor, which is read from DRAM once.
 
 The tensor is cut into tiles of ``R`` rows and ``C`` columns; the tiles that share rows are a
-group. A program sums its tile's part of the rows' statistic, and casts another tile, ``lag``
-tiles back, whose group has been summed by then. That tile comes from the L2 cache, so ``lag``
-tiles must fit there. The wait for its group ends always: a program counts in before it waits,
-and it waits for programs that started before it, whichever of them are resident.
-With ``lag`` 0 a program holds its tile in registers until the group is summed; then all programs
-of a group must be resident at once.
+group. Program i sums its tile's part of the rows' statistic; one program a group, ``lag // 2``
+later, turns the parts into rho; and ``lag`` programs later each tile is read again, from the L2
+cache, and cast. Numbers are handed on through memory that starts as zeros: a word that is not zero
+is there (see ``_publish``), which needs neither counters nor fences. Programs wait only for those
+that started before them, so all waits end, whichever of them are resident.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ import triton.language as tl
 from mxnorm_pass.kernels.mx import absmax_bits, blocked_scale_offset, cast_blocks
 from mxnorm_pass.kernels.rounding import narrow, widen
 from mxnorm_pass.kernels.statistic import inverse_rms, normalize
+
+SIGN = tl.constexpr(-(2**31))
 
 
 @triton.jit
@@ -59,13 +60,14 @@ def _load(ptr, row, column, stride, rows, D: tl.constexpr, R: tl.constexpr, C: t
 def _load_sum(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, rows,
               D: tl.constexpr, TOTAL_DTYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
               S: tl.constexpr):  # fmt: skip
-    """The tile of x; with a residual the rounded sum, stored."""
+    """The tile of x; with a residual the rounded sum, stored where there is a ``total_ptr``."""
     x = _load(x_ptr, row, column, x_stride, rows, D, R, C, S)
     if residual_ptr is not None:
         residual = _load(residual_ptr, row, column, residual_stride, rows, D, R, C, S)
         x = narrow(widen(x) + widen(residual), TOTAL_DTYPE)
-        offsets, inside = _offsets(row, column, D, rows, D, R, C, S)
-        tl.store(total_ptr + offsets, x, inside)
+        if total_ptr is not None:
+            offsets, inside = _offsets(row, column, D, rows, D, R, C, S)
+            tl.store(total_ptr + offsets, x, inside)
     return x
 
 
@@ -94,43 +96,37 @@ def _partial_sums(x, block_weights_ptr, column, D: tl.constexpr, EXACT: tl.const
 
 
 @triton.jit
-def _add_partial_sums(partials_ptr, ACROSS: tl.constexpr, R: tl.constexpr):
-    """[R]: the rows' sums of a group from those of its tiles, added in one fixed order."""
+def _publish(ptr, x):
+    """Store float32 as words that are not zero: the sign is flipped, and there is no -0."""
+    tl.store(ptr, tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True) ^ SIGN)
+
+
+@triton.jit
+def _peek(ptr, mask):
+    return tl.load(ptr, mask, 1, volatile=True)
+
+
+@triton.jit
+def _await(ptr, words, mask):
+    """What :func:`_publish` stored at ``ptr``; ``words`` is an early look, 1 outside ``mask``."""
+    while tl.min((words != 0).to(tl.int32)) == 0:
+        words = _peek(ptr, mask)
+    return tl.where(mask, words ^ SIGN, 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _publish_rho(rho_words_ptr, partials_ptr, rho_ptr, row, rows, ACROSS: tl.constexpr,
+                 EPS: tl.constexpr, P: tl.constexpr, FACTOR: tl.constexpr, SCALE: tl.constexpr,
+                 R: tl.constexpr):  # fmt: skip
+    """rho of the group of rows from ``row`` on; its tiles' parts are added in one fixed order."""
     tile = tl.arange(0, triton.next_power_of_2(ACROSS))[:, None]
-    at = partials_ptr + tile * R + tl.arange(0, R)[None, :]
-    return tl.sum(tl.load(at, tile < ACROSS, 0.0), 0)
-
-
-@triton.jit
-def _count_in(sums, partials_ptr, counters_ptr, rho_ptr, tile, rows, ACROSS: tl.constexpr,
-              EPS: tl.constexpr, P: tl.constexpr, FACTOR: tl.constexpr, SCALE: tl.constexpr,
-              R: tl.constexpr):  # fmt: skip
-    """Publish a tile's sums; the last tile of its group turns them into rho."""
-    group = tile // ACROSS
-    tl.store(partials_ptr + tile.to(tl.int64) * R + tl.arange(0, R), sums)
-    tl.debug_barrier()
-    if tl.atomic_add(counters_ptr + group, 1, sem="acq_rel") == ACROSS - 1:
-        first = (group * ACROSS).to(tl.int64) * R
-        total = _add_partial_sums(partials_ptr + first, ACROSS, R)
-        row = group * R + tl.arange(0, R)
-        tl.store(rho_ptr + row, inverse_rms(total, total, EPS, P, FACTOR, SCALE), row < rows)
-        tl.debug_barrier()
-        tl.atomic_add(counters_ptr + group, 1, sem="release")
-
-
-@triton.jit
-def _wait(counter_ptr, across):
-    """Until a group has its rho: its tiles have counted in, and the last of them once more."""
-    while tl.atomic_add(counter_ptr, 0, sem="acquire") <= across:
-        pass
-
-
-@triton.jit
-def _load_rho(rho_ptr, row, rows, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr):
-    """[S / 8, R C / S, 1], of a tile's elements."""
-    g, row_in, column_in = _digits(tl.arange(0, R * C // 8), R, C, S)
-    rho = tl.load(rho_ptr + row + g * 32 + row_in, row + g * 32 < rows, 0.0)
-    return tl.reshape(rho, [S // 8, R * C // S, 1])
+    parts_ptr = partials_ptr + tile * R + tl.arange(0, R)[None, :]
+    inside = tl.broadcast_to(tile < ACROSS, parts_ptr.shape)
+    sums = tl.sum(_await(parts_ptr, _peek(parts_ptr, inside), inside), 0)
+    rho = inverse_rms(sums, sums, EPS, P, FACTOR, SCALE)
+    row += tl.arange(0, R)
+    _publish(rho_words_ptr + row, rho)
+    tl.store(rho_ptr + row, rho, row < rows)
 
 
 @triton.jit
@@ -216,53 +212,57 @@ def _cast(
 @triton.jit
 def norm_cast_both_kernel(
     x_ptr, residual_ptr, weight_ptr, block_weights_ptr, total_ptr, values_ptr, scales_ptr, rho_ptr,
-    values_t_ptr, scales_t_ptr, partials_ptr, counters_ptr, row_blocks, x_stride, residual_stride,
-    lag, D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr,
+    values_t_ptr, scales_t_ptr, zeros_ptr, row_blocks, x_stride, residual_stride, lag,
+    D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr,
     P: tl.constexpr, FACTOR: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr,
     ELEM_DTYPE: tl.constexpr, MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr,
     NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr,
     TOTAL_DTYPE: tl.constexpr, BLOCKED_SCALES: tl.constexpr, GAIN_IN_ROWS: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, S: tl.constexpr, HOLD: tl.constexpr, TICKET: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, S: tl.constexpr, TICKET: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles + lag. A tile is a tensor [R C / 8, 8], see ``_digits``.
 
     Args:
-        counters_ptr: zeros, one for the tickets and one per group.
+        zeros_ptr: int32 [tiles R + groups R + 1]: parts of sums, rho, the next ticket.
         row_blocks: rows / 32, so that the compiler sees that rows are a multiple.
-        HOLD: lag is 0.
         TICKET: number the programs as they start, instead of relying on the grid's order.
     """
     tl.static_assert(BLOCK == 32, "blocks of 32")
     ACROSS: tl.constexpr = (D + C - 1) // C
     rows = row_blocks * 32
+    tiles = tl.num_programs(0) - lag
+    rho_words_ptr = zeros_ptr + tiles.to(tl.int64) * R
     mine = tl.program_id(0)
     if TICKET:
-        mine = tl.atomic_add(counters_ptr, 1, sem="relaxed")
+        mine = tl.atomic_add(rho_words_ptr + tiles // ACROSS * R, 1, sem="relaxed")
     row, column = mine // ACROSS * R, mine % ACROSS * C
     x = _load_sum(x_ptr, residual_ptr, total_ptr, row, column, x_stride, residual_stride, rows, D,
                   TOTAL_DTYPE, R, C, S)  # fmt: skip
-    late = mine - lag
-    late_row, late_column, held = row, column, x
-    if not HOLD:
-        tile = tl.maximum(late, 0)
-        late_row, late_column = tile // ACROSS * R, tile % ACROSS * C
-        if residual_ptr is None:
-            some = tl.where(late < 0, 0, rows)
-            held = _load(x_ptr, late_row, late_column, x_stride, some, D, R, C, S)
-    if mine < tl.num_programs(0) - lag:
+    late = tl.maximum(mine - lag, 0)
+    late_row, late_column = late // ACROSS * R, late % ACROSS * C
+    # Asked for here, it arrives while the other tile is summed up.
+    late_rows = tl.where(mine < lag, 0, rows)
+    late_x = _load_sum(x_ptr, residual_ptr, None, late_row, late_column, x_stride, residual_stride,
+                       late_rows, D, TOTAL_DTYPE, R, C, S)  # fmt: skip
+    g, row_in, column_in = _digits(tl.arange(0, R * C // 8), R, C, S)
+    late_rho_ptr = rho_words_ptr + late_row + g * 32 + row_in
+    some = late_row + g * 32 < late_rows
+    rho_words = _peek(late_rho_ptr, some)
+    gain = None
+    if weight_ptr is not None:
+        gain = _load_gain(weight_ptr, late_column, D, R, C, S)
+    if mine < tiles:
         sums = _partial_sums(x, block_weights_ptr, column, D, EXACT, P, R, C, S)
-        _count_in(sums, partials_ptr, counters_ptr + 1, rho_ptr, mine, rows, ACROSS, EPS, P,
-                  FACTOR, SCALE, R)  # fmt: skip
-    if late >= 0:
-        gain = None
-        if weight_ptr is not None:
-            gain = _load_gain(weight_ptr, late_column, D, R, C, S)
-        _wait(counters_ptr + 1 + late // ACROSS, ACROSS)
-        if not HOLD and residual_ptr is not None:
-            held = _load(total_ptr, late_row, late_column, D, rows, D, R, C, S)
+        _publish(zeros_ptr + mine.to(tl.int64) * R + tl.arange(0, R), sums)
+    summed = mine - lag // 2
+    if (summed >= 0) & (summed < tiles) & (summed % ACROSS == 0):
+        _publish_rho(rho_words_ptr, zeros_ptr + summed.to(tl.int64) * R, rho_ptr,
+                     summed // ACROSS * R, rows, ACROSS, EPS, P, FACTOR, SCALE, R)  # fmt: skip
+    if mine >= lag:
+        rho = _await(late_rho_ptr, rho_words, some)
         _cast(
-            tl.reshape(widen(held), [S // 8, R * C // S, 8]),
-            _load_rho(rho_ptr, late_row, rows, R, C, S), gain,
+            tl.reshape(widen(late_x), [S // 8, R * C // S, 8]),
+            tl.reshape(rho, [S // 8, R * C // S, 1]), gain,
             values_ptr, scales_ptr, values_t_ptr, scales_t_ptr, late_row, late_column, rows,
             D, EXACT, GAIN_IN_ROWS, MODE, MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE,
             OUT_DTYPE, BLOCKED_SCALES, R, C, S,

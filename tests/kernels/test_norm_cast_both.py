@@ -29,7 +29,7 @@ SPEC = NormCastSpec(1e-5, "mxnorm", 2.0, 32, E4M3, "rceil", BF16, BF16, "row-maj
 SMALL = (
     Configuration(rows=64, columns=128, warps=4, lag=8, square=32),
     Configuration(rows=32, columns=256, warps=4, lag=5, square=64, ticket=False),
-    Configuration(rows=128, columns=128, warps=8, lag=3, square=64),
+    Configuration(rows=128, columns=128, warps=8, lag=7, square=64),
 )
 ONE_UNIT = 2.0**-24
 
@@ -109,7 +109,7 @@ def test_edge_cases(case: EdgeCase, dtype: torch.dtype, estimator, mode, elem_dt
 dtypes = st.sampled_from([F32, BF16, F16])
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     blocks=st.tuples(st.integers(1, 5), st.integers(1, 11)),
     dtype=dtypes,
@@ -155,19 +155,11 @@ def test_any_options(
 def test_results_do_not_depend_on_the_lag() -> None:
     """A program adds a group's sums in one order, whichever programs wrote them."""
     x, weight = noise(96, 544).to(BF16), noise(544)
-    configs = [replace(SMALL[0], lag=lag) for lag in (5, 7, 64)]
+    configs = [replace(SMALL[0], lag=lag) for lag in (10, 13, 64)]
     first, *others = [norm_cast_both(x, weight, None, SPEC, True, config=c) for c in configs]
     check(first, x, weight, SPEC)
     for results in others:
         assert all(bits_equal(a, b) for a, b in zip(first, results, strict=True))
-
-
-@pytest.mark.parametrize("residual", [False, True])
-def test_a_tile_held_in_registers(residual: bool) -> None:
-    x, r = noise(96, 224).to(BF16), noise(96, 224, seed=1).to(BF16)
-    config = Configuration(rows=64, columns=256, warps=4, lag=0)
-    results = norm_cast_both(x, None, None, SPEC, True, r if residual else None, config)
-    check(results[-5:], x + r if residual else x, None, SPEC)
 
 
 @pytest.mark.parametrize("layout", ["row-major", "blocked"])
@@ -189,7 +181,7 @@ def test_leading_dimensions_keep_their_shape(layout: str) -> None:
 @pytest.mark.parametrize("width", [32, 4096, 5120, 65536])
 def test_no_program_waits_for_a_later_one(width: int) -> None:
     config = configuration(width)
-    assert config.lag >= (width + config.columns - 1) // config.columns
+    assert config.lag >= 2 * ((width + config.columns - 1) // config.columns)
 
 
 @pytest.mark.parametrize(
