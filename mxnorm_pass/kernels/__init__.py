@@ -2,6 +2,7 @@
 
 ``launch``           allocates results, picks a configuration, launches; ``uncovered`` says what
                      the kernels do not do
+``launch_both``      the same for casts in both directions
 ``norm_cast``        rows: statistic, norm, cast along D
 ``norm_cast_both``   the same with the cast along T, for training
 ``mx``               device functions: block absmax, E8M0 exponents, element casts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 
 import torch
@@ -47,6 +48,17 @@ def uncovered(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | No
     if isinstance(x.numel(), int) and x.numel() == 0:
         return "there are no rows"
     return None
+
+
+def uncovered_both(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | None:
+    """The same for the kernel that casts in both directions."""
+    if spec.block_size != 32:
+        return f"block size {spec.block_size}; casting in both directions takes 32"
+    if spec.estimator == "mxnorm" and spec.p not in (1, 2):
+        return f"p = {spec.p}; casting in both directions takes 1 or 2"
+    if math.prod(x.shape[:-1]) % 32 != 0:
+        return f"{math.prod(x.shape[:-1])} rows, which 32 does not divide"
+    return uncovered(x, spec, *others)
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxnorm_pass.kernels.rounding import to_elements
+from mxnorm_pass.kernels.rounding import INTERPRETED, to_elements
 
 INFINITY = tl.constexpr(0x7F800000)
 MANTISSA = tl.constexpr(0x7FFFFF)
@@ -18,7 +18,15 @@ MANTISSA = tl.constexpr(0x7FFFFF)
 @triton.jit
 def absmax_bits(x, axis: tl.constexpr):
     """Bits of the largest |x| along ``axis``; those of a NaN if there is one."""
-    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
+    if INTERPRETED:
+        return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
+    # One instruction an element where bits take two.
+    return tl.reduce(tl.abs(x), axis, _maximum).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -32,8 +40,9 @@ def e8m0_exponent(
     """
     exponent = (absmax >> 23) - max_exponent
     if mode == "rceil":
-        exponent += ((absmax & MANTISSA) > 0x600000).to(tl.int32)
-        exponent = tl.where(absmax == INFINITY, 254, tl.minimum(exponent, 254))
+        # No finite absmax reaches 254.
+        exponent = tl.maximum(((absmax + 0x1FFFFF) >> 23) - max_exponent, 0)
+        return tl.where(absmax >= INFINITY, 254 + (absmax > INFINITY).to(tl.int32), exponent)
     elif mode == "ceil":
         exponent += ((absmax & MANTISSA) > 0).to(tl.int32)
     elif mode == "even":
@@ -47,10 +56,9 @@ def e8m0_exponent(
 def e8m0_reciprocal(exponent, mode: tl.constexpr):
     """What elements are multiplied by, float32: ``formats.cast_elements`` bit for bit."""
     if mode == "rceil":
-        bits = (254 - exponent) << 23
+        bits = (254 << 23) - exponent * (1 << 23)
         bits = tl.where(exponent == 0, 127 << 23, bits)
-        bits = tl.where(exponent == 254, 1 << 22, bits)
-        bits = tl.where(exponent == 255, 0x7FC00000, bits)
+        bits = tl.where(exponent >= 254, tl.where(exponent == 254, 1 << 22, 0x7FC00000), bits)
     else:
         # Dividing by a power of two is multiplying by its inverse; a NaN's pattern is infinity.
         bits = (254 - tl.maximum(exponent, 1)) << 23

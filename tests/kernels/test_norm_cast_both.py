@@ -1,0 +1,201 @@
+"""The kernel that casts in both directions against ``functional``, bit for bit given its rho.
+
+Only rho may differ, since it comes from a sum whose order is free: by the rounding of that sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from edge_cases import EDGE_CASES, EdgeCase, bits_equal, describe_difference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mxnorm_pass import functional
+from mxnorm_pass.formats import blocked_scales
+from mxnorm_pass.kernels import coverage
+from mxnorm_pass.kernels.launch_both import Configuration, configuration, norm_cast_both
+from mxnorm_pass.spec import NormCastSpec
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+SPEC = NormCastSpec(1e-5, "mxnorm", 2.0, 32, E4M3, "rceil", BF16, BF16, "row-major")
+# One for each shape of a thread's part: several rows of squares, several columns, one square.
+SMALL = (
+    Configuration(rows=64, columns=128, warps=4, lag=8, square=32),
+    Configuration(rows=32, columns=256, warps=4, lag=5, square=64, ticket=False),
+    Configuration(rows=128, columns=128, warps=8, lag=7, square=64),
+)
+ONE_UNIT = 2.0**-24
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_outputs() -> Iterator[None]:
+    """Uninitialised memory holds NaN or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE)
+
+
+def casts_given_rho(
+    x: Tensor, weight: Tensor | None, rho: Tensor, spec: NormCastSpec, gain_in_rows: bool
+) -> tuple[Tensor, ...]:
+    """values, scales, values_t and scales_t, from ``functional``'s norm and MX cast."""
+    cast = {"elem_dtype": spec.elem_dtype, "scale_mode": spec.scale_mode}
+    along_rows: tuple[torch.dtype | None, torch.dtype] = (None, F32)
+    if spec.estimator == "exact":
+        along_rows = (spec.norm_dtype, spec.out_dtype)
+    row_weight = weight if gain_in_rows else None
+    if row_weight is not None and spec.estimator == "mxnorm":
+        row_weight = row_weight.float()
+    y = functional.normalize(x, rho, row_weight, *along_rows)
+    values, scales = functional.mx_cast(y, **cast)
+    if spec.scale_layout == "blocked":
+        scales = blocked_scales(scales.view(torch.uint8)).view(scales.dtype)
+    y = functional.normalize(x, rho, weight, spec.norm_dtype, spec.out_dtype)
+    y = y.reshape(-1, x.shape[-1])
+    return values, scales, *functional.mx_cast(y.t().contiguous(), **cast)
+
+
+def check(
+    results: tuple[Tensor, ...],
+    x: Tensor,
+    weight: Tensor | None,
+    spec: NormCastSpec,
+    gain_in_rows: bool = True,
+    block_weights: Tensor | None = None,
+) -> None:
+    values, scales, rho, values_t, scales_t = results
+    expected_rho = functional.inverse_rms(
+        x, eps=spec.eps, estimator=spec.estimator, p=spec.p, block_weights=block_weights
+    )
+    # Both sums of n non-negative terms are within n units of the exact one; the square root
+    # halves that, and a handful of roundings come before and after.
+    terms = x.shape[-1] if spec.estimator == "exact" else x.shape[-1] // 32
+    tolerance = (max(terms, 2 * terms * (spec.p == 1)) + 8) * ONE_UNIT
+    torch.testing.assert_close(rho, expected_rho, rtol=tolerance, atol=0, equal_nan=True)
+    expected = casts_given_rho(x, weight, rho, spec, gain_in_rows)
+    names = ("values", "scales", "values_t", "scales_t")
+    for name, a, b in zip(names, (values, scales, values_t, scales_t), expected, strict=True):
+        assert a.is_contiguous()
+        assert bits_equal(a, b), f"{name}: {describe_difference(a, b)}"
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("case", EDGE_CASES, ids=str)
+@pytest.mark.parametrize(
+    ("estimator", "mode", "elem_dtype"),
+    [("mxnorm", "rceil", E4M3), ("exact", "even", E4M3), ("mxnorm", "floor", E5M2)],
+)
+def test_edge_cases(case: EdgeCase, dtype: torch.dtype, estimator, mode, elem_dtype) -> None:
+    x = case.x(dtype)
+    x = x[torch.arange((len(x) + 31) // 32 * 32) % len(x)].to(DEVICE)
+    spec = replace(SPEC, estimator=estimator, scale_mode=mode, elem_dtype=elem_dtype)
+    config = replace(SMALL[0], rows=32)
+    weight = None if elem_dtype == E5M2 else noise(x.shape[1]).to(dtype)
+    check(norm_cast_both(x, weight, None, spec, True, config=config), x, weight, spec)
+
+
+dtypes = st.sampled_from([F32, BF16, F16])
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    blocks=st.tuples(st.integers(1, 5), st.integers(1, 11)),
+    dtype=dtypes,
+    weight_dtype=st.none() | dtypes,
+    residual_dtype=st.none() | dtypes,
+    gain_in_rows=st.booleans(),
+    weighted=st.booleans(),
+    padding=st.sampled_from([0, 32]),
+    config=st.sampled_from(SMALL),
+    spec=st.builds(
+        replace,
+        st.just(SPEC),
+        eps=st.sampled_from([1e-6, 0.5]),
+        estimator=st.sampled_from(["mxnorm", "exact"]),
+        p=st.sampled_from([1.0, 2.0]),
+        elem_dtype=st.sampled_from([E4M3, E5M2]),
+        scale_mode=st.sampled_from(["rceil", "floor", "ceil", "even"]),
+        norm_dtype=st.none() | dtypes,
+        out_dtype=dtypes,
+        scale_layout=st.sampled_from(["row-major", "blocked"]),
+    ),
+)
+def test_any_options(
+    blocks, dtype, weight_dtype, residual_dtype, gain_in_rows, weighted, padding, config, spec
+) -> None:
+    rows, width = 32 * blocks[0], 32 * blocks[1]
+    x = (noise(rows, width + padding) * noise(rows, 1, seed=1).exp()).to(dtype)[:, :width]
+    weight = None if weight_dtype is None else noise(width, seed=2).to(weight_dtype)
+    block_weights = None
+    if weighted and spec.estimator == "mxnorm":
+        block_weights = noise(width // 32, seed=3).square()
+    residual, total = None, x
+    if residual_dtype is not None:
+        residual = noise(rows, width, seed=4).to(residual_dtype)
+        total = x + residual
+    results = norm_cast_both(x, weight, block_weights, spec, gain_in_rows, residual, config)
+    if residual is not None:
+        assert bits_equal(results[0], total)
+        results = results[1:]
+    check(results, total, weight, spec, gain_in_rows, block_weights)
+
+
+def test_results_do_not_depend_on_the_lag() -> None:
+    """A program adds a group's sums in one order, whichever programs wrote them."""
+    x, weight = noise(64, 288).to(BF16), noise(288)
+    configs = [replace(SMALL[0], lag=lag) for lag in (6, 9, 24)]
+    first, *others = [norm_cast_both(x, weight, None, SPEC, True, config=c) for c in configs]
+    check(first, x, weight, SPEC)
+    for results in others:
+        assert all(bits_equal(a, b) for a, b in zip(first, results, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["row-major", "blocked"])
+def test_leading_dimensions_keep_their_shape(layout: str) -> None:
+    spec = replace(SPEC, scale_layout=layout)
+    x = noise(4, 3, 16, 96).to(BF16).transpose(0, 1)
+    results = norm_cast_both(x, None, None, spec, True, config=SMALL[0])
+    assert [tuple(t.shape) for t in results] == [
+        (3, 4, 16, 96),
+        (3, 4, 16, 3) if layout == "row-major" else (64, 16),
+        (3, 4, 16, 1),
+        (96, 192),
+        (96, 6),
+    ]
+    assert results[1].dtype == results[4].dtype == torch.float8_e8m0fnu
+    check(results, x, None, spec)
+
+
+@pytest.mark.parametrize("width", [32, 4096, 5120, 65536])
+def test_no_program_waits_for_a_later_one(width: int) -> None:
+    config = configuration(width)
+    assert config.lag >= 2 * ((width + config.columns - 1) // config.columns)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "words"),
+    [
+        (33, {}, "33 rows"),
+        (32, {"p": 1.5}, "p = 1.5"),
+        (32, {"block_size": 16}, "block size 16"),
+    ],
+)
+def test_what_is_not_covered_says_why(rows: int, changes: dict[str, float], words: str) -> None:
+    spec = replace(SPEC, **changes)  # type: ignore[arg-type]
+    assert words in (coverage.uncovered_both(noise(rows, 96), spec) or "")
+    # The same call one step away meets only what all kernels ask for.
+    near = noise(rows + -rows % 32, 96)
+    covered = replace(spec, block_size=32, estimator="exact" if "p" in changes else "mxnorm")
+    assert coverage.uncovered_both(near, covered) == coverage.uncovered(near, covered)
