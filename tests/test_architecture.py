@@ -19,6 +19,7 @@ LAYERS = [
     {"insert", "rewrite"},
     {"match"},
     {"match.site", "match.router"},
+    {"match.transposed_cast"},
     {"match.backward", "match.linear"},
     {"match.cast", "match.norm"},
     {"match.cast_op", "match.cast_program", "match.scale_layout"},

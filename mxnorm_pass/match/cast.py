@@ -77,6 +77,37 @@ def find_casts(graph: fx.Graph) -> list[Cast | UnknownCast]:
     return found
 
 
+def casts_of(blocks: fx.Node) -> list[Cast]:
+    """The recognised casts whose source is ``blocks``, on its side of a joint graph.
+
+    From the source to the float8 elements there is a way through as many elements each.
+    """
+    found: list[Cast] = []
+    seen, pending = {blocks}, [blocks]
+    while pending and len(seen) <= _MAX_REGION:
+        for user in _readers(pending.pop()):
+            if user in seen or not _has_size_of(user, blocks):
+                continue
+            seen.add(user)
+            if is_dtype_cast(user) and dtype_of(user) in ELEMENT_FORMATS:
+                cast = _match_region(user)
+                if isinstance(cast, Cast) and cast.source is blocks:
+                    found.append(cast)
+            else:
+                pending.append(user)
+    return found
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Who reads the node in its own half of a joint graph."""
+    return list(node.users) if is_backward(node) else forward_users(node)
+
+
+def _has_size_of(node: fx.Node, other: fx.Node) -> bool:
+    a, b = tensor_of(node), tensor_of(other)
+    return a is not None and b is not None and same_size(a.numel(), b.numel())
+
+
 def _own_cast(node: fx.Node) -> Cast:
     source, block_size, elem_dtype, scale_mode = node.args
     outputs = {user.args[1]: user for user in node.users}
@@ -184,7 +215,7 @@ def _find_scales(region: _Region) -> _Scales | None:
             return _Scales(trail[-1], trail)
     inside = set(region.nodes)
     for node in reversed(bytes_):
-        if any(user not in inside for user in forward_users(node)):
+        if any(user not in inside for user in _readers(node)):
             return _Scales(node, (node,))
     return None
 
@@ -193,7 +224,7 @@ def _trail_to_e8m0(node: fx.Node) -> tuple[fx.Node, ...] | None:
     pending: list[tuple[fx.Node, ...]] = [(node,)]
     while pending:
         trail = pending.pop()
-        for user in forward_users(trail[-1]):
+        for user in _readers(trail[-1]):
             value = tensor_of(user)
             if value is None:
                 continue
