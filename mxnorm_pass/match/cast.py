@@ -71,31 +71,33 @@ def find_casts(graph: fx.Graph) -> list[Cast | UnknownCast]:
         elif (op := cast_op(node)) is not None:
             found.append(_opaque_cast(node, op))
         elif is_dtype_cast(node) and dtype_of(node) in ELEMENT_FORMATS:
-            cast = _match_region(node)
-            if cast is not None:
-                found.append(cast)
+            region = _collect_region(node)
+            if region is not None:
+                found.append(_match_region(node, region))
     return found
 
 
-def casts_of(blocks: fx.Node) -> list[Cast]:
-    """The recognised casts whose source is ``blocks``, on its side of a joint graph.
+def casts_of(source: fx.Node) -> list[Cast]:
+    """The recognised casts of exactly this node on its side of a joint graph.
 
-    From the source to the float8 elements there is a way through as many elements each.
+    From the source to the float8 elements there is a way through nodes of as many elements.
     """
-    found: list[Cast] = []
-    seen, pending = {blocks}, [blocks]
+    found: list[Cast | UnknownCast] = []
+    seen, pending = {source}, [source]
     while pending and len(seen) <= _MAX_REGION:
         for user in _readers(pending.pop()):
-            if user in seen or not _has_size_of(user, blocks):
+            if user.target is ops.cast and user.args[0] is source:
+                found.append(_own_cast(user))
+            if user in seen or not _has_size_of(user, source):
                 continue
             seen.add(user)
             if is_dtype_cast(user) and dtype_of(user) in ELEMENT_FORMATS:
-                cast = _match_region(user)
-                if isinstance(cast, Cast) and cast.source is blocks:
-                    found.append(cast)
+                region = _collect_region(user)
+                if region is not None and region.blocks is source:
+                    found.append(_match_region(user, region))
             else:
                 pending.append(user)
-    return found
+    return [cast for cast in found if isinstance(cast, Cast)]
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -128,10 +130,7 @@ def _opaque_cast(node: fx.Node, op: CastOp) -> Cast | UnknownCast:
     return Cast(op.source, values, scales, op.format, frozenset((node, values, scales)))
 
 
-def _match_region(values: fx.Node) -> Cast | UnknownCast | None:
-    region = _collect_region(values)
-    if region is None:
-        return None
+def _match_region(values: fx.Node, region: _Region) -> Cast | UnknownCast:
     blocks = region.blocks
     scales = _find_scales(region)
     if scales is None:

@@ -16,7 +16,14 @@ import torch
 from torch import fx
 
 from mxnorm_pass.formats import ELEMENT_FORMATS
-from mxnorm_pass.graph_utils import dtype_of, is_dtype_cast, is_transpose, is_view, tensor_of
+from mxnorm_pass.graph_utils import (
+    dtype_of,
+    is_dtype_cast,
+    is_transpose,
+    is_view,
+    same_size,
+    tensor_of,
+)
 from mxnorm_pass.match.cast import Cast, casts_of
 from mxnorm_pass.match.linear import narrowest_dtype
 from mxnorm_pass.match.norm import Norm
@@ -40,7 +47,7 @@ class TransposedCast:
 def transposed_casts(norm: Norm, reads: Iterable[Read]) -> list[TransposedCast]:
     """The casts along T among what backward readers make of the norm's output.
 
-    None where T is symbolic, or a block would reach from one channel into the next.
+    Left out are those of a symbolic T, and of blocks that reach from one channel into the next.
 
     Args:
         reads: (node that holds the output, maybe reshaped; its backward reader).
@@ -55,7 +62,7 @@ def transposed_casts(norm: Norm, reads: Iterable[Read]) -> list[TransposedCast]:
             pending += node.users
             way = _way_from(norm.output, node)
             rounds_to = narrowest_dtype((norm.output, *way))
-            if is_view(node) and rounds_to is not None:
+            if rounds_to is not None:
                 casts = [c for c in casts_of(node) if _is_along_rows(c, way, norm.width)]
                 found += [TransposedCast(cast, rounds_to) for cast in casts]
     return found
@@ -96,6 +103,6 @@ def _is_along_rows(cast: Cast, way: Iterable[fx.Node], width: int) -> bool:
     value = tensor_of(transposes[0])
     assert value is not None
     channels, rows = value.shape
-    if not isinstance(rows, int) or channels != width:
+    if not isinstance(rows, int) or not same_size(channels, width):
         return False
     return rows % cast.format.block_size == 0
