@@ -53,7 +53,7 @@ def drop_unread_casts(graph: fx.Graph) -> None:
         count = len(narrower._schema.returns)
         weight = [argument.name for argument in op._schema.arguments].index("weight")
         for node in graph.find_nodes(op="call_function", target=op):
-            along_t = [getitem for getitem in node.users if getitem.args[1] >= count]  # type: ignore[operator]
+            along_t = [getitem for getitem in node.users if getitem.args[1] >= count]
             if any(getitem.users for getitem in along_t):
                 continue
             for getitem in along_t:
