@@ -20,6 +20,7 @@ from matching import (
     GRADIENT_TOLERANCE,
     assert_close,
     huggingface,
+    in_its_own_dtype,
     inputs,
     rms_norm,
     rms_norm_no_gain,
@@ -74,17 +75,19 @@ class Site(nn.Module):
         hp_wgrad: bool = False,
         dtype: torch.dtype = BF16,
         gain_dtype: torch.dtype | None = None,
+        other_mode: str | None = None,
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.norm = norm
         gain = nn.Parameter((torch.rand(WIDTH) + 0.5).to(gain_dtype or dtype))
         self.gain = None if norm is rms_norm_no_gain else gain
-        linears = (TorchaoLinear(elem_dtype, mode, hp_wgrad, dtype=dtype) for _ in range(3))
+        modes = (mode, other_mode or mode, mode)
+        linears = (TorchaoLinear(elem_dtype, m, hp_wgrad, dtype=dtype) for m in modes)
         self.q, self.k, self.v = linears
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        y = self.norm(x, self.gain, EPS)
+        y = self.norm(x, self.gain, EPS).to(self.q.weight.dtype)
         return self.q(y), self.k(y), self.v(y)
 
 
@@ -164,6 +167,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "F.rms_norm": {"norm": rms_norm},
     "no gain": {"norm": rms_norm_no_gain},
     "fp32": {"dtype": F32},
+    "fp32 gain": {"gain_dtype": F32},
     "floor": {"mode": "floor"},
     "e5m2": {"elem_dtype": E5M2},
     "e5m2 floor": {"elem_dtype": E5M2, "mode": "floor"},
@@ -191,6 +195,21 @@ def test_options_change_no_bit(options: dict[str, Any], monkeypatch: Any) -> Non
     got = step(module, x, **options)
     assert got.fused_ops == BOTH
     assert_same_step(got, step_without(monkeypatch, module, x, **options))
+
+
+def test_a_norm_that_rounds_on_its_way_changes_no_bit(monkeypatch: Any) -> None:
+    module, x = Site(in_its_own_dtype), rows()
+    got = step(module, x)
+    assert got.fused_ops == BOTH
+    assert_same_step(got, step_without(monkeypatch, module, x))
+
+
+@both_estimators
+def test_each_format_has_its_own_casts(estimator: str, monkeypatch: Any) -> None:
+    module, x = Site(other_mode="floor"), rows()
+    got = step(module, x, estimator=estimator)
+    assert got.fused_ops == {"norm_cast_both": 2}
+    assert_same_step(got, step_without(monkeypatch, module, x, estimator=estimator))
 
 
 @pytest.mark.parametrize("gain", ["fold", "activation"])
@@ -320,6 +339,10 @@ def _rounded(
     return ops.dequantize(values, scales, x.dtype)
 
 
+def _in_aten(x: Tensor) -> Tensor:
+    return functional.mx_dequantize(*functional.mx_cast(x), x.dtype)
+
+
 def _as_is(y: Tensor) -> Tensor:
     return _rounded(y.t()).t()
 
@@ -367,6 +390,7 @@ SAME = {
     "upcast after": lambda y: _rounded(y.t().float()).t().bfloat16(),
     "in blocks that lie flat": _in_flat_blocks,
     "permuted copy": lambda y: _rounded(y.permute(1, 0).contiguous()).t(),
+    "in aten's ops": lambda y: _in_aten(y.t().contiguous()).t(),
     "also in high precision": _also_in_high_precision,
 }
 OTHER = {
@@ -376,6 +400,7 @@ OTHER = {
     "not transposed": lambda y: _rounded(y),
     "transposed twice": lambda y: _rounded(y.t().contiguous().t()),
     "rounded to another dtype": lambda y: _rounded(y.half().t()).t().bfloat16(),
+    "in another layout": lambda y: _in_aten(y.t()).t(),
     "scaled": lambda y: _rounded((2 * y).t()).t(),
     "reshaped before": lambda y: _rounded(y.reshape(-1, 32).t()).t().reshape(y.shape),
 }

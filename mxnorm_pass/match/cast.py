@@ -235,9 +235,9 @@ def _trail_to_e8m0(node: fx.Node) -> tuple[fx.Node, ...] | None:
 
 
 def _leak(region: _Region, scales: _Scales) -> fx.Node | None:
-    """A node of the region that the graph reads past values and scales."""
+    """A node of the cast that the graph reads past values and scales."""
     inside = {*region.nodes, *scales.nodes}
-    for node in region.nodes[:-1]:
+    for node in (*region.nodes[:-1], *scales.nodes):
         if node.op == "get_attr" or node.target in CONSTANTS or node is scales.node:
             continue
         if any(user not in inside for user in node.users):

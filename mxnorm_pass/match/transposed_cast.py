@@ -47,7 +47,8 @@ class TransposedCast:
 def transposed_casts(norm: Norm, reads: Iterable[Read]) -> list[TransposedCast]:
     """The casts along T among what backward readers make of the norm's output.
 
-    Left out are those of a symbolic T, and of blocks that reach from one channel into the next.
+    Left out are those of a symbolic T, of blocks that reach from one channel into the next, and
+    those with results in another layout than a fused op's.
 
     Args:
         reads: (node that holds the output, maybe reshaped; its backward reader).
@@ -105,4 +106,10 @@ def _is_along_rows(cast: Cast, way: Iterable[fx.Node], width: int) -> bool:
     channels, rows = value.shape
     if not isinstance(rows, int) or not same_size(channels, width):
         return False
-    return rows % cast.format.block_size == 0
+    return rows % cast.format.block_size == 0 and _is_contiguous(cast)
+
+
+def _is_contiguous(cast: Cast) -> bool:
+    """What a fused op returns is, and matmuls may ask for a layout."""
+    results = (tensor_of(cast.values), tensor_of(cast.scales))
+    return all(t is not None and t.is_contiguous() for t in results)
