@@ -170,7 +170,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "fp32 gain": {"gain_dtype": F32},
     "floor": {"mode": "floor"},
     "e5m2": {"elem_dtype": E5M2},
-    "e5m2 floor": {"elem_dtype": E5M2, "mode": "floor"},
 }
 
 
