@@ -2,15 +2,12 @@
 
 Without that cast the rewrite recomputes the output and the graph casts it: the same bits.
 """
-# ruff: noqa: E501
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import expecttest
 import pytest
 import torch
 from matching import (
@@ -21,7 +18,6 @@ from matching import (
     assert_close,
     huggingface,
     in_its_own_dtype,
-    inputs,
     rms_norm,
     rms_norm_no_gain,
 )
@@ -35,14 +31,21 @@ from torchao.prototype.mx_formats.config import (
     ScaleCalculationMode,
 )
 from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
+from transposed_casts import (
+    BOTH,
+    FEATURES,
+    IN_ROWS,
+    WIDTH,
+    assert_same_step,
+    both_estimators,
+    rows,
+    step,
+    step_without,
+)
 
-import mxnorm_pass
-from mxnorm_pass import Report, functional, lowering, ops
-from mxnorm_pass.match import site
+from mxnorm_pass import functional, lowering, ops
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-WIDTH, FEATURES = 128, 64
-both_estimators = pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
 
 
 class TorchaoLinear(nn.Linear):
@@ -89,74 +92,6 @@ class Site(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         y = self.norm(x, self.gain, EPS).to(self.q.weight.dtype)
         return self.q(y), self.k(y), self.v(y)
-
-
-@dataclass
-class Step:
-    """One forward and backward."""
-
-    outputs: tuple[Tensor, ...]
-    gradients: dict[str, Tensor]
-    report: Report
-    saved: list[Tensor]
-
-    @property
-    def fused_ops(self) -> dict[str, int]:
-        counts = self.report.graphs[0].ops_after
-        prefix = "mxnorm_pass.norm_"
-        return {n.split(".")[1]: c for n, c in counts.items() if n.startswith(prefix)}
-
-
-BOTH, IN_ROWS = {"norm_cast_both": 1}, {"norm_cast": 1}
-
-
-def rows(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    return inputs(*(shape or (4, 16)), WIDTH, dtype=dtype).requires_grad_()
-
-
-def step(
-    model: nn.Module, x: Tensor, backend: str = "mxnorm", dynamic: bool = False, **options: Any
-) -> Step:
-    torch._dynamo.reset()
-    model.zero_grad()
-    x = x.detach().clone().requires_grad_()
-    if dynamic:
-        torch._dynamo.mark_dynamic(x, 1)
-    if backend == "mxnorm":
-        options = {"options": {"inner": "aot_eager", **options}}
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with mxnorm_pass.record() as report:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            outputs = torch.compile(model, backend=backend, **options)(x)
-        generator = torch.Generator().manual_seed(2)
-        cotangents = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
-        torch.autograd.backward(outputs, cotangents)
-    named = {n: p.grad for n, p in model.named_parameters()}
-    return Step(tuple(y.detach() for y in outputs), {"x": x.grad, **named}, report, saved)
-
-
-def step_without(
-    monkeypatch: pytest.MonkeyPatch, model: nn.Module, x: Tensor, **options: Any
-) -> Step:
-    """The step in which no transposed cast is found."""
-    with monkeypatch.context() as patch:
-        patch.setattr(site, "transposed_casts", lambda norm, reads: [])
-        found = step(model, x, **options)
-    assert "norm_cast_both" not in found.fused_ops
-    return found
-
-
-def assert_same_step(got: Step, want: Step) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(got.outputs, want.outputs, strict=True))
-    assert got.gradients.keys() == want.gradients.keys()
-    for name, gradient in want.gradients.items():
-        assert gradient.isfinite().all() and gradient.any()
-        assert torch.equal(got.gradients[name], gradient), name
 
 
 # torchao's training linears
@@ -250,7 +185,7 @@ def test_high_precision_weight_gradient_keeps_one_direction(estimator: str) -> N
 
 
 @both_estimators
-def test_symbolic_number_of_rows_keeps_one_direction(estimator: str, monkeypatch: Any) -> None:
+def test_symbolic_number_of_rows_keeps_one_direction(estimator: str) -> None:
     module, x = Site(), rows(2, 32)
     got = step(module, x, estimator=estimator, dynamic=True)
     assert got.fused_ops == IN_ROWS
@@ -326,164 +261,6 @@ def test_cast_that_nobody_reads_is_dropped(add: bool, gain_in_rows: bool, read: 
     traced.recompile()
     want = function(x, gain)
     assert all(torch.equal(a, b) for a, b in zip(traced(x, gain), want, strict=True))
-
-
-# Near misses, one edit each, in a linear that is written down in the package's own ops
-
-
-def _rounded(
-    x: Tensor, mode: str = "rceil", elem_dtype: torch.dtype = E4M3, block_size: int = 32
-) -> Tensor:
-    values, scales = ops.cast(x, block_size, elem_dtype, mode)
-    return ops.dequantize(values, scales, x.dtype)
-
-
-def _in_aten(x: Tensor) -> Tensor:
-    return functional.mx_dequantize(*functional.mx_cast(x), x.dtype)
-
-
-def _as_is(y: Tensor) -> Tensor:
-    return _rounded(y.t()).t()
-
-
-def _in_flat_blocks(y: Tensor) -> Tensor:
-    return _rounded(y.t().reshape(-1, 32)).reshape(y.shape[::-1]).t()
-
-
-@torch._dynamo.allow_in_graph
-class _OwnOps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, weight: Tensor, operand: str) -> Tensor:
-        ctx.save_for_backward(y, weight)
-        ctx.operand = OPERANDS[operand]
-        return _rounded(y) @ _rounded(weight).t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        y, weight = ctx.saved_tensors
-        return grad @ weight, grad.t() @ ctx.operand(y), None
-
-
-class OwnOps(nn.Module):
-    """norm -> linear, whose weight gradient multiplies what ``operand`` makes of its output."""
-
-    def __init__(self, operand: str = "as is") -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.operand = operand
-        self.gain = nn.Parameter((torch.rand(WIDTH) + 0.5).bfloat16())
-        self.linear = nn.Linear(WIDTH, FEATURES, bias=False, dtype=BF16)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        y = huggingface(x, self.gain, EPS)
-        return (_OwnOps.apply(y, self.linear.weight, self.operand),)
-
-
-def _also_in_high_precision(y: Tensor) -> Tensor:
-    return _as_is(y) + y.abs()
-
-
-SAME = {
-    "as is": _as_is,
-    "upcast before": lambda y: _rounded(y.float().t()).t().bfloat16(),
-    "upcast after": lambda y: _rounded(y.t().float()).t().bfloat16(),
-    "in blocks that lie flat": _in_flat_blocks,
-    "permuted copy": lambda y: _rounded(y.permute(1, 0).contiguous()).t(),
-    "in aten's ops": lambda y: _in_aten(y.t().contiguous()).t(),
-    "also in high precision": _also_in_high_precision,
-}
-OTHER = {
-    "another mode": lambda y: _rounded(y.t(), mode="floor").t(),
-    "another element type": lambda y: _rounded(y.t(), elem_dtype=E5M2).t(),
-    "another block size": lambda y: _rounded(y.t(), block_size=16).t(),
-    "not transposed": lambda y: _rounded(y),
-    "transposed twice": lambda y: _rounded(y.t().contiguous().t()),
-    "rounded to another dtype": lambda y: _rounded(y.half().t()).t().bfloat16(),
-    "in another layout": lambda y: _in_aten(y.t()).t(),
-    "scaled": lambda y: _rounded((2 * y).t()).t(),
-    "reshaped before": lambda y: _rounded(y.reshape(-1, 32).t()).t().reshape(y.shape),
-}
-
-
-OPERANDS = {**SAME, **OTHER}
-
-
-@both_estimators
-@pytest.mark.parametrize("operand", SAME)
-def test_spellings(operand: str, estimator: str, monkeypatch: Any) -> None:
-    module, x = OwnOps(operand), rows(64)
-    got = step(module, x, estimator=estimator)
-    assert got.fused_ops == BOTH
-    assert_same_step(got, step_without(monkeypatch, module, x, estimator=estimator))
-
-
-@both_estimators
-@pytest.mark.parametrize("operand", OTHER)
-def test_near_misses(operand: str, estimator: str) -> None:
-    module, x = OwnOps(operand), rows(64)
-    got = step(module, x, estimator=estimator)
-    assert got.fused_ops == IN_ROWS
-    if estimator == "exact":
-        assert_same_step(got, step(module, x, backend="aot_eager"))
-
-
-@both_estimators
-@pytest.mark.parametrize("count, fused", [(64, BOTH), (48, IN_ROWS)])
-def test_blocks_that_reach_into_the_next_channel(
-    count: int, fused: dict[str, int], estimator: str
-) -> None:
-    module, x = OwnOps("in blocks that lie flat"), rows(count)
-    got = step(module, x, estimator=estimator)
-    assert got.fused_ops == fused
-    if estimator == "exact":
-        assert_same_step(got, step(module, x, backend="aot_eager"))
-
-
-def test_output_is_recomputed_only_for_those_who_still_read_it() -> None:
-    """The norm's VJP normalises x, and rounds it, once; the renewed output does so again."""
-    counts = {}
-    for name in ("as is", "also in high precision"):
-        graph = step(OwnOps(name), rows(64)).report.graphs[0]
-        counts[name] = graph.after.count('bf16[64, 128]" = torch.ops.aten._to_copy')
-    assert counts == {"as is": 2, "also in high precision": 3}
-
-
-class TestGraph(expecttest.TestCase):
-    def test_training_step_up_to_the_norms_vjp(self) -> None:
-        graph = step(OwnOps(), rows(64)).report.graphs[0]
-        vjp = graph.after.index("    _to_copy_4")
-        self.assertExpectedInline(
-            graph.after[:vjp],
-            """\
-def forward(primals_1, primals_2, primals_3, tangents_1):
-    # primals_1: bf16[128]
-    # primals_2: bf16[64, 128]
-    # primals_3: bf16[64, 128]
-    # tangents_1: bf16[64, 64]
-    norm_cast_both_default = torch.ops.mxnorm_pass.norm_cast_both.default(primals_2, primals_1, None, 1e-05, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major', False)
-    getitem_6: "f8e4m3fn[64, 128]" = getitem(norm_cast_both_default, 0)
-    getitem_7: "f8e8m0fnu[64, 4]" = getitem(norm_cast_both_default, 1)
-    getitem_8: "f32[64, 1]" = getitem(norm_cast_both_default, 2)
-    getitem_9: "f8e4m3fn[128, 64]" = getitem(norm_cast_both_default, 3)
-    getitem_10: "f8e8m0fnu[128, 2]" = getitem(norm_cast_both_default, 4)
-    dequantize: "bf16[64, 128]" = torch.ops.mxnorm_pass.dequantize.default(getitem_6, getitem_7, torch.bfloat16)
-    convert_element_type_default: "f32[64, 128]" = torch.ops.prims.convert_element_type.default(primals_3, torch.float32)
-    convert_element_type_default_1: "f32[128]" = torch.ops.prims.convert_element_type.default(primals_1, torch.float32)
-    mul_tensor: "f32[64, 128]" = torch.ops.aten.mul.Tensor(convert_element_type_default, convert_element_type_default_1)
-    cast_default = torch.ops.mxnorm_pass.cast.default(mul_tensor, 32, torch.float8_e4m3fn, 'rceil')
-    getitem_11: "f8e4m3fn[64, 128]" = getitem(cast_default, 0)
-    getitem_12: "f8e8m0fnu[64, 4]" = getitem(cast_default, 1)
-    dequantize_1: "bf16[64, 128]" = torch.ops.mxnorm_pass.dequantize.default(getitem_11, getitem_12, torch.bfloat16)
-    t: "bf16[128, 64]" = torch.ops.aten.t.default(dequantize_1)
-    mm: "bf16[64, 64]" = torch.ops.aten.mm.default(dequantize, t)
-    #  (backward)
-    mm_1: "bf16[64, 128]" = torch.ops.aten.mm.default(tangents_1, primals_3)
-    t_1: "bf16[64, 64]" = torch.ops.aten.t.default(tangents_1)
-    dequantize_2: "bf16[128, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_9, getitem_10, torch.bfloat16)
-    t_3: "bf16[64, 128]" = torch.ops.aten.t.default(dequantize_2)
-    mm_2: "bf16[64, 128]" = torch.ops.aten.mm.default(t_1, t_3)
-""",
-        )
 
 
 # Inductor
