@@ -92,11 +92,14 @@ class Fusion:
         output = tensor_of(self.norm.output)
         assert output is not None
         layout: ScaleLayout = "blocked" if consumer.linear.blocked_scales else "row-major"
-        fmt = consumer.cast.format
+        fmt = self._format_of(consumer.cast)
+        return FusedCast(fmt, consumer.rounds_to or output.dtype, layout)
+
+    def _format_of(self, cast: Cast) -> MXFormat:
         if self.estimator == "mxnorm":
             # Its values differ from the matched graph's anyhow: no log2 has to be emulated.
-            fmt = fmt.without_log2
-        return FusedCast(fmt, consumer.rounds_to or output.dtype, layout)
+            return cast.format.without_log2
+        return cast.format
 
     def transposed_with(self, cast: FusedCast) -> tuple[Cast, ...]:
         """The backward's casts along T that the op of ``cast`` makes."""
@@ -104,7 +107,7 @@ class Fusion:
 
     def cast_beside(self, transposed: TransposedCast) -> FusedCast | None:
         """The first of the casts that is of the same format and the same rounding."""
-        wanted = (transposed.cast.format, transposed.rounds_to)
+        wanted = (self._format_of(transposed.cast), transposed.rounds_to)
         return next((c for c in self.casts if (c.format, c.out_dtype) == wanted), None)
 
     def site(self) -> Site:
