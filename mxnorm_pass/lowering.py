@@ -5,6 +5,9 @@ wrapper, without the dispatcher. Where values and scales of a norm are only read
 as emulated matmuls do, the kernel writes the dequantised values instead::
 
     x -> norm_cast -> values, scales -> dequantize -> y    =>    x -> kernel -> y
+
+A checkpointed region's forward makes casts along T that its recomputation makes again; there they
+are dropped.
 """
 
 from __future__ import annotations
@@ -22,9 +25,15 @@ from mxnorm_pass.graph_utils import SubgraphCache
 
 log = logging.getLogger(__name__)
 
+_WITHOUT_CAST_ALONG_T = {
+    ops.norm_cast_both: ops.norm_cast,
+    ops.add_norm_cast_both: ops.add_norm_cast,
+}
+
 
 def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     """Replace every op of this package in ``graph``, by a kernel if one can; returns how many."""
+    drop_unread_casts(graph)
     subgraphs = SubgraphCache(decompositions)
     kernels = 0
     for op in ops.KERNELS:
@@ -36,6 +45,24 @@ def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
                 _insert_kernel(graph, node, subgraphs)
                 kernels += 1
     return kernels + decompose(graph, decompositions)
+
+
+def drop_unread_casts(graph: fx.Graph) -> None:
+    """Replace ops that cast along D and T by those along D where nobody reads the other."""
+    for op, narrower in _WITHOUT_CAST_ALONG_T.items():
+        count = len(narrower._schema.returns)
+        weight = [argument.name for argument in op._schema.arguments].index("weight")
+        for node in graph.find_nodes(op="call_function", target=op):
+            along_t = [getitem for getitem in node.users if getitem.args[1] >= count]
+            if any(getitem.users for getitem in along_t):
+                continue
+            for getitem in along_t:
+                graph.erase_node(getitem)
+            *args, gain_in_rows = node.args
+            if not gain_in_rows:
+                args[weight] = None
+            outputs = node.meta["val"][:count]
+            node.target, node.args, node.meta["val"] = narrower, tuple(args), outputs
 
 
 def decompose(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:

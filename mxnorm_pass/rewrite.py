@@ -9,6 +9,13 @@ Forward, for each norm and MX format::
 The residual add in front of it goes into the op, too, see ``residual``. Of consumers that
 dequantise, those that want one dtype share one ``dequantize`` of values and scales.
 
+A backward that casts the transposed norm output for the weight gradient gets this cast from the
+same op::
+
+    x -> norm -> cast                            x -> norm_cast_both -> values, scales, rho,
+           |                                 =>                         values_t, scales_t
+           +-> transpose -> cast (backward)
+
 Backward: the norm's VJP gives way to the traced VJP of ``functional.mxnorm`` on the part of the
 cotangent that comes from the fused consumers. All other readers keep the exact norm.
 """
@@ -66,29 +73,42 @@ def _fuse_casts(graph: fx.Graph, fusion: Fusion, cast: FusedCast) -> fx.Node:
     norm = fusion.norm
     rounding = norm.rounding or Rounding(None, dtype_of(norm.output))
     consumers = [c for c in fusion.consumers if fusion.cast_of(c) == cast]
+    transposed = fusion.transposed_with(cast)
     fmt = cast.format
     origin = norm.output
+    options = (
+        None,
+        norm.eps,
+        fusion.estimator,
+        fusion.config.p,
+        fmt.block_size,
+        fmt.elem_dtype,
+        fmt.scale_mode,
+        rounding.norm_dtype,
+        cast.out_dtype,
+        cast.scale_layout,
+    )
+    in_rows = fusion.gain == "activation"
     with graph.inserting_before(norm.output.next):
-        op = call(
-            graph,
-            origin,
-            ops.norm_cast,
-            norm.x,
-            norm.gain if fusion.gain == "activation" else None,
-            None,
-            norm.eps,
-            fusion.estimator,
-            fusion.config.p,
-            fmt.block_size,
-            fmt.elem_dtype,
-            fmt.scale_mode,
-            rounding.norm_dtype,
-            cast.out_dtype,
-            cast.scale_layout,
-        )
-        values, scales, rho = outputs_of(graph, origin, op)
+        if transposed:
+            op = call(graph, origin, ops.norm_cast_both, norm.x, norm.gain, *options, in_rows)
+        else:
+            gain = norm.gain if in_rows else None
+            op = call(graph, origin, ops.norm_cast, norm.x, gain, *options)
+        values, scales, rho, *along_rows = outputs_of(graph, origin, op)
         _redirect_casts(graph, origin, consumers, values, scales)
+    for backward_cast in transposed:
+        _redirect_transposed(graph, backward_cast, *along_rows)
     return rho
+
+
+def _redirect_transposed(graph: fx.Graph, cast: Cast, values: fx.Node, scales: fx.Node) -> None:
+    """Let the backward read the cast along T that the forward has made."""
+    replaced = {}
+    for old, new in ((cast.values, values), (cast.scales, scales)):
+        with graph.inserting_before(old):
+            replaced[old] = _byte_view(graph, old, new, old)
+    _replace_cast(cast, replaced)
 
 
 def _redirect_casts(

@@ -20,6 +20,7 @@ LAYERS = [
     {"match"},
     {"match.site", "match.router"},
     {"match.residual", "match.dequantize"},
+    {"match.transposed_cast"},
     {"match.backward", "match.linear"},
     {"match.cast", "match.norm"},
     {"match.cast_op", "match.cast_program", "match.scale_layout"},

@@ -28,9 +28,11 @@ from numerics import (
     with_and_without_weight,
 )
 from torch import Tensor
+from torchao.prototype.mx_formats.config import ScaleCalculationMode
+from torchao.prototype.mx_formats.mx_tensor import to_mx
 
 from mxnorm_pass.config import Estimator
-from mxnorm_pass.formats import CAST_MODES, CastMode
+from mxnorm_pass.formats import CAST_MODES, SCALE_MODES, CastMode, ScaleMode
 from mxnorm_pass.functional import (
     inverse_rms,
     mx_cast,
@@ -38,6 +40,7 @@ from mxnorm_pass.functional import (
     mx_linear,
     mxnorm,
     mxnorm_cast,
+    mxnorm_cast_both,
 )
 
 # (norm_dtype follows the input, norm_dtype is None): HuggingFace's rounding and F.rms_norm's.
@@ -192,6 +195,99 @@ def test_specials_are_those_of_the_exact_norm_with_large_gains(
     x = case.x(dtype)
     growing = gain(x.shape[-1], dtype, low=4.0, high=8.0)
     assert_same_specials(x, growing, p, E4M3, "rceil")
+
+
+# --- mxnorm_cast_both -----------------------------------------------------------------------
+
+
+@with_and_without_weight
+@pytest.mark.parametrize("p", [1, 2, 3.7])
+@all_inputs
+@all_elements
+@all_modes
+def test_cast_along_t_rounds_only_to_the_element(
+    mode: CastMode, elem_dtype: torch.dtype, dtype: torch.dtype, p: float, weighted: bool
+) -> None:
+    x = normal(64, WIDTH, dtype=dtype)
+    x[:16, 40] *= 100
+    x[16:32] *= torch.exp2(torch.arange(-12, 4)).to(dtype)[:, None]
+    weight = gain(low=-1.5) if weighted else None
+    *_, values_t, scales_t = mxnorm_cast_both(
+        x, weight, eps=EPS, p=p, elem_dtype=elem_dtype, scale_mode=mode, out_dtype=torch.float32
+    )
+    assert values_t.is_contiguous() and scales_t.is_contiguous()
+    assert values_t.shape == (WIDTH, 64) and scales_t.shape == (WIDTH, 64 // BLOCK_SIZE)
+    y = x.double() * inverse_rms64(x, p, EPS)
+    if weight is not None:
+        y = y * weight.double()
+    # rho, and the two products x rho w.
+    assert_within_half_an_ulp(values_t, scales_t, y.t(), estimate_error(p) + 2 * U, mode)
+
+
+@pytest.mark.parametrize("gain_in_rows", [True, False])
+@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
+@pytest.mark.parametrize("shape", [(64,), (2, 32), (4, 2, 8)], ids=str)
+@all_inputs
+def test_casts_in_both_directions_are_those_of_one_norm(
+    dtype: torch.dtype, shape: tuple[int, ...], estimator: Estimator, gain_in_rows: bool
+) -> None:
+    x, weight = normal(*shape, WIDTH, dtype=dtype), gain(dtype=dtype)
+    options: dict[str, Any] = {"eps": EPS, "estimator": estimator, "norm_dtype": dtype}
+    *in_rows, values_t, scales_t = mxnorm_cast_both(x, weight, gain_in_rows=gain_in_rows, **options)
+    expected = mxnorm_cast(x, weight if gain_in_rows else None, **options)
+    for a, b in zip(in_rows, expected, strict=True):
+        assert_bits_equal(a, b)
+    y = mxnorm(x, weight, **options).reshape(64, WIDTH)
+    for channel in (0, 1, WIDTH - 1):
+        values, scales = mx_cast(y[:, channel])
+        assert_bits_equal(values_t[channel], values)
+        assert_bits_equal(scales_t[channel], scales)
+
+
+@pytest.mark.parametrize("elem_dtype", [E4M3, E5M2], ids=["e4m3fn", "e5m2"])
+@pytest.mark.parametrize("mode", SCALE_MODES)
+def test_exact_cast_along_t_is_torchaos_of_llamas_norm(
+    mode: ScaleMode, elem_dtype: torch.dtype
+) -> None:
+    # The bf16 roundings before and after the gain are there: without them bits differ.
+    x, weight = normal(64, WIDTH).bfloat16(), gain().bfloat16()
+    y = llama_norm(weight)(x)
+    scales, values = to_mx(
+        y.t().contiguous(), elem_dtype, BLOCK_SIZE, ScaleCalculationMode[mode.upper()]
+    )
+    options: dict[str, Any] = {
+        "eps": EPS, "estimator": "exact", "scale_mode": mode, "elem_dtype": elem_dtype
+    }  # fmt: skip
+    *_, values_t, scales_t = mxnorm_cast_both(x, weight, norm_dtype=torch.bfloat16, **options)
+    assert_bits_equal(values_t, values)
+    assert_bits_equal(scales_t, scales)
+    *_, unrounded, _ = mxnorm_cast_both(x, weight, **options)
+    assert not bits_equal(unrounded, values)
+
+
+@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
+@all_inputs
+@all_edges
+def test_specials_stay_in_their_block_along_t(
+    case: EdgeCase, dtype: torch.dtype, estimator: Estimator
+) -> None:
+    special = case.x(dtype).reshape(-1, case.x(dtype).shape[-1])[:1]
+    width = special.shape[-1]
+    ordinary = normal(63, width, dtype=dtype)
+    x = torch.cat([ordinary[:40], special, ordinary[40:]])
+    options: dict[str, Any] = {"eps": EPS, "estimator": estimator}
+    *_, values_t, scales_t = mxnorm_cast_both(x, gain(width, dtype), **options)
+    y = mxnorm(special, gain(width, dtype), **options)[0]
+    got = mx_dequantize(values_t, scales_t)
+    *_, expected, _ = mxnorm_cast_both(ordinary[:32], gain(width, dtype), **options)
+    assert_bits_equal(values_t[:, :32], expected)
+    assert torch.equal(got[:, 40].isnan(), y.isnan())
+    assert torch.equal(got[:, 32:].isnan().any(-1), y.isnan())
+
+
+def test_rows_that_make_no_whole_blocks_have_no_cast_along_t() -> None:
+    with pytest.raises(ValueError, match="not divisible by block_size 32"):
+        mxnorm_cast_both(normal(48, WIDTH), eps=EPS)
 
 
 # --- mx_linear ------------------------------------------------------------------------------

@@ -199,12 +199,16 @@ def split_cotangent(
 
 
 def backward_readers(
-    path: Iterable[fx.Node], seq_nrs: frozenset[int]
+    path: Iterable[fx.Node], seq_nrs: frozenset[int] | None = None
 ) -> list[tuple[fx.Node, fx.Node]]:
-    """(node read, reader): backward nodes with one of the numbers that read a node of ``path``."""
+    """(node read, reader): backward nodes that read a node of ``path``.
+
+    Args:
+        seq_nrs: numbers of which a reader must bear one; None: any reader counts.
+    """
     found = []
     for node in path:
         for user in node.users:
-            if is_backward(user) and seq_nr(user) in seq_nrs:
+            if is_backward(user) and (seq_nrs is None or seq_nr(user) in seq_nrs):
                 found.append((node, user))
     return found

@@ -72,10 +72,43 @@ def find_casts(graph: fx.Graph) -> list[Cast | UnknownCast]:
         elif (op := cast_op(node)) is not None:
             found.append(_opaque_cast(node, op))
         elif is_dtype_cast(node) and dtype_of(node) in ELEMENT_FORMATS:
-            cast = _match_region(node)
-            if cast is not None:
-                found.append(cast)
+            region = _collect_region(node)
+            if region is not None:
+                found.append(_match_region(node, region))
     return found
+
+
+def casts_of(source: fx.Node) -> list[Cast]:
+    """The recognised casts of exactly this node on its side of a joint graph.
+
+    From the source to the float8 elements there is a way through nodes of as many elements.
+    """
+    found: list[Cast | UnknownCast] = []
+    seen, pending = {source}, [source]
+    while pending and len(seen) <= _MAX_REGION:
+        for user in _readers(pending.pop()):
+            if user.target is ops.cast and user.args[0] is source:
+                found.append(_own_cast(user))
+            if user in seen or not _has_size_of(user, source):
+                continue
+            seen.add(user)
+            if is_dtype_cast(user) and dtype_of(user) in ELEMENT_FORMATS:
+                region = _collect_region(user)
+                if region is not None and region.blocks is source:
+                    found.append(_match_region(user, region))
+            else:
+                pending.append(user)
+    return [cast for cast in found if isinstance(cast, Cast)]
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Who reads the node in its own half of a joint graph."""
+    return list(node.users) if is_backward(node) else forward_users(node)
+
+
+def _has_size_of(node: fx.Node, other: fx.Node) -> bool:
+    a, b = tensor_of(node), tensor_of(other)
+    return a is not None and b is not None and same_size(a.numel(), b.numel())
 
 
 def _own_cast(node: fx.Node) -> Cast:
@@ -98,10 +131,7 @@ def _opaque_cast(node: fx.Node, op: CastOp) -> Cast | UnknownCast:
     return Cast(op.source, values, scales, op.format, frozenset((node, values, scales)))
 
 
-def _match_region(values: fx.Node) -> Cast | UnknownCast | None:
-    region = _collect_region(values)
-    if region is None:
-        return None
+def _match_region(values: fx.Node, region: _Region) -> Cast | UnknownCast:
     blocks = region.blocks
     scales = _find_scales(region)
     if scales is None:
@@ -185,7 +215,7 @@ def _find_scales(region: _Region) -> _Scales | None:
             return _Scales(trail[-1], trail)
     inside = set(region.nodes)
     for node in reversed(bytes_):
-        if any(user not in inside for user in forward_users(node)):
+        if any(user not in inside for user in _readers(node)):
             return _Scales(node, (node,))
     return None
 
@@ -194,7 +224,7 @@ def _trail_to_e8m0(node: fx.Node) -> tuple[fx.Node, ...] | None:
     pending: list[tuple[fx.Node, ...]] = [(node,)]
     while pending:
         trail = pending.pop()
-        for user in forward_users(trail[-1]):
+        for user in _readers(trail[-1]):
             value = tensor_of(user)
             if value is None:
                 continue
@@ -206,9 +236,9 @@ def _trail_to_e8m0(node: fx.Node) -> tuple[fx.Node, ...] | None:
 
 
 def _leak(region: _Region, scales: _Scales) -> fx.Node | None:
-    """A node of the region that the graph reads past values and scales."""
+    """A node of the cast that the graph reads past values and scales."""
     inside = {*region.nodes, *scales.nodes}
-    for node in region.nodes[:-1]:
+    for node in (*region.nodes[:-1], *scales.nodes):
         if node.op == "get_attr" or node.target in CONSTANTS or node is scales.node:
             continue
         if any(user not in inside for user in node.users):

@@ -168,7 +168,7 @@ class CastIndex:
 
 
 def readers(output: fx.Node, casts: CastIndex) -> list[Reader]:
-    """Every forward reader of ``output``, seen through views and floating-point dtype casts."""
+    """Every forward reader of ``output``'s elements, seen through views and float dtype casts."""
     found: list[Reader] = []
     pending: list[tuple[fx.Node, tuple[fx.Node, ...]]] = [(output, ())]
     while pending:
@@ -176,7 +176,7 @@ def readers(output: fx.Node, casts: CastIndex) -> list[Reader]:
         at_node = casts.by_source.get(node, ())
         found += [Reader(path, cast.values, cast) for cast in at_node]
         for user in forward_users(node):
-            if any(user in cast.nodes for cast in at_node):
+            if user.target is aten.sym_size.int or any(user in cast.nodes for cast in at_node):
                 continue
             if is_view(user) or (is_dtype_cast(user) and not _is_float8(user)):
                 pending.append((user, (*path, user)))

@@ -37,6 +37,7 @@ from mxnorm_pass.match.linear import (
 from mxnorm_pass.match.norm import Norm
 from mxnorm_pass.match.residual import residual_add
 from mxnorm_pass.match.skip import Skip
+from mxnorm_pass.match.transposed_cast import Read, TransposedCast, transposed_casts, without_casts
 from mxnorm_pass.report import Site, SkipReason
 
 
@@ -63,6 +64,8 @@ class Fusion:
         cotangent: terms of the output's cotangent, given where ``exclusive`` is False.
         backward_reads: (node read, backward reader) of the consumers, such as weight gradients.
         residual: the residual add whose sum the norm reads, if the fused op does it.
+        transposed: the backward's casts along T that one of ``casts`` can make, too; what they
+            alone read is not in ``backward_reads``.
     """
 
     norm: Norm
@@ -72,8 +75,9 @@ class Fusion:
     exclusive: bool
     backward: NormBackward | None = None
     cotangent: CotangentSplit | None = None
-    backward_reads: tuple[tuple[fx.Node, fx.Node], ...] = ()
+    backward_reads: tuple[Read, ...] = ()
     residual: fx.Node | None = None
+    transposed: tuple[TransposedCast, ...] = ()
 
     @property
     def estimator(self) -> Estimator:
@@ -92,11 +96,23 @@ class Fusion:
         output = tensor_of(self.norm.output)
         assert output is not None
         layout: ScaleLayout = "blocked" if consumer.linear.blocked_scales else "row-major"
-        fmt = consumer.cast.format
+        fmt = self._format_of(consumer.cast)
+        return FusedCast(fmt, consumer.rounds_to or output.dtype, layout)
+
+    def _format_of(self, cast: Cast) -> MXFormat:
         if self.estimator == "mxnorm":
             # Its values differ from the matched graph's anyhow: no log2 has to be emulated.
-            fmt = fmt.without_log2
-        return FusedCast(fmt, consumer.rounds_to or output.dtype, layout)
+            return cast.format.without_log2
+        return cast.format
+
+    def transposed_with(self, cast: FusedCast) -> tuple[Cast, ...]:
+        """The backward's casts along T that the op of ``cast`` makes."""
+        return tuple(t.cast for t in self.transposed if self.cast_beside(t) == cast)
+
+    def cast_beside(self, transposed: TransposedCast) -> FusedCast | None:
+        """The first of the casts that is of the same format and the same rounding."""
+        wanted = (self._format_of(transposed.cast), transposed.rounds_to)
+        return next((c for c in self.casts if (c.format, c.out_dtype) == wanted), None)
 
     def site(self) -> Site:
         return Site(
@@ -211,7 +227,10 @@ def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
         exclusive=_is_exclusive(read_by, enabled),
     )
     if fusion.estimator == "exact":
-        return fusion
+        # The backward may go on reading the norm's own output, which has the same bits.
+        paths = chain.from_iterable(reader.path for reader in read_by)
+        reads = backward_readers(dict.fromkeys((norm.output, *paths)))
+        return _with_transposed_casts(fusion, reads)
     complete = _with_backward(fusion, read_by, context)
     return complete if isinstance(complete, Fusion) else _refuse(norm, complete, names)
 
@@ -358,7 +377,15 @@ def _with_backward(fusion: Fusion, read_by: Sequence[Reader], context: _Context)
         split = split_cotangent(backward.cotangent, own, shared)
     paths = chain.from_iterable(c.reader.path for c in fusion.consumers)
     reads = backward_readers(dict.fromkeys((fusion.norm.output, *paths)), own)
-    return replace(fusion, backward=backward, cotangent=split, backward_reads=tuple(reads))
+    complete = replace(fusion, backward=backward, cotangent=split, backward_reads=tuple(reads))
+    fusion = _with_transposed_casts(complete, reads)
+    served = [t.cast for t in fusion.transposed]
+    return replace(fusion, backward_reads=tuple(without_casts(reads, served)))
+
+
+def _with_transposed_casts(fusion: Fusion, reads: Sequence[Read]) -> Fusion:
+    found = transposed_casts(fusion.norm, reads)
+    return replace(fusion, transposed=tuple(t for t in found if fusion.cast_beside(t)))
 
 
 def _shared_cast(fusion: Fusion) -> Cast | None:
