@@ -140,7 +140,9 @@ def test_edge_cases(case: EdgeCase, dtype: torch.dtype, name: str) -> None:
     x = case.x(dtype)
     weight = gain_of(F32, x.shape[-1]) if name == "exact_bf16" else None
     config = Config(16, 1, 4)
-    for i, mode in enumerate(SCALE_MODES):
+    # All modes where they meet every special value; elsewhere the two that carry.
+    modes = SCALE_MODES if name == "estimate" else ("rceil", "even")
+    for i, mode in enumerate(modes):
         elem_dtype = (E4M3, E5M2)[(i + (dtype == F32)) % 2]
         options = spec(**EDGE_SPECS[name], scale_mode=mode, elem_dtype=elem_dtype)
         actual = assert_cast_equals(x, weight, options, config=config)
@@ -179,11 +181,10 @@ def test_saturation() -> None:
 
 @pytest.mark.parametrize("x_dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("residual_dtype", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
-def test_residual(x_dtype: torch.dtype, residual_dtype: torch.dtype, estimator: Any) -> None:
+def test_residual(x_dtype: torch.dtype, residual_dtype: torch.dtype) -> None:
     x, residual = normal(5, WIDTH, dtype=x_dtype), normal(5, WIDTH, seed=1, dtype=residual_dtype)
-    options = spec(estimator=estimator)
-    for config in (None, Config(4, 4, 4)):
+    for estimator, config in (("mxnorm", Config(8, 1, 4)), ("exact", Config(8, 4, 4))):
+        options = spec(estimator=estimator)
         total, *results = launched(x, gain_of(BF16), options, residual=residual, config=config)
         assert_same_bits(total, x + residual, "total")
         of_total = kernel(x + residual, gain_of(BF16), options, config=config)
@@ -225,6 +226,5 @@ def test_dequantized_with_residual_and_gain() -> None:
 def test_zero_rows_stay_finite() -> None:
     actual = kernel(torch.zeros(2, 64), None, spec())
     assert torch.equal(actual.values.float(), torch.zeros(2, 64))
-    torch.testing.assert_close(
-        actual.rho, torch.full((2, 1), 1 / math.sqrt(EPS)), rtol=4 * U, atol=0
-    )
+    expected = torch.full((2, 1), 1 / math.sqrt(EPS))
+    torch.testing.assert_close(actual.rho, expected, rtol=4 * U, atol=0)
