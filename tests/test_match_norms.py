@@ -205,7 +205,7 @@ def eps_outside_vector_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
 
 
 def eps_below_zero(x: Tensor, w: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(mean_square(x) - eps) * w
+    return x * torch.rsqrt(mean_square(x) + -eps) * w
 
 
 def sum_alone(x: Tensor, w: Tensor, eps: float) -> Tensor:
