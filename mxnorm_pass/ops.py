@@ -33,6 +33,7 @@ from mxnorm_pass.arguments import (
     check_rows,
     check_rows_in_blocks,
 )
+from mxnorm_pass.formats import blocked_scales_shape
 from mxnorm_pass.kernels.coverage import uncovered
 from mxnorm_pass.spec import NormCastSpec
 
@@ -125,7 +126,7 @@ def _fake_norm_cast(
     check_norm_cast(x, weight, block_weights, spec)
     values, scales = _fake_cast(x, spec.block_size, spec.elem_dtype, spec.scale_mode)
     if spec.scale_layout == "blocked":
-        scales = functional.blocked_scales(scales)
+        scales = scales.new_empty(blocked_scales_shape(scales.shape))
     return values, scales, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
