@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any, get_args
+
 import torch
 from torch import Tensor
 
+from mxnorm_pass.config import Estimator
+from mxnorm_pass.formats import CAST_MODES, ELEMENT_FORMATS, ScaleLayout
 from mxnorm_pass.spec import NormCastSpec
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_WIDE_FLOATS = (*_FLOATS, torch.float64)
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -17,22 +23,67 @@ def check_rows(name: str, x: Tensor) -> None:
         TypeError: wrong dtype or layout.
         ValueError: no last dimension.
     """
-    if x.dtype not in _FLOATS:
-        allowed = ", ".join(map(str, _FLOATS))
-        raise TypeError(f"{name} has dtype {x.dtype}; allowed: {allowed}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} has layout {x.layout}; it must be dense (torch.strided)")
+    _check_dense(name, x, _FLOATS)
     if x.ndim == 0:
         raise ValueError(f"{name} is a scalar; it must be [..., D]")
 
 
+def _check_dense(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {x.dtype}; allowed: {_listed(dtypes)}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; it must be dense (torch.strided)")
+
+
+def _listed(choices: Any) -> str:
+    return ", ".join(map(str, choices))
+
+
+def _check_choice(name: str, value: Any, allowed: Any) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {_listed(allowed)}")
+
+
 def check_blocks(name: str, x: Tensor, block_size: int) -> None:
     """Raises a ValueError unless the last dimension is whole blocks."""
-    if block_size < 1 or x.shape[-1] % block_size != 0:
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; it must be at least 1")
+    if x.shape[-1] % block_size != 0:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, whose last dimension is not divisible by "
             f"block_size {block_size}"
         )
+
+
+def check_rows_in_blocks(name: str, x: Tensor, block_size: int) -> None:
+    """Raises a ValueError unless the rows, all leading dimensions, are whole blocks."""
+    rows = math.prod(x.shape[:-1])
+    if rows % block_size != 0:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, whose {rows} rows are not divisible by "
+            f"block_size {block_size}"
+        )
+
+
+def check_cast(block_size: int, elem_dtype: torch.dtype, scale_mode: str) -> None:
+    """Options of ``cast``; a ValueError names the one that is wrong."""
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; it must be at least 1")
+    _check_choice("elem_dtype", elem_dtype, ELEMENT_FORMATS)
+    _check_choice("scale_mode", scale_mode, CAST_MODES)
+
+
+def check_spec(spec: NormCastSpec) -> None:
+    """Options of ``norm_cast``; a ValueError names the one that is wrong."""
+    check_cast(spec.block_size, spec.elem_dtype, spec.scale_mode)
+    _check_choice("estimator", spec.estimator, get_args(Estimator))
+    _check_choice("scale_layout", spec.scale_layout, get_args(ScaleLayout))
+    _check_choice("norm_dtype", spec.norm_dtype, (None, *_WIDE_FLOATS))
+    _check_choice("out_dtype", spec.out_dtype, _WIDE_FLOATS)
+    if not (math.isfinite(spec.p) and spec.p > 0):
+        raise ValueError(f"p is {spec.p}; it must be a finite number > 0")
+    if not (math.isfinite(spec.eps) and spec.eps >= 0):
+        raise ValueError(f"eps is {spec.eps}; it must be a finite number >= 0")
 
 
 def check_norm_cast(
@@ -46,20 +97,21 @@ def check_norm_cast(
 
     Raises:
         TypeError: a wrong dtype or layout.
-        ValueError: a wrong shape or device.
+        ValueError: a wrong shape, device or option.
     """
+    check_spec(spec)
     check_rows("x", x)
     check_blocks("x", x, spec.block_size)
     if residual is not None:
         check_rows("residual", residual)
         _check_like("residual", residual, x, tuple(x.shape))
     if weight is not None:
-        if not weight.dtype.is_floating_point:
-            raise TypeError(f"weight has dtype {weight.dtype}; it must be floating point")
+        _check_dense("weight", weight, _WIDE_FLOATS)
         _check_like("weight", weight, x, (x.shape[-1],))
     if block_weights is not None:
-        if block_weights.dtype != torch.float32:
-            raise TypeError(f"block_weights has dtype {block_weights.dtype}, not torch.float32")
+        if spec.estimator == "exact":
+            raise ValueError("block_weights belong to estimator 'mxnorm'; estimator is 'exact'")
+        _check_dense("block_weights", block_weights, (torch.float32,))
         _check_like("block_weights", block_weights, x, (x.shape[-1] // spec.block_size,))
 
 
@@ -73,21 +125,21 @@ def _check_like(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) ->
         raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; they must be on one")
 
 
-def check_quantized(values: Tensor, scales: Tensor) -> None:
+def check_quantized(values: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
     """Arguments of ``dequantize``.
 
     Raises:
         TypeError: ``values`` is no float8 tensor or ``scales`` no E8M0 tensor.
-        ValueError: their shapes do not belong together, or their devices differ.
+        ValueError: their shapes do not belong together, their devices differ, or ``dtype`` is no
+            high-precision one.
     """
-    if values.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
-        raise TypeError(
-            f"values has dtype {values.dtype}; allowed: torch.float8_e4m3fn, torch.float8_e5m2"
-        )
-    if scales.dtype != torch.float8_e8m0fnu:
-        raise TypeError(f"scales has dtype {scales.dtype}; it must be torch.float8_e8m0fnu")
+    _check_dense("values", values, tuple(ELEMENT_FORMATS))
+    _check_dense("scales", scales, (torch.float8_e8m0fnu,))
+    _check_choice("dtype", dtype, _WIDE_FLOATS)
     if (
-        values.shape[:-1] != scales.shape[:-1]
+        values.ndim == 0
+        or values.shape[:-1] != scales.shape[:-1]
+        or scales.ndim == 0
         or scales.shape[-1] == 0
         or values.shape[-1] % scales.shape[-1] != 0
     ):
@@ -96,4 +148,6 @@ def check_quantized(values: Tensor, scales: Tensor) -> None:
             "[..., D / block size]"
         )
     if values.device != scales.device:
-        raise ValueError(f"scales is on {scales.device}, values on {values.device}")
+        raise ValueError(
+            f"scales is on {scales.device}, values on {values.device}; they must be on one"
+        )

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import (
     FakeTensor,
     in_kernel_invocation_manager,
@@ -281,7 +282,9 @@ class SubgraphCache:
                 return function(*[next(it) if isinstance(a, fx.Node) else a for a in args])
 
             values = [n.meta["val"] for n in nodes]
-            with _fake_mode(*nodes), torch.autocast("cpu", enabled=False):
+            no_autocast = torch.autocast("cpu", enabled=False)
+            # Some ops take symbolic sizes in their Python implementation only.
+            with _fake_mode(*nodes), no_autocast, enable_python_dispatcher():
                 traced = make_fx(on_tensors, decomposition_table=self._decompositions)(*values)
             _drop_detaches(traced.graph)
             traced.graph.eliminate_dead_code()

@@ -22,6 +22,7 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph_utils import SubgraphCache
+from mxnorm_pass.kernels.coverage import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ def _value_positions(op: Any) -> tuple[int, int]:
 
 
 def _dequantized(node: fx.Node) -> list[fx.Node]:
-    """The ``dequantize`` nodes, all to one dtype, that alone read the op's values and scales."""
+    """The ``dequantize`` nodes that alone read the op's values and scales, to one dtype that the
+    kernels know; none where there are other readers."""
     if node.target not in ops.DEQUANTIZING_KERNELS:
         return []
     positions = _value_positions(node.target)
@@ -119,7 +121,8 @@ def _dequantized(node: fx.Node) -> list[fx.Node]:
     for reader in readers:
         if reader.target is not ops.dequantize or reader.args[:2] != (values, scales):
             return []
-    return readers if len({reader.args[2] for reader in readers}) == 1 else []
+    dtypes = {reader.args[2] for reader in readers}
+    return readers if len(dtypes) == 1 and dtypes <= set(DTYPES) else []
 
 
 @cache

@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass import functional
-from mxnorm_pass.arguments import check_blocks, check_norm_cast, check_quantized, check_rows
+from mxnorm_pass.arguments import (
+    check_blocks,
+    check_cast,
+    check_norm_cast,
+    check_quantized,
+    check_rows,
+    check_rows_in_blocks,
+)
+from mxnorm_pass.formats import blocked_scales_shape
 from mxnorm_pass.kernels.coverage import uncovered
 from mxnorm_pass.spec import NormCastSpec
 
@@ -50,6 +58,7 @@ def _norm_cast_both(
     *args, gain_in_rows = options
     spec = NormCastSpec(*args)
     check_norm_cast(x, weight, block_weights, spec)
+    check_rows_in_blocks("x", x, spec.block_size)
     return functional.mxnorm_cast_both(
         x.contiguous(),
         weight,
@@ -83,6 +92,7 @@ def _after_add(function: Callable[..., Any]) -> Callable[..., Any]:
 def _cast(
     x: Tensor, block_size: int, elem_dtype: torch.dtype, scale_mode: str
 ) -> tuple[Tensor, Tensor]:
+    check_cast(block_size, elem_dtype, scale_mode)
     check_rows("x", x)
     check_blocks("x", x, block_size)
     return functional.mx_cast(
@@ -94,13 +104,14 @@ def _cast(
 
 
 def _dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    check_quantized(values, scales)
+    check_quantized(values, scales, dtype)
     return functional.mx_dequantize(values.contiguous(), scales, dtype)
 
 
 def _fake_cast(
     x: Tensor, block_size: int, elem_dtype: torch.dtype, scale_mode: str
 ) -> tuple[Tensor, Tensor]:
+    check_cast(block_size, elem_dtype, scale_mode)
     check_rows("x", x)
     check_blocks("x", x, block_size)
     shape = x.shape
@@ -115,7 +126,7 @@ def _fake_norm_cast(
     check_norm_cast(x, weight, block_weights, spec)
     values, scales = _fake_cast(x, spec.block_size, spec.elem_dtype, spec.scale_mode)
     if spec.scale_layout == "blocked":
-        scales = functional.blocked_scales(scales)
+        scales = scales.new_empty(blocked_scales_shape(scales.shape))
     return values, scales, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
@@ -124,13 +135,14 @@ def _fake_norm_cast_both(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *args, _ = options
     spec = NormCastSpec(*args)
-    rows = x.reshape(-1, x.shape[-1]).t()
     along_rows = _fake_norm_cast(x, weight, block_weights, *args)
+    check_rows_in_blocks("x", x, spec.block_size)
+    rows = x.reshape(-1, x.shape[-1]).t()
     return *along_rows, *_fake_cast(rows, spec.block_size, spec.elem_dtype, spec.scale_mode)
 
 
 def _fake_dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    check_quantized(values, scales)
+    check_quantized(values, scales, dtype)
     return values.new_empty(values.shape, dtype=dtype)
 
 

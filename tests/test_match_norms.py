@@ -204,6 +204,10 @@ def eps_outside_vector_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return x / (x.norm(2, -1, keepdim=True) * x.shape[-1] ** -0.5 + eps) * w
 
 
+def eps_below_zero(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(mean_square(x) + -eps) * w
+
+
 def sum_alone(x: Tensor, w: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).sum(-1, keepdim=True) + eps) * w
 
@@ -220,6 +224,7 @@ def sum_over_width_plus_one(x: Tensor, w: Tensor, eps: float) -> Tensor:
         (eps_outside_sqrt, SkipReason.NORM_FORM),
         (eps_outside_rsqrt, SkipReason.NORM_FORM),
         (eps_outside_vector_norm, SkipReason.NORM_FORM),
+        (eps_below_zero, SkipReason.NORM_FORM),
         # x / |x| is a norm of its row, so it is reported, as one with another scale.
         (sum_alone, SkipReason.NORM_FORM),
         (sum_over_width_plus_one, SkipReason.NORM_FORM),

@@ -14,7 +14,7 @@ from mxnorm_pass.spec import NormCastSpec
 MAX_WIDTH = 65536
 # The constant's p-th power must stay in float32's range.
 MAX_P = 16.0
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK_SIZES = (16, 32, 64, 128)
 # Ada and Hopper are the first chips that convert to float8.
 _MIN_CAPABILITY = (8, 9)
@@ -33,9 +33,10 @@ def uncovered(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | No
         return "triton is not installed"
     if capability(x.device) < _MIN_CAPABILITY:
         return f"compute capability {capability(x.device)} has no float8; {_MIN_CAPABILITY} has"
-    for tensor in (x, *others):
-        if tensor is not None and tensor.dtype not in _DTYPES:
-            return f"{tensor.dtype} is none of {', '.join(map(str, _DTYPES))}"
+    dtypes = [t.dtype for t in (x, *others) if t is not None]
+    for dtype in (*dtypes, spec.norm_dtype or torch.float32, spec.out_dtype):
+        if dtype not in DTYPES:
+            return f"{dtype} is none of {', '.join(map(str, DTYPES))}"
     width = x.shape[-1]
     if not isinstance(width, int) or width > MAX_WIDTH:
         return f"rows of {width} elements; a kernel takes at most {MAX_WIDTH}"

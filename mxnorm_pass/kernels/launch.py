@@ -99,8 +99,8 @@ def norm_cast(
     launcher(norm_cast_kernel)[((padded + config.rows - 1) // config.rows,)](
         x_rows,
         residual_rows,
-        weight,
-        block_weights,
+        None if weight is None else weight.contiguous(),
+        None if block_weights is None else block_weights.contiguous(),
         total,
         values,
         scales,

@@ -34,7 +34,9 @@ def accumulate(x, block_weights, partial, largest, EXACT: tl.constexpr, P: tl.co
         before = largest
         largest = tl.maximum(largest, tl.max(tl.where(m < float("inf"), m, 0.0), 1))
         unit = divisor(largest)
-        partial = tl.where(before > 0, partial * power(before / unit, P), partial)
+        # An infinite sum stays so, even where the ratio's power is 0.
+        scales = (before > 0) & (partial < float("inf"))
+        partial = tl.where(scales, partial * power(before / unit, P), partial)
         powers = power(m / unit[:, None], P)
     if block_weights is not None:
         powers = powers * block_weights[None, :]

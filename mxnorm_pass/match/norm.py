@@ -341,6 +341,8 @@ def _problem(start: _SumOfSquares, found: _Normalization, x: fx.Node, tail: _Tai
         return Skip(SkipReason.EPS_INPUT, f"eps is {source.name}", source)
     if statistic.eps_outside_root:
         return Skip(SkipReason.NORM_FORM, "eps is added outside the root", found.node)
+    if not 0 <= statistic.eps < math.inf:
+        return Skip(SkipReason.NORM_FORM, f"eps is {statistic.eps:g}", found.node)
     if not math.isclose(statistic.scale * width, 1.0, rel_tol=1e-5):
         detail = f"sum(x^2) is scaled by {statistic.scale:g}, not by 1/{width}"
         return Skip(SkipReason.NORM_FORM, detail, found.node)

@@ -1,0 +1,104 @@
+"""The row kernel next to ``functional``, for its tests. Results are compared on the CPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from edge_cases import bits_equal, describe_difference
+from given_rho import given_rho
+from torch import Tensor
+
+from mxnorm_pass import functional
+from mxnorm_pass.kernels import launch
+from mxnorm_pass.spec import NormCastSpec
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+EPS = 1e-6
+
+_DEFAULT = NormCastSpec(
+    eps=EPS,
+    estimator="mxnorm",
+    p=2.0,
+    block_size=32,
+    elem_dtype=E4M3,
+    scale_mode="rceil",
+    norm_dtype=BF16,
+    out_dtype=BF16,
+    scale_layout="row-major",
+)
+
+
+def spec(**options: Any) -> NormCastSpec:
+    return replace(_DEFAULT, **options)
+
+
+class Quantized(NamedTuple):
+    values: Tensor
+    scales: Tensor
+    rho: Tensor
+
+
+def on_device(tensor: Tensor | None) -> Tensor | None:
+    """On the kernel's device, strides kept."""
+    if tensor is None or DEVICE == "cpu":
+        return tensor
+    there = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
+    return there.copy_(tensor)
+
+
+def launched(
+    x: Tensor,
+    weight: Tensor | None,
+    options: NormCastSpec,
+    *,
+    block_weights: Tensor | None = None,
+    residual: Tensor | None = None,
+    **more: Any,
+) -> tuple[Tensor, ...]:
+    """The kernel's results on the CPU."""
+    x_there, *others = (on_device(t) for t in (x, weight, block_weights))
+    assert x_there is not None
+    results = launch.norm_cast(
+        x_there, others[0], others[1], options, residual=on_device(residual), **more
+    )
+    assert all(t.is_contiguous() for t in results)
+    return tuple(t.cpu() for t in results)
+
+
+def kernel(x: Tensor, weight: Tensor | None, options: NormCastSpec, **more: Any) -> Quantized:
+    return Quantized(*launched(x, weight, options, **more))
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor | None,
+    options: NormCastSpec,
+    block_weights: Tensor | None = None,
+    rho: Tensor | None = None,
+) -> Quantized:
+    """``functional.mxnorm_cast``, with its own inverse RMS or with ``rho``."""
+    keywords = options.keywords() | {"block_weights": block_weights}
+    if rho is None:
+        return Quantized(*functional.mxnorm_cast(x, weight, **keywords))
+    with given_rho(rho):
+        return Quantized(*functional.mxnorm_cast(x, weight, **keywords))
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, name: str) -> None:
+    assert bits_equal(actual, expected), f"{name}: {describe_difference(actual, expected)}"
+
+
+def assert_cast_equals(
+    x: Tensor, weight: Tensor | None, options: NormCastSpec, **more: Any
+) -> Quantized:
+    """The kernel's values and scales are, bit for bit, those that belong to its own rho."""
+    actual = kernel(x, weight, options, **more)
+    expected = reference(x, weight, options, more.get("block_weights"), rho=actual.rho)
+    assert_same_bits(actual.values, expected.values, "values")
+    assert_same_bits(actual.scales, expected.scales, "scales")
+    return actual

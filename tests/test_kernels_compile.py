@@ -1,0 +1,119 @@
+"""The kernels compile for Hopper and both Blackwells without such a GPU, to efficient code."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from numerics import E4M3, E5M2
+from ptx import Compiled, compiled
+
+from mxnorm_pass.kernels import launch
+from mxnorm_pass.spec import NormCastSpec
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+SPEC = NormCastSpec(
+    eps=1e-6,
+    estimator="mxnorm",
+    p=2.0,
+    block_size=32,
+    elem_dtype=E4M3,
+    scale_mode="rceil",
+    norm_dtype=BF16,
+    out_dtype=BF16,
+    scale_layout="row-major",
+)
+HOPPER, BLACKWELL, CONSUMER_BLACKWELL = 90, 100, 120
+CAPABILITIES = (HOPPER, BLACKWELL, CONSUMER_BLACKWELL)
+
+
+def norm_cast(
+    capability: int,
+    width: int,
+    *,
+    dtype: torch.dtype = BF16,
+    gain: torch.dtype | None = BF16,
+    residual: torch.dtype | None = None,
+    weighted: bool = False,
+    dequantize: torch.dtype | None = None,
+    **options: Any,
+) -> Compiled:
+    def empty(*shape: int, dtype: torch.dtype | None) -> Any:
+        return None if dtype is None else torch.empty(shape, dtype=dtype, device="meta")
+
+    spec = replace(SPEC, **options)
+    block_weights = empty(width // spec.block_size, dtype=F32) if weighted else None
+    return compiled(
+        lambda: launch.norm_cast(
+            empty(4096, width, dtype=dtype),
+            empty(width, dtype=gain),
+            block_weights,
+            spec,
+            residual=empty(4096, width, dtype=residual),
+            dequantize=dequantize,
+        ),
+        capability,
+    )
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "p=1, no gain": {"p": 1.0, "gain": None},
+    "p=1.5, block weights": {"p": 1.5, "weighted": True},
+    "p=3, chunks": {"p": 3.0, "width": 32768},
+    "block weights, floor, e5m2": {
+        "weighted": True, "scale_mode": "floor", "elem_dtype": E5M2, "dtype": F16,
+    },
+    "exact, even, blocked": {
+        "estimator": "exact", "scale_mode": "even", "scale_layout": "blocked", "width": 160,
+    },
+    "exact, ceil, float32": {
+        "estimator": "exact", "scale_mode": "ceil", "dtype": F32, "gain": F32, "norm_dtype": None,
+        "out_dtype": F32,
+    },
+    "residual, mixed dtypes": {"residual": F32, "gain": F16, "block_size": 16},
+    "residual, dequantised, chunks": {"residual": BF16, "dequantize": BF16, "width": 65536},
+    "one block": {"width": 32, "elem_dtype": E5M2, "scale_layout": "blocked"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_variants_compile(variant: dict[str, Any], capability: int) -> None:
+    ptx = norm_cast(capability, **({"width": 2048} | variant)).ptx
+    assert f".target sm_{capability}" in ptx
+    # The float8 conversion is the hardware's.
+    elem = "e5m2x2" if variant.get("elem_dtype") == E5M2 else "e4m3x2"
+    assert f"cvt.rn.satfinite.{elem}.f32" in ptx
+
+
+DEFAULTS = [
+    *((HOPPER, width) for width in (2048, 4096, 5120, 8192, 16384)),
+    *((BLACKWELL, width) for width in (4096, 16384)),
+    *((CONSUMER_BLACKWELL, width) for width in (4096, 16384)),
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"estimator": "exact"}, {"residual": BF16}, {"gain": None}],
+    ids=["estimate", "exact", "residual", "no_gain"],
+)
+@pytest.mark.parametrize("capability, width", DEFAULTS)
+def test_default_configurations(capability: int, width: int, options: dict[str, Any]) -> None:
+    """Rows and gain come in loads of 128 bits, and all of a row stays in registers."""
+    kernel = norm_cast(capability, width, **options)
+    assert set(kernel.load_bits) == {128}
+    assert kernel.spilled_bytes == 0, kernel.log
+
+
+def test_what_the_checks_would_see() -> None:
+    """A row that is too large for its registers spills, and strided columns load one by one."""
+    config = launch.Config(rows=2, chunks=1, warps=4)
+    x = torch.empty(64, 16384, dtype=BF16, device="meta")
+    spilling = compiled(lambda: launch.norm_cast(x, None, None, SPEC, config=config), HOPPER)
+    assert spilling.spilled_bytes > 0
+    odd_rows = torch.empty(64, 2049, dtype=BF16, device="meta")[:, :2048]
+    narrow = compiled(lambda: launch.norm_cast(odd_rows, None, None, SPEC), HOPPER)
+    assert set(narrow.load_bits) != {128}
