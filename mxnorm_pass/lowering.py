@@ -21,6 +21,7 @@ from torch import fx
 from torch._subclasses.functional_tensor import dispatch_functionalize
 
 from mxnorm_pass import ops
+from mxnorm_pass.dispatch import NormCastCall
 from mxnorm_pass.graph_utils import SubgraphCache
 from mxnorm_pass.kernels.coverage import DTYPES
 
@@ -37,9 +38,10 @@ def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     drop_unread_casts(graph)
     subgraphs = SubgraphCache(decompositions)
     kernels = 0
-    for op in ops.KERNELS:
+    for op in ops.NORM_CASTS:
         for node in graph.find_nodes(op="call_function", target=op):
-            reason = _why_no_kernel(node)
+            args = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
+            reason = NormCastCall.of(op, args).why_no_kernel()
             if reason is not None:
                 log.debug("%s is decomposed: %s", node.name, reason)
             else:
@@ -77,27 +79,18 @@ def decompose(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     return replaced
 
 
-def _why_no_kernel(node: fx.Node) -> str | None:
-    args = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
-    return ops.why_no_kernel(node.target, args)
-
-
 def _insert_kernel(graph: fx.Graph, node: fx.Node, subgraphs: SubgraphCache) -> None:
     dequantized = _dequantized(node)
-    if not dequantized:
-        kernel = _functional(ops.KERNELS[node.target])
-        _replace(graph, node, subgraphs.graft(graph, node, kernel, node.args))
-        return
-    kernel = _functional(ops.DEQUANTIZING_KERNELS[node.target])
-    dtype = dequantized[0].args[2]
-    results = subgraphs.graft(graph, node, kernel, (dtype, *node.args))
-    values, scales = _value_positions(node.target)
-    for reader in dequantized:
-        reader.replace_all_uses_with(results[values])
-        graph.erase_node(reader)
-    # The kernel returns one tensor in the place of two.
-    outputs = (*results[: values + 1], None, *results[scales:])
-    _replace(graph, node, outputs)
+    dtype: Any = dequantized[0].args[2] if dequantized else None
+    results = subgraphs.graft(graph, node, _kernel(node.target, dtype), node.args)
+    if dequantized:
+        values, scales = _value_positions(node.target)
+        for reader in dequantized:
+            reader.replace_all_uses_with(results[values])
+            graph.erase_node(reader)
+        # The kernel returns one tensor in the place of two.
+        results = (*results[: values + 1], None, *results[scales:])
+    _replace(graph, node, results)
 
 
 def _value_positions(op: Any) -> tuple[int, int]:
@@ -108,7 +101,7 @@ def _value_positions(op: Any) -> tuple[int, int]:
 def _dequantized(node: fx.Node) -> list[fx.Node]:
     """The ``dequantize`` nodes that alone read the op's values and scales, to one dtype that the
     kernels know; none where there are other readers."""
-    if node.target not in ops.DEQUANTIZING_KERNELS:
+    if node.target in _WITHOUT_CAST_ALONG_T:
         return []
     positions = _value_positions(node.target)
     results = {user.args[1]: user for user in node.users}
@@ -126,9 +119,13 @@ def _dequantized(node: fx.Node) -> list[fx.Node]:
 
 
 @cache
-def _functional(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """``kernel``, traced without mutation: results are returned, not written into."""
-    functional: Callable[..., Any] = dispatch_functionalize(kernel)
+def _kernel(op: Any, dequantize: Any) -> Callable[..., Any]:
+    """``op`` as a kernel, traced without mutation: results are returned, not written into."""
+
+    def run(*args: Any) -> Any:
+        return NormCastCall.of(op, args).run_kernel(dequantize)
+
+    functional: Callable[..., Any] = dispatch_functionalize(run)
     return functional
 
 

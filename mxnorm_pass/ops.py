@@ -17,7 +17,7 @@ compiled graph ``lowering`` makes the same choice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -33,8 +33,8 @@ from mxnorm_pass.arguments import (
     check_rows,
     check_rows_in_blocks,
 )
+from mxnorm_pass.dispatch import NormCastCall
 from mxnorm_pass.formats import blocked_scales_shape
-from mxnorm_pass.kernels.coverage import uncovered
 from mxnorm_pass.spec import NormCastSpec
 
 log = logging.getLogger(__name__)
@@ -146,68 +146,11 @@ def _fake_dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
     return values.new_empty(values.shape, dtype=dtype)
 
 
-def kernel_norm_cast(
-    x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
-) -> tuple[Tensor, ...]:
-    """``norm_cast`` as a kernel, where ``uncovered`` has nothing against it."""
-    from mxnorm_pass.kernels import launch
-
-    spec = NormCastSpec(*options)
-    check_norm_cast(x, weight, block_weights, spec)
-    return launch.norm_cast(x, weight, block_weights, spec)
-
-
-def kernel_add_norm_cast(
-    x: Tensor, residual: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
-) -> tuple[Tensor, ...]:
-    """``add_norm_cast`` as a kernel."""
-    from mxnorm_pass.kernels import launch
-
-    spec = NormCastSpec(*options)
-    check_norm_cast(x, weight, block_weights, spec, residual)
-    return launch.norm_cast(x, weight, block_weights, spec, residual=residual)
-
-
-def kernel_norm_cast_dequantized(
-    dtype: torch.dtype,
-    x: Tensor,
-    weight: Tensor | None,
-    block_weights: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    """``norm_cast`` with ``dequantize`` on its values: dequantized, rho."""
-    from mxnorm_pass.kernels import launch
-
-    spec = NormCastSpec(*options)
-    return launch.norm_cast(x, weight, block_weights, spec, dequantize=dtype)
-
-
-def kernel_add_norm_cast_dequantized(
-    dtype: torch.dtype,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    block_weights: Tensor | None,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    """``add_norm_cast`` with ``dequantize`` on its values: total, dequantized, rho."""
-    from mxnorm_pass.kernels import launch
-
-    spec = NormCastSpec(*options)
-    return launch.norm_cast(x, weight, block_weights, spec, residual=residual, dequantize=dtype)
-
-
 _library = torch.library.Library(NAMESPACE, "DEF")
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
-KERNELS: dict[Any, Callable[..., Any]] = {}
 
 
-def _define(
-    schema: str,
-    eager: Callable[..., Any],
-    fake: Callable[..., Any],
-    kernel: Callable[..., Any] | None = None,
-) -> Any:
+def _define(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     name = schema.split("(")[0]
     _library.define(schema)
     _library.impl(name, eager, "CompositeExplicitAutograd")
@@ -215,30 +158,23 @@ def _define(
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     _library.impl(name, _without_derivative(op), "Autograd")
     DECOMPOSITIONS[op] = eager
-    if kernel is not None:
-        KERNELS[op] = kernel
-        _library.impl(name, _on_cuda(op, eager, kernel), "CUDA")
     return op
 
 
-def _on_cuda(op: Any, eager: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _run_kernel_on_cuda(op: Any) -> Any:
+    """Where a kernel can run the op it does; where none can, its decomposition."""
+
     def run(*args: Any) -> Any:
-        reason = why_no_kernel(op, args)
+        call = NormCastCall.of(op, args)
+        reason = call.why_no_kernel()
         if reason is not None:
             log.debug("%s is decomposed: %s", op, reason)
-            return eager(*args)
-        with torch.cuda.device(args[0].device):
-            return kernel(*args)
+            return DECOMPOSITIONS[op](*args)
+        with torch.cuda.device(call.x.device):
+            return call.run_kernel()
 
-    return run
-
-
-def why_no_kernel(op: Any, args: Sequence[Any]) -> str | None:
-    """Why no kernel can run ``op`` on these arguments; None if one can."""
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    names = [argument.name for argument in op._schema.arguments]
-    options = args[names.index("eps") :][:_SPEC]
-    return uncovered(tensors[0], NormCastSpec(*options), *tensors[1:])
+    _library.impl(op._schema.name.split("::")[1], run, "CUDA")
+    return op
 
 
 def _without_derivative(op: Any) -> Callable[..., Any]:
@@ -268,7 +204,6 @@ norm_cast = _define(
     f"norm_cast(Tensor x, {_NORM}) -> ({_ALONG_ROWS})",
     _norm_cast,
     _fake_norm_cast,
-    kernel_norm_cast,
 )
 norm_cast_both = _define(
     f"norm_cast_both(Tensor x, {_NORM}, bool gain_in_rows) -> ({_BOTH})",
@@ -279,7 +214,6 @@ add_norm_cast = _define(
     f"add_norm_cast(Tensor x, Tensor residual, {_NORM}) -> (Tensor total, {_ALONG_ROWS})",
     _after_add(_norm_cast),
     _after_add(_fake_norm_cast),
-    kernel_add_norm_cast,
 )
 add_norm_cast_both = _define(
     f"add_norm_cast_both(Tensor x, Tensor residual, {_NORM}, bool gain_in_rows) "
@@ -299,7 +233,6 @@ dequantize = _define(
     _fake_dequantize,
 )
 
-DEQUANTIZING_KERNELS: dict[Any, Callable[..., Any]] = {
-    norm_cast: kernel_norm_cast_dequantized,
-    add_norm_cast: kernel_add_norm_cast_dequantized,
-}
+NORM_CASTS = tuple(
+    map(_run_kernel_on_cuda, (norm_cast, norm_cast_both, add_norm_cast, add_norm_cast_both))
+)

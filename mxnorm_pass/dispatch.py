@@ -1,0 +1,65 @@
+"""Which kernel runs an op of this package, if one can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxnorm_pass.arguments import check_norm_cast
+from mxnorm_pass.kernels.coverage import uncovered, uncovered_both
+from mxnorm_pass.spec import NormCastSpec
+
+
+@dataclass(frozen=True)
+class NormCastCall:
+    """A call of ``norm_cast`` or its kin, by the names of its arguments.
+
+    Attributes:
+        gain_in_rows: None for the ops that cast along D alone.
+    """
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    block_weights: Tensor | None
+    spec: NormCastSpec
+    gain_in_rows: bool | None
+
+    @classmethod
+    def of(cls, op: Any, args: Sequence[Any]) -> NormCastCall:
+        names = [argument.name for argument in op._schema.arguments]
+        given = dict(zip(names, args, strict=True))
+        return cls(
+            x=given["x"],
+            residual=given.get("residual"),
+            weight=given["weight"],
+            block_weights=given["block_weights"],
+            spec=NormCastSpec(**{f.name: given[f.name] for f in fields(NormCastSpec)}),
+            gain_in_rows=given.get("gain_in_rows"),
+        )
+
+    def why_no_kernel(self) -> str | None:
+        """Why no kernel can run it; None if one can."""
+        covers = uncovered if self.gain_in_rows is None else uncovered_both
+        return covers(self.x, self.spec, self.residual, self.weight, self.block_weights)
+
+    def run_kernel(self, dequantize: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """The op's results, from one kernel.
+
+        Args:
+            dequantize: in the place of values and scales along D return what they make
+                dequantised to this dtype.
+        """
+        check_norm_cast(self.x, self.weight, self.block_weights, self.spec, self.residual)
+        inputs = (self.x, self.weight, self.block_weights, self.spec)
+        if self.gain_in_rows is None:
+            from mxnorm_pass.kernels.launch import norm_cast
+
+            return norm_cast(*inputs, residual=self.residual, dequantize=dequantize)
+        from mxnorm_pass.kernels.launch_both import norm_cast_both
+
+        return norm_cast_both(*inputs, self.gain_in_rows, residual=self.residual)
