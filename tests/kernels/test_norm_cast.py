@@ -90,8 +90,9 @@ def test_block_sizes(estimator: dict[str, Any], block_size: int) -> None:
 @pytest.mark.parametrize("blocks", [1, 4, 5])
 def test_blocked_scales_are_padded_with_zeros(rows: int, blocks: int) -> None:
     x, config = normal(rows, 32 * blocks, dtype=BF16), Config(64, 1, 8)
-    blocked = kernel(x, None, spec(scale_layout="blocked"), config=config)
-    plain = kernel(x, None, spec(), config=config)
+    # Without eps a row of nothing but padding would be 0 / 0.
+    blocked = kernel(x, None, spec(scale_layout="blocked", eps=0.0), config=config)
+    plain = kernel(x, None, spec(eps=0.0), config=config)
     expected = blocked_scales(plain.scales.view(torch.uint8))
     assert torch.equal(blocked.scales.view(torch.uint8), expected)
     assert_same_bits(blocked.values, plain.values, "values")
@@ -154,6 +155,25 @@ def assert_specials_equal(rho: Tensor, expected: Tensor) -> None:
     for special in (torch.isnan, torch.isinf, lambda t: t == 0):
         assert torch.equal(special(rho), special(expected)), f"{rho} {expected}"
     torch.testing.assert_close(rho, expected, rtol=1e-5, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
+@all_modes
+@all_elements
+def test_special_gains(estimator: Any, mode: str, elem_dtype: torch.dtype) -> None:
+    """A gain makes infinite, huge and tiny blocks of a row whose inverse RMS is ordinary."""
+    weight = gain(WIDTH)
+    for block, value in enumerate((math.inf, -math.inf, math.nan, 1e38, 1e-40)):
+        weight[32 * block + 7] = value
+    weight[128:] *= 1e-38
+    rounding = {"norm_dtype": None, "out_dtype": F32}
+    options = spec(estimator=estimator, scale_mode=mode, elem_dtype=elem_dtype, **rounding)
+    x = normal(5, WIDTH)
+    assert_cast_equals(x, weight, options)
+    dequantized, *_ = launched(x, weight, options, dequantize=F32)
+    quantized = kernel(x, weight, options)
+    expected = functional.mx_dequantize(quantized.values, quantized.scales, F32)
+    assert_same_bits(dequantized, expected, "dequantized")
 
 
 @pytest.mark.parametrize("p", [2.0, 1.5, 3.0])
