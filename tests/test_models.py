@@ -78,15 +78,15 @@ def test_kernels_are_no_worse_than_their_decomposition(estimator, inner, monkeyp
     with FunctionalMode(wide, estimator):
         truth = outputs_of(wide, inputs)[0].double()
 
-    def error() -> float:
-        torch._dynamo.reset()
+    def error(inner: str) -> float:
         got = outputs_of(compiled(model, estimator=estimator, inner=inner), inputs)[0].double()
         return float((got - truth).norm() / truth.norm())
 
-    kernels = error()
+    kernels = error(inner)
     without_kernels(monkeypatch)
-    # The two differ by single steps of single elements: their errors may differ by chance.
-    assert kernels <= 1.1 * error()
+    # The two differ by single steps of single elements: their errors may differ by chance. Not
+    # against Inductor's decomposition: it leaves roundings out that the model has.
+    assert kernels <= 1.1 * error("aot_eager")
 
 
 @torch.no_grad()

@@ -47,8 +47,9 @@ def on_device(tensor: Tensor | None) -> Tensor | None:
     """On the kernel's device, strides kept."""
     if tensor is None or DEVICE == "cpu":
         return tensor
-    there = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE)
-    return there.copy_(tensor)
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    there = tensor.as_strided((size,), (1,), 0).to(DEVICE)
+    return there.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def launched(
