@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,7 +110,9 @@ def test_layers_of_an_unmodified_llama() -> None:
     assert [s.norm for s in report.sites] == names
     assert [s.norm for s in report.fused] == names[:2] + names[4:]
     whole = mxnorm_pass.explain(model, IDS, use_cache=False, options=aot_eager(modules=modules))
-    assert [s for s in whole.sites if s.norm in names] == report.sites
+    # Of a layer on its own the residual add in front of it is in no graph.
+    alone = [replace(s, residual=False) for s in report.sites]
+    assert [replace(s, residual=False) for s in whole.sites if s.norm in names] == alone
 
 
 def test_prefix_of_a_layer_that_replaces_the_original() -> None:
