@@ -7,40 +7,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxnorm_pass.kernels.launch import as_rows, constants, launcher, scales_shape
+from mxnorm_pass.kernels.launch import (
+    Config,
+    as_rows,
+    constants,
+    launcher,
+    row_config,
+    scales_shape,
+    tile_blocks,
+)
 from mxnorm_pass.kernels.norm_cast_both import norm_cast_both_kernel
 from mxnorm_pass.spec import NormCastSpec
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """How a call is cut into tiles.
+    """How a call is cut into programs.
 
     Attributes:
-        rows: of a tile, a power of two of at least 32.
-        columns: of a tile, a power of two of at least 128.
-        warps: of a program.
-        lag: programs between the sum of a tile and its cast. At least twice the tiles across a
-            row, so that no program waits for one that started later; as many tiles must stay in
-            the L2 cache.
-        ticket: number the programs as they start, instead of relying on the grid's order.
-        square: columns of a warp's squares, 32 or 64.
+        rows: the row programs'; their warps are everybody's.
+        columns: of a column program's tile of 128 rows, a power of two of at least 32.
+        lag: groups of 128 rows between the cast along D and the cast along T, at least 1. As many
+            must stay in the L2 cache.
     """
 
-    rows: int
+    rows: Config
     columns: int
-    warps: int
     lag: int
-    ticket: bool = True
-    square: int = 64
 
 
 def configuration(width: int) -> Configuration:
     """For rows of ``width`` elements, whatever their number."""
-    columns = 128
-    # More than are resident at once, so that nobody waits; 12 MiB of bfloat16 in the L2 cache.
-    lag = max(1536, 2 * ((width + columns - 1) // columns))
-    return Configuration(rows=32, columns=columns, warps=4, lag=lag, square=32)
+    # 8 MiB of bfloat16 stay in the L2 cache.
+    return Configuration(row_config(width), columns=64, lag=max(1, 2**15 // width))
 
 
 def norm_cast_both(
@@ -51,6 +50,7 @@ def norm_cast_both(
     gain_in_rows: bool,
     residual: Tensor | None = None,
     config: Configuration | None = None,
+    dequantize: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """``functional.mxnorm_cast_both`` as one kernel.
 
@@ -58,9 +58,11 @@ def norm_cast_both(
         x: [..., D], float32, bfloat16 or float16; T, the product of the leading dimensions, and D
             divisible by 32, T not 0. ``coverage.uncovered_both`` says what else.
         residual: of x's shape; it is added to x before the norm.
+        dequantize: return values * scales in this dtype in the place of values and scales.
 
     Returns:
-        total where there is a residual; values, scales, rho, values_t, scales_t.
+        total where there is a residual; values and scales, or what they make dequantised; rho,
+        values_t, scales_t.
     """
     width = x.shape[-1]
     config = config or configuration(width)
@@ -70,24 +72,43 @@ def norm_cast_both(
     total = None
     if residual is not None:
         total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    values = x.new_empty(x.shape, dtype=spec.elem_dtype)
-    scales = x.new_empty(scales_shape(x, spec), dtype=torch.uint8)
+    values = scales = dequantized = None
+    if dequantize is not None:
+        dequantized = x.new_empty(x.shape, dtype=dequantize)
+    else:
+        values = x.new_empty(x.shape, dtype=spec.elem_dtype)
+        scales = x.new_empty(scales_shape(x, spec), dtype=torch.uint8)
     rho = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     values_t = x.new_empty((width, rows), dtype=spec.elem_dtype)
     scales_t = x.new_empty((width, rows // 32), dtype=torch.uint8)
-    # The blocked layout is padded to 128 rows.
-    padded = (rows + 127) // 128 * 128 if spec.scale_layout == "blocked" else rows
-    groups = (padded + config.rows - 1) // config.rows
-    tiles = groups * ((width + config.columns - 1) // config.columns)
-    launcher(norm_cast_both_kernel)[(tiles + config.lag,)](
-        x_rows, residual_rows, weight, block_weights, total, values, scales, rho, values_t,
-        scales_t, x.new_zeros(((tiles + groups) * config.rows + 1,), dtype=torch.int32),
-        rows // 32, x_rows.stride(0),
-        0 if residual_rows is None else residual_rows.stride(0), config.lag,
+    groups = (rows + 127) // 128
+    programs = 128 // config.rows.rows + (width + config.columns - 1) // config.columns
+    launcher(norm_cast_both_kernel)[(groups * programs,)](
+        x_rows,
+        residual_rows,
+        None if weight is None else weight.contiguous(),
+        None if block_weights is None else block_weights.contiguous(),
+        total,
+        values,
+        scales,
+        rho,
+        dequantized,
+        values_t,
+        scales_t,
+        x.new_zeros((32 + groups * 128,), dtype=torch.int32),
+        rows // 32,
+        x_rows.stride(0),
+        0 if residual_rows is None else residual_rows.stride(0),
         **constants(spec, width, weight, block_weights, (x if total is None else total).dtype),
-        GAIN_IN_ROWS=gain_in_rows, R=config.rows, C=config.columns, S=config.square,
-        TICKET=config.ticket, num_warps=config.warps,
-    )  # fmt: skip
+        GAIN_IN_ROWS=gain_in_rows,
+        ROWS=config.rows.rows,
+        TILE_K=tile_blocks(width, spec, config.rows),
+        CHUNKS=config.rows.chunks,
+        C=config.columns,
+        LAG=config.lag,
+        num_warps=config.rows.warps,
+    )
     e8m0 = torch.float8_e8m0fnu
-    results = (values, scales.view(e8m0), rho, values_t, scales_t.view(e8m0))
-    return results if total is None else (total, *results)
+    scales = None if scales is None else scales.view(e8m0)
+    results = (total, values, scales, dequantized, rho, values_t, scales_t.view(e8m0))
+    return tuple(t for t in results if t is not None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxnorm_pass.kernels.rounding import INTERPRETED, to_elements
+from mxnorm_pass.kernels.rounding import INTERPRETED, to_elements, widen
 
 INFINITY = tl.constexpr(0x7F800000)
 MANTISSA = tl.constexpr(0x7FFFFF)
@@ -17,16 +17,26 @@ MANTISSA = tl.constexpr(0x7FFFFF)
 
 @triton.jit
 def absmax_bits(x, axis: tl.constexpr):
-    """Bits of the largest |x| along ``axis``; those of a NaN if there is one."""
+    """Bits, of float32, of the largest |x| along ``axis``; those of a NaN if there is one."""
     if INTERPRETED:
-        return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
-    # One instruction an element where bits take two.
-    return tl.reduce(tl.abs(x), axis, _maximum).to(tl.int32, bitcast=True)
+        return tl.max(widen(x).to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
+    elif x.dtype == tl.bfloat16:
+        # Two at once.
+        bits = tl.reduce(x.to(tl.int16, bitcast=True) & 0x7FFF, axis, _maximum_int)
+        return bits.to(tl.int32) << 16
+    else:
+        # One instruction an element where bits take two.
+        return tl.reduce(tl.abs(widen(x)), axis, _maximum).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _maximum(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _maximum_int(a, b):
+    return tl.maximum(a, b)
 
 
 @triton.jit
@@ -87,7 +97,13 @@ def cast_blocks(
     exponent = e8m0_exponent(absmax, mode, max_exponent, mantissa_bits)
     factor = tl.expand_dims(e8m0_reciprocal(exponent, mode), axis)
     largest: tl.constexpr = 1.75 * (1 << max_exponent)
-    return to_elements(y * factor, elem_dtype, largest, mantissa_bits), exponent
+    if y.dtype == tl.bfloat16 and not INTERPRETED:
+        # Two at once. The factor is a power of two, 0 or NaN: a product is exact, or subnormal,
+        # which float8 takes for zero.
+        y = y * factor.to(tl.bfloat16)
+    else:
+        y = widen(y) * factor
+    return to_elements(widen(y), elem_dtype, largest, mantissa_bits), exponent
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from mxnorm_pass.kernels.mx import absmax_bits, blocked_scale_offset, cast_blocks, e8m0_value
+from mxnorm_pass.kernels.publish import publish
 from mxnorm_pass.kernels.rounding import narrow, round_to, widen
 from mxnorm_pass.kernels.statistic import accumulate, inverse_rms, normalize
 
@@ -55,7 +56,32 @@ def norm_cast_kernel(
         FACTOR, SCALE: see ``statistic.inverse_rms``.
         PRODUCT_DTYPE: dtype of the product with the gain.
     """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cast_rows(
+        tl.program_id(0), x_ptr, residual_ptr, weight_ptr, block_weights_ptr, total_ptr, values_ptr,
+        scales_ptr, rho_ptr, None, dequantized_ptr, rows, x_stride, residual_stride,
+        D, BLOCK, ROWS, TILE_K, CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE, ELEM_DTYPE, MAX_EXPONENT,
+        MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, BLOCKED_SCALES, True,
+    )  # fmt: skip
+
+
+@triton.jit
+def cast_rows(
+    program, x_ptr, residual_ptr, weight_ptr, block_weights_ptr, total_ptr, values_ptr, scales_ptr,
+    rho_ptr, words_ptr, dequantized_ptr, rows, x_stride, residual_stride,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr,
+    CHUNKS: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr, P: tl.constexpr,
+    FACTOR: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr, ELEM_DTYPE: tl.constexpr,
+    MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, NORM_DTYPE: tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr,
+    BLOCKED_SCALES: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    """The work of one of the programs; see :func:`norm_cast_kernel`.
+
+    Args:
+        words_ptr: int32 zeros [rows], where rho is published; or None.
+        GAIN: multiply by the gain.
+    """
+    row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     partial = tl.zeros([ROWS], tl.float32)
     largest = tl.zeros([ROWS], tl.float32)
     for chunk in tl.static_range(CHUNKS):
@@ -67,12 +93,14 @@ def norm_cast_kernel(
         block_weights = None
         if block_weights_ptr is not None:
             block_weights = tl.load(block_weights_ptr + k, mask=k < D // BLOCK, other=0.0)
-        if weight_ptr is not None and CHUNKS == 1:
+        if weight_ptr is not None and GAIN and CHUNKS == 1:
             # Asked for here, the gain arrives while the rows are summed up.
             gain = load_gain(weight_ptr, k, D, BLOCK)
         partial, largest = accumulate(x, block_weights, partial, largest, EXACT, P)
     rho = inverse_rms(partial, largest, EPS, P, FACTOR, SCALE)
     tl.store(rho_ptr + row, rho, mask=row < rows)
+    if words_ptr is not None:
+        publish(words_ptr + row, rho, row < rows)
 
     for chunk in tl.static_range(CHUNKS):
         k = chunk * TILE_K + tl.arange(0, TILE_K)
@@ -82,7 +110,7 @@ def norm_cast_kernel(
                 D, BLOCK, TOTAL_DTYPE,
             )  # fmt: skip
         weight = None
-        if weight_ptr is not None:
+        if weight_ptr is not None and GAIN:
             if CHUNKS > 1:
                 gain = load_gain(weight_ptr, k, D, BLOCK)
             weight = widen(gain)[None, :, :]

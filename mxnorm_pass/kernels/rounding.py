@@ -37,6 +37,15 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def multiply(a, b, dtype: tl.constexpr):
+    """``a`` times ``b``, rounded once, as ``dtype``, the wider of theirs."""
+    if a.dtype == tl.bfloat16 and b.dtype == tl.bfloat16 and not INTERPRETED:
+        # float32 holds the product exactly: the same, two at once.
+        return a * b
+    return narrow(widen(a) * widen(b), dtype)
+
+
+@triton.jit
 def to_elements(x, dtype: tl.constexpr, largest: tl.constexpr, mantissa_bits: tl.constexpr):
     """``x``, float32, as float8: saturated at ``largest``, NaN stays NaN."""
     if INTERPRETED:
