@@ -57,10 +57,11 @@ def norm_cast_kernel(
         PRODUCT_DTYPE: dtype of the product with the gain.
     """
     cast_rows(
-        tl.program_id(0), x_ptr, residual_ptr, weight_ptr, block_weights_ptr, total_ptr, values_ptr,
-        scales_ptr, rho_ptr, None, dequantized_ptr, rows, x_stride, residual_stride,
-        D, BLOCK, ROWS, TILE_K, CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE, ELEM_DTYPE, MAX_EXPONENT,
-        MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, BLOCKED_SCALES, True,
+        tl.program_id(0), x_ptr, residual_ptr, weight_ptr, block_weights_ptr, total_ptr,
+        values_ptr, scales_ptr, rho_ptr, None, dequantized_ptr, rows, x_stride, residual_stride,
+        D, BLOCK, ROWS, TILE_K, CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE, ELEM_DTYPE,
+        MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE,
+        BLOCKED_SCALES, True,
     )  # fmt: skip
 
 

@@ -18,18 +18,18 @@ from torch import Tensor
 from mxnorm_pass import functional
 from mxnorm_pass.formats import blocked_scales
 from mxnorm_pass.kernels import coverage
-from mxnorm_pass.kernels.launch_both import Configuration, configuration, norm_cast_both
+from mxnorm_pass.kernels.launch import Config
+from mxnorm_pass.kernels.launch_both import Configuration, norm_cast_both
 from mxnorm_pass.spec import NormCastSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SPEC = NormCastSpec(1e-5, "mxnorm", 2.0, 32, E4M3, "rceil", BF16, BF16, "row-major")
-# One for each shape of a thread's part: several rows of squares, several columns, one square.
 SMALL = (
-    Configuration(rows=64, columns=128, warps=4, lag=8, square=32),
-    Configuration(rows=32, columns=256, warps=4, lag=5, square=64, ticket=False),
-    Configuration(rows=128, columns=128, warps=8, lag=7, square=64),
+    Configuration(Config(rows=1, chunks=1, warps=4), columns=64, lag=1),
+    Configuration(Config(rows=4, chunks=1, warps=4), columns=32, lag=2),
+    Configuration(Config(rows=2, chunks=1, warps=8), columns=128, lag=9),
 )
 ONE_UNIT = 2.0**-24
 
@@ -101,9 +101,8 @@ def test_edge_cases(case: EdgeCase, dtype: torch.dtype, estimator, mode, elem_dt
     x = case.x(dtype)
     x = x[torch.arange((len(x) + 31) // 32 * 32) % len(x)].to(DEVICE)
     spec = replace(SPEC, estimator=estimator, scale_mode=mode, elem_dtype=elem_dtype)
-    config = replace(SMALL[0], rows=32)
     weight = None if elem_dtype == E5M2 else noise(x.shape[1]).to(dtype)
-    check(norm_cast_both(x, weight, None, spec, True, config=config), x, weight, spec)
+    check(norm_cast_both(x, weight, None, spec, True), x, weight, spec)
 
 
 dtypes = st.sampled_from([F32, BF16, F16])
@@ -153,13 +152,28 @@ def test_any_options(
 
 
 def test_results_do_not_depend_on_the_lag() -> None:
-    """A program adds a group's sums in one order, whichever programs wrote them."""
-    x, weight = noise(64, 288).to(BF16), noise(288)
-    configs = [replace(SMALL[0], lag=lag) for lag in (6, 9, 24)]
+    x, weight = noise(416, 288).to(BF16), noise(288)
+    configs = [replace(SMALL[0], lag=lag) for lag in (1, 2, 3, 4, 24)]
     first, *others = [norm_cast_both(x, weight, None, SPEC, True, config=c) for c in configs]
     check(first, x, weight, SPEC)
     for results in others:
         assert all(bits_equal(a, b) for a, b in zip(first, results, strict=True))
+
+
+def test_dequantised_rows() -> None:
+    x, residual, weight = (noise(160, 96, seed=i).to(BF16) for i in range(3))
+    weight = weight[0]
+    total, values, scales, *others = norm_cast_both(x, weight, None, SPEC, True, residual)
+    for dtype in (BF16, F32):
+        results = norm_cast_both(x, weight, None, SPEC, True, residual, dequantize=dtype)
+        expected = (total, functional.mx_dequantize(values, scales, dtype), *others)
+        assert all(bits_equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_rows_in_chunks() -> None:
+    x, weight = noise(160, 288).to(BF16), noise(288).to(BF16)
+    config = Configuration(Config(rows=2, chunks=4, warps=4), columns=64, lag=1)
+    check(norm_cast_both(x, weight, None, SPEC, True, config=config), x, weight, SPEC)
 
 
 @pytest.mark.parametrize("layout", ["row-major", "blocked"])
@@ -178,24 +192,17 @@ def test_leading_dimensions_keep_their_shape(layout: str) -> None:
     check(results, x, None, spec)
 
 
-@pytest.mark.parametrize("width", [32, 4096, 5120, 65536])
-def test_no_program_waits_for_a_later_one(width: int) -> None:
-    config = configuration(width)
-    assert config.lag >= 2 * ((width + config.columns - 1) // config.columns)
-
-
 @pytest.mark.parametrize(
     ("rows", "changes", "words"),
     [
         (33, {}, "33 rows"),
-        (32, {"p": 1.5}, "p = 1.5"),
         (32, {"block_size": 16}, "block size 16"),
     ],
 )
-def test_what_is_not_covered_says_why(rows: int, changes: dict[str, float], words: str) -> None:
+def test_what_is_not_covered_says_why(rows: int, changes: dict[str, int], words: str) -> None:
     spec = replace(SPEC, **changes)  # type: ignore[arg-type]
     assert words in (coverage.uncovered_both(noise(rows, 96), spec) or "")
     # The same call one step away meets only what all kernels ask for.
     near = noise(rows + -rows % 32, 96)
-    covered = replace(spec, block_size=32, estimator="exact" if "p" in changes else "mxnorm")
+    covered = replace(spec, block_size=32)
     assert coverage.uncovered_both(near, covered) == coverage.uncovered(near, covered)
