@@ -14,7 +14,7 @@ import triton.language as tl
 from mxnorm_pass.kernels.mx import absmax_bits, cast_blocks
 from mxnorm_pass.kernels.norm_cast import cast_rows
 from mxnorm_pass.kernels.publish import wait_for
-from mxnorm_pass.kernels.rounding import INTERPRETED, multiply, narrow, widen
+from mxnorm_pass.kernels.rounding import INTERPRETED, convert, multiply, narrow, widen
 
 GROUP = tl.constexpr(128)
 
@@ -129,4 +129,4 @@ def normalized_tile(
     y = narrow(widen(x) * rho, NORM_DTYPE)
     if weight_ptr is not None:
         y = multiply(y, gain, PRODUCT_DTYPE)
-    return narrow(widen(y), OUT_DTYPE)
+    return convert(y, OUT_DTYPE)
