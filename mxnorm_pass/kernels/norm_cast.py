@@ -114,7 +114,7 @@ def cast_rows(
         if weight_ptr is not None and GAIN:
             if CHUNKS > 1:
                 gain = load_gain(weight_ptr, k, D, BLOCK)
-            weight = widen(gain)[None, :, :]
+            weight = widen(gain)
         elements, exponent = norm_and_cast(
             x, rho, weight, EXACT, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE,
             MODE, ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS,
@@ -195,8 +195,9 @@ def load_rows(
 
 @triton.jit
 def load_gain(weight_ptr, k, D: tl.constexpr, BLOCK: tl.constexpr):
-    """[K, B], as it is stored."""
-    column = k[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    """[1, K, B], as it is stored."""
+    # Three dimensions, so that it is laid out over the threads as a row is.
+    column = (k[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])[None, :, :]
     return tl.load(weight_ptr + column, mask=column < D, other=0.0, eviction_policy="evict_last")
 
 

@@ -59,8 +59,8 @@ def norm_cast_both_kernel(
     if is_column:
         cast_columns(
             x_ptr, residual_ptr, weight_ptr, words_ptr, values_t_ptr, scales_t_ptr,
-            columns // ACROSS * GROUP, columns % ACROSS * C, rows, x_stride, residual_stride,
-            D, MODE, MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE,
+            columns // ACROSS * GROUP, columns % ACROSS * C, row_blocks, x_stride,
+            residual_stride, D, MODE, MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE,
             TOTAL_DTYPE, C,
         )  # fmt: skip
     else:
@@ -75,12 +75,13 @@ def norm_cast_both_kernel(
 
 @triton.jit
 def cast_columns(
-    x_ptr, residual_ptr, weight_ptr, words_ptr, values_ptr, scales_ptr, row, column, rows,
+    x_ptr, residual_ptr, weight_ptr, words_ptr, values_ptr, scales_ptr, row, column, row_blocks,
     x_stride, residual_stride, D: tl.constexpr, MODE: tl.constexpr, MAX_EXPONENT: tl.constexpr,
     MANTISSA_BITS: tl.constexpr, NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Cast the tile [128, C] that begins at (row, column) along T, and store it transposed."""
+    rows = row_blocks * 32
     y = normalized_tile(
         x_ptr, residual_ptr, weight_ptr, words_ptr, row, column, rows, x_stride, residual_stride,
         D, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, C,
@@ -102,8 +103,8 @@ def cast_columns(
         y, absmax_bits(y, 2), 2, MODE, elem_dtype, MAX_EXPONENT, MANTISSA_BITS
     )
     tl.store(values_ptr + offsets, tl.reshape(values, [C, GROUP]), inside)
-    scales_at = column.to(tl.int64) * (rows // 32) + block
-    tl.store(scales_ptr + scales_at, exponent.to(tl.uint8), (column < D) & (block * 32 < rows))
+    scales_at = column.to(tl.int64) * row_blocks + block
+    tl.store(scales_ptr + scales_at, exponent.to(tl.uint8), (column < D) & (block < row_blocks))
 
 
 @triton.jit
