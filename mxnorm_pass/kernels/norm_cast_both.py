@@ -60,8 +60,8 @@ def norm_cast_both_kernel(
         cast_columns(
             x_ptr, residual_ptr, weight_ptr, words_ptr, values_t_ptr, scales_t_ptr,
             columns // ACROSS * GROUP, columns % ACROSS * C, row_blocks, x_stride,
-            residual_stride, D, MODE, MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE,
-            TOTAL_DTYPE, C,
+            residual_stride, D, MODE, MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE,
+            OUT_DTYPE, TOTAL_DTYPE, C,
         )  # fmt: skip
     else:
         cast_rows(
@@ -87,24 +87,22 @@ def cast_columns(
         D, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, C,
     )  # fmt: skip
     elem_dtype: tl.constexpr = values_ptr.dtype.element_ty
-    block = row // 32 + tl.arange(0, GROUP // 32)[None, :]
-    row += tl.arange(0, GROUP)[None, :]
-    column += tl.arange(0, C)[:, None]
-    inside = (column < D) & (row < rows)
-    offsets = column.to(tl.int64) * rows + row
+    c, r = tl.arange(0, C)[:, None], tl.arange(0, GROUP)[None, :]
+    values_ptr += column.to(tl.int64) * rows + row + (c * rows + r)
     y = tl.trans(y)
     if not INTERPRETED:
         # Loads nothing, but gives y the layout of the store: here, as bfloat16, y is cheaper to
         # lay out than after the cast, and its blocks are within two lanes.
-        never = (offsets < 0) & inside
-        y = tl.load(values_ptr.to(tl.pointer_type(OUT_DTYPE)) + offsets, never, y)
+        y = tl.load(values_ptr.to(tl.pointer_type(OUT_DTYPE), bitcast=True), row_blocks < 0, y)
     y = tl.reshape(y, [C, GROUP // 32, 32])
     values, exponent = cast_blocks(
         y, absmax_bits(y, 2), 2, MODE, elem_dtype, MAX_EXPONENT, MANTISSA_BITS
     )
-    tl.store(values_ptr + offsets, tl.reshape(values, [C, GROUP]), inside)
-    scales_at = column.to(tl.int64) * row_blocks + block
-    tl.store(scales_ptr + scales_at, exponent.to(tl.uint8), (column < D) & (block < row_blocks))
+    inside = column + c < D
+    tl.store(values_ptr, tl.reshape(values, [C, GROUP]), inside & (row + r < rows))
+    b = tl.arange(0, GROUP // 32)[None, :]
+    scales_ptr += column.to(tl.int64) * row_blocks + row // 32 + (c * row_blocks + b)
+    tl.store(scales_ptr, exponent.to(tl.uint8), inside & (row // 32 + b < row_blocks))
 
 
 @triton.jit
@@ -114,19 +112,19 @@ def normalized_tile(
     OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The norm's [128, C] at (row, column) in ``OUT_DTYPE``, once rho is there; zero outside."""
-    row += tl.arange(0, GROUP)
-    column += tl.arange(0, C)[None, :]
-    in_rows = row < rows
-    inside = in_rows[:, None] & (column < D)
-    at = row.to(tl.int64)[:, None]
+    r, c = tl.arange(0, GROUP), tl.arange(0, C)[None, :]
+    in_row, in_column = row + r < rows, column + c < D
+    inside = in_row[:, None] & in_column
     # Asked for before rho is there.
-    x = tl.load(x_ptr + at * x_stride + column, inside, 0.0)
+    x_ptr += row.to(tl.int64) * x_stride + column + (r[:, None] * x_stride + c)
+    x = tl.load(x_ptr, inside, 0.0)
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + at * residual_stride + column, inside, 0.0)
+        residual_ptr += row.to(tl.int64) * residual_stride + column
+        residual = tl.load(residual_ptr + (r[:, None] * residual_stride + c), inside, 0.0)
         x = narrow(widen(x) + widen(residual), TOTAL_DTYPE)
     if weight_ptr is not None:
-        gain = tl.load(weight_ptr + column, column < D, 0.0)
-    rho = wait_for(words_ptr + row, in_rows)[:, None]
+        gain = tl.load(weight_ptr + column + c, in_column, 0.0)
+    rho = wait_for(words_ptr + row + r, in_row)[:, None]
     y = narrow(widen(x) * rho, NORM_DTYPE)
     if weight_ptr is not None:
         y = multiply(y, gain, PRODUCT_DTYPE)
