@@ -121,10 +121,11 @@ def normalized_tile(
     if residual_ptr is not None:
         residual_ptr += row.to(tl.int64) * residual_stride + column
         residual = tl.load(residual_ptr + (r[:, None] * residual_stride + c), inside, 0.0)
-        x = narrow(widen(x) + widen(residual), TOTAL_DTYPE)
     if weight_ptr is not None:
         gain = tl.load(weight_ptr + column + c, in_column, 0.0)
     rho = wait_for(words_ptr + row + r, in_row)[:, None]
+    if residual_ptr is not None:
+        x = narrow(widen(x) + widen(residual), TOTAL_DTYPE)
     y = narrow(widen(x) * rho, NORM_DTYPE)
     if weight_ptr is not None:
         y = multiply(y, gain, PRODUCT_DTYPE)
