@@ -26,14 +26,17 @@ class Configuration:
 
     Attributes:
         rows: the row programs'; their warps are everybody's.
-        columns: of a column program's tile of 128 rows, a power of two of at least 32.
-        lag: groups of 128 rows between the cast along D and the cast along T, at least 1. As many
-            must stay in the L2 cache.
+        height, columns: of a column program's tile, powers of two; at least 128 and 32.
+        lag: groups of ``height`` rows between the cast along D and the cast along T, at least 1.
+            As many must stay in the L2 cache.
+        ticket: number the programs as they start, instead of relying on the grid's order.
     """
 
     rows: Config
     columns: int
     lag: int
+    height: int = 128
+    ticket: bool = True
 
 
 def configuration(width: int) -> Configuration:
@@ -81,8 +84,8 @@ def norm_cast_both(
     rho = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     values_t = x.new_empty((width, rows), dtype=spec.elem_dtype)
     scales_t = x.new_empty((width, rows // 32), dtype=torch.uint8)
-    groups = (rows + 127) // 128
-    programs = 128 // config.rows.rows + (width + config.columns - 1) // config.columns
+    groups = (rows + config.height - 1) // config.height
+    programs = config.height // config.rows.rows + (width + config.columns - 1) // config.columns
     launcher(norm_cast_both_kernel)[(groups * programs,)](
         x_rows,
         residual_rows,
@@ -95,7 +98,7 @@ def norm_cast_both(
         dequantized,
         values_t,
         scales_t,
-        x.new_zeros((32 + groups * 128,), dtype=torch.int32),
+        x.new_zeros((32 + groups * config.height,), dtype=torch.int32),
         rows // 32,
         x_rows.stride(0),
         0 if residual_rows is None else residual_rows.stride(0),
@@ -104,8 +107,10 @@ def norm_cast_both(
         ROWS=config.rows.rows,
         TILE_K=tile_blocks(width, spec, config.rows),
         CHUNKS=config.rows.chunks,
+        R=config.height,
         C=config.columns,
         LAG=config.lag,
+        TICKET=config.ticket,
         num_warps=config.rows.warps,
     )
     e8m0 = torch.float8_e8m0fnu

@@ -1,8 +1,8 @@
 """Norm, cast along D and cast along T of one tensor, which is read from DRAM once.
 
 A program has one of two roles. A row program is one of ``norm_cast``'s, which also publishes its
-rows' rho. A column program casts a tile of 128 rows and ``C`` columns along T, ``LAG`` groups of
-128 rows later, when its rows' rho is there and x is still in the L2 cache. Programs are numbered
+rows' rho. A column program casts a tile of ``R`` rows and ``C`` columns along T, ``LAG`` groups of
+``R`` rows later, when its rows' rho is there and x is still in the L2 cache. Programs are numbered
 as they start, and wait only for lower numbers, so all waits end, whichever of them are resident.
 """
 
@@ -16,8 +16,6 @@ from mxnorm_pass.kernels.norm_cast import cast_rows
 from mxnorm_pass.kernels.publish import wait_for
 from mxnorm_pass.kernels.rounding import INTERPRETED, convert, multiply, narrow, widen
 
-GROUP = tl.constexpr(128)
-
 
 @triton.jit
 def norm_cast_both_kernel(
@@ -28,26 +26,30 @@ def norm_cast_both_kernel(
     ELEM_DTYPE: tl.constexpr, MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr,
     NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr,
     TOTAL_DTYPE: tl.constexpr, BLOCKED_SCALES: tl.constexpr, GAIN_IN_ROWS: tl.constexpr,
-    ROWS: tl.constexpr, TILE_K: tl.constexpr, CHUNKS: tl.constexpr, C: tl.constexpr,
-    LAG: tl.constexpr,
+    ROWS: tl.constexpr, TILE_K: tl.constexpr, CHUNKS: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, LAG: tl.constexpr, TICKET: tl.constexpr,
 ):  # fmt: skip
-    """Grid: the programs of a group, 128 / ROWS + D / C, times the groups.
+    """Grid: the programs of a group, R / ROWS + D / C, times the groups.
 
     Args:
-        zeros_ptr: int32 [1 + groups 128]: the next number, and where rho is published.
+        zeros_ptr: int32 [32 + groups R]: the next number; from 32 on rho is published.
         row_blocks: rows / 32, so that the compiler sees that rows are a multiple.
+        R: a multiple of 128.
         LAG: groups; at least 1.
+        TICKET: number the programs as they start, instead of relying on the grid's order.
     """
     tl.static_assert(BLOCK == 32, "blocks of 32")
     ACROSS: tl.constexpr = (D + C - 1) // C
-    BOTH: tl.constexpr = GROUP // ROWS + ACROSS
+    BOTH: tl.constexpr = R // ROWS + ACROSS
     rows = row_blocks * 32
     words_ptr = zeros_ptr + 32
-    number = tl.atomic_add(zeros_ptr, 1, sem="relaxed")
+    number = tl.program_id(0)
+    if TICKET:
+        number = tl.atomic_add(zeros_ptr, 1, sem="relaxed")
     # First the rows of some groups, then rows and columns in turns, at last columns.
     groups = tl.num_programs(0) // BOTH
     lag = tl.minimum(LAG, groups)
-    mixed = number - lag * (GROUP // ROWS)
+    mixed = number - lag * (R // ROWS)
     mixed_end = (groups - lag) * BOTH
     turn = tl.maximum(mixed, 0) % BOTH
     before = turn * ACROSS // BOTH
@@ -59,9 +61,9 @@ def norm_cast_both_kernel(
     if is_column:
         cast_columns(
             x_ptr, residual_ptr, weight_ptr, words_ptr, values_t_ptr, scales_t_ptr,
-            columns // ACROSS * GROUP, columns % ACROSS * C, row_blocks, x_stride,
+            columns // ACROSS * R, columns % ACROSS * C, row_blocks, x_stride,
             residual_stride, D, MODE, MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE,
-            OUT_DTYPE, TOTAL_DTYPE, C,
+            OUT_DTYPE, TOTAL_DTYPE, R, C,
         )  # fmt: skip
     else:
         cast_rows(
@@ -78,29 +80,30 @@ def cast_columns(
     x_ptr, residual_ptr, weight_ptr, words_ptr, values_ptr, scales_ptr, row, column, row_blocks,
     x_stride, residual_stride, D: tl.constexpr, MODE: tl.constexpr, MAX_EXPONENT: tl.constexpr,
     MANTISSA_BITS: tl.constexpr, NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr,
-    OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr, C: tl.constexpr,
+    OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
-    """Cast the tile [128, C] that begins at (row, column) along T, and store it transposed."""
+    """Cast the tile [R, C] that begins at (row, column) along T, and store it transposed."""
     rows = row_blocks * 32
     y = normalized_tile(
         x_ptr, residual_ptr, weight_ptr, words_ptr, row, column, rows, x_stride, residual_stride,
-        D, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, C,
+        D, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, R, C,
     )  # fmt: skip
     elem_dtype: tl.constexpr = values_ptr.dtype.element_ty
-    c, r = tl.arange(0, C)[:, None], tl.arange(0, GROUP)[None, :]
+    c, r = tl.arange(0, C)[:, None], tl.arange(0, R)[None, :]
     values_ptr += column.to(tl.int64) * rows + row + (c * rows + r)
     y = tl.trans(y)
     if not INTERPRETED:
         # Loads nothing, but gives y the layout of the store: here, as bfloat16, y is cheaper to
         # lay out than after the cast, and its blocks are within two lanes.
         y = tl.load(values_ptr.to(tl.pointer_type(OUT_DTYPE), bitcast=True), row_blocks < 0, y)
-    y = tl.reshape(y, [C, GROUP // 32, 32])
+    y = tl.reshape(y, [C, R // 32, 32])
     values, exponent = cast_blocks(
         y, absmax_bits(y, 2), 2, MODE, elem_dtype, MAX_EXPONENT, MANTISSA_BITS
     )
     inside = column + c < D
-    tl.store(values_ptr, tl.reshape(values, [C, GROUP]), inside & (row + r < rows))
-    b = tl.arange(0, GROUP // 32)[None, :]
+    tl.store(values_ptr, tl.reshape(values, [C, R]), inside & (row + r < rows))
+    b = tl.arange(0, R // 32)[None, :]
     scales_ptr += column.to(tl.int64) * row_blocks + row // 32 + (c * row_blocks + b)
     tl.store(scales_ptr, exponent.to(tl.uint8), inside & (row // 32 + b < row_blocks))
 
@@ -109,10 +112,11 @@ def cast_columns(
 def normalized_tile(
     x_ptr, residual_ptr, weight_ptr, words_ptr, row, column, rows, x_stride, residual_stride,
     D: tl.constexpr, NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr,
-    OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr, C: tl.constexpr,
+    OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
-    """The norm's [128, C] at (row, column) in ``OUT_DTYPE``, once rho is there; zero outside."""
-    r, c = tl.arange(0, GROUP), tl.arange(0, C)[None, :]
+    """The norm's [R, C] at (row, column) in ``OUT_DTYPE``, once rho is there; zero outside."""
+    r, c = tl.arange(0, R), tl.arange(0, C)[None, :]
     in_row, in_column = row + r < rows, column + c < D
     inside = in_row[:, None] & in_column
     # Asked for before rho is there.
