@@ -62,4 +62,6 @@ class NormCastCall:
             return norm_cast(*inputs, residual=self.residual, dequantize=dequantize)
         from mxnorm_pass.kernels.launch_both import norm_cast_both
 
-        return norm_cast_both(*inputs, self.gain_in_rows, residual=self.residual)
+        return norm_cast_both(
+            *inputs, self.gain_in_rows, residual=self.residual, dequantize=dequantize
+        )

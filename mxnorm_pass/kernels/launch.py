@@ -83,16 +83,7 @@ def norm_cast(
     width = x.shape[-1]
     x_rows = as_rows(x)
     residual_rows = None if residual is None else as_rows(residual)
-    total = None
-    if residual is not None:
-        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    rho = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    values = scales = dequantized = None
-    if dequantize is not None:
-        dequantized = x.new_empty(x.shape, dtype=dequantize)
-    else:
-        values = x.new_empty(x.shape, dtype=spec.elem_dtype)
-        scales = x.new_empty(scales_shape(x, spec), dtype=torch.uint8)
+    total, values, scales, dequantized, rho = row_results(x, spec, residual, dequantize)
     config = config or row_config(width)
     rows = x_rows.shape[0]
     padded = (rows + 127) // 128 * 128 if spec.scale_layout == "blocked" else rows
@@ -118,6 +109,22 @@ def norm_cast(
     if scales is not None:
         scales = scales.view(torch.float8_e8m0fnu)
     return tuple(t for t in (total, values, scales, dequantized, rho) if t is not None)
+
+
+def row_results(
+    x: Tensor, spec: NormCastSpec, residual: Tensor | None, dequantize: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Uninitialised total, values, scales (bytes), dequantised rows, rho; None: not wanted."""
+    total = values = scales = dequantized = None
+    if residual is not None:
+        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    if dequantize is not None:
+        dequantized = x.new_empty(x.shape, dtype=dequantize)
+    else:
+        values = x.new_empty(x.shape, dtype=spec.elem_dtype)
+        scales = x.new_empty(scales_shape(x, spec), dtype=torch.uint8)
+    rho = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return total, values, scales, dequantized, rho
 
 
 def tile_blocks(width: int, spec: NormCastSpec, config: Config) -> int:

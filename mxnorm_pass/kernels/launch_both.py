@@ -13,7 +13,7 @@ from mxnorm_pass.kernels.launch import (
     constants,
     launcher,
     row_config,
-    scales_shape,
+    row_results,
     tile_blocks,
 )
 from mxnorm_pass.kernels.norm_cast_both import norm_cast_both_kernel
@@ -72,16 +72,7 @@ def norm_cast_both(
     x_rows = as_rows(x)
     rows = x_rows.shape[0]
     residual_rows = None if residual is None else as_rows(residual)
-    total = None
-    if residual is not None:
-        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    values = scales = dequantized = None
-    if dequantize is not None:
-        dequantized = x.new_empty(x.shape, dtype=dequantize)
-    else:
-        values = x.new_empty(x.shape, dtype=spec.elem_dtype)
-        scales = x.new_empty(scales_shape(x, spec), dtype=torch.uint8)
-    rho = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    total, values, scales, dequantized, rho = row_results(x, spec, residual, dequantize)
     values_t = x.new_empty((width, rows), dtype=spec.elem_dtype)
     scales_t = x.new_empty((width, rows // 32), dtype=torch.uint8)
     groups = (rows + config.height - 1) // config.height
