@@ -30,6 +30,8 @@ class Configuration:
         lag: groups of ``height`` rows between the cast along D and the cast along T, at least 1.
             As many must stay in the L2 cache.
         ticket: number the programs as they start, instead of relying on the grid's order.
+        hints: 1: x is read for the last time by columns; 2: nor is the cast along T needed soon;
+            3: keep x between its two reads.
     """
 
     rows: Config
@@ -37,6 +39,7 @@ class Configuration:
     lag: int
     height: int = 128
     ticket: bool = True
+    hints: int = 2
 
 
 def configuration(width: int) -> Configuration:
@@ -102,6 +105,8 @@ def norm_cast_both(
         C=config.columns,
         LAG=config.lag,
         TICKET=config.ticket,
+        WARPS=config.rows.warps,
+        HINTS=config.hints,
         num_warps=config.rows.warps,
     )
     e8m0 = torch.float8_e8m0fnu

@@ -61,7 +61,7 @@ def norm_cast_kernel(
         values_ptr, scales_ptr, rho_ptr, None, dequantized_ptr, rows, x_stride, residual_stride,
         D, BLOCK, ROWS, TILE_K, CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE, ELEM_DTYPE,
         MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE,
-        BLOCKED_SCALES, True,
+        BLOCKED_SCALES, True, "",
     )  # fmt: skip
 
 
@@ -74,13 +74,14 @@ def cast_rows(
     FACTOR: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr, ELEM_DTYPE: tl.constexpr,
     MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, NORM_DTYPE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr,
-    BLOCKED_SCALES: tl.constexpr, GAIN: tl.constexpr,
+    BLOCKED_SCALES: tl.constexpr, GAIN: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """The work of one of the programs; see :func:`norm_cast_kernel`.
 
     Args:
         words_ptr: int32 zeros [rows], where rho is published; or None.
         GAIN: multiply by the gain.
+        KEEP: eviction policy of x.
     """
     row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     partial = tl.zeros([ROWS], tl.float32)
@@ -89,7 +90,7 @@ def cast_rows(
         k = chunk * TILE_K + tl.arange(0, TILE_K)
         x = load_rows(
             x_ptr, residual_ptr, total_ptr, row, k, rows, x_stride, residual_stride,
-            D, BLOCK, TOTAL_DTYPE,
+            D, BLOCK, TOTAL_DTYPE, KEEP,
         )  # fmt: skip
         block_weights = None
         if block_weights_ptr is not None:
@@ -108,7 +109,7 @@ def cast_rows(
         if CHUNKS > 1:
             x = load_rows(
                 x_ptr, residual_ptr, None, row, k, rows, x_stride, residual_stride,
-                D, BLOCK, TOTAL_DTYPE,
+                D, BLOCK, TOTAL_DTYPE, KEEP,
             )  # fmt: skip
         weight = None
         if weight_ptr is not None and GAIN:
@@ -178,12 +179,13 @@ def load_rows(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     TOTAL_DTYPE: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """Tile [ROWS, K, B] in float32, zero outside; with a residual the rounded sum, stored once."""
     column = k[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row[:, None, None] < rows) & (column[None, :, :] < D)
     x_at = x_ptr + row[:, None, None] * x_stride + column[None, :, :]
-    x = widen(tl.load(x_at, mask=inside, other=0.0))
+    x = widen(tl.load(x_at, mask=inside, other=0.0, eviction_policy=KEEP))
     if residual_ptr is not None:
         residual_at = residual_ptr + row[:, None, None] * residual_stride + column[None, :, :]
         total = narrow(x + widen(tl.load(residual_at, mask=inside, other=0.0)), TOTAL_DTYPE)

@@ -27,7 +27,8 @@ def norm_cast_both_kernel(
     NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr,
     TOTAL_DTYPE: tl.constexpr, BLOCKED_SCALES: tl.constexpr, GAIN_IN_ROWS: tl.constexpr,
     ROWS: tl.constexpr, TILE_K: tl.constexpr, CHUNKS: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, LAG: tl.constexpr, TICKET: tl.constexpr,
+    C: tl.constexpr, LAG: tl.constexpr, TICKET: tl.constexpr, WARPS: tl.constexpr,
+    HINTS: tl.constexpr,
 ):  # fmt: skip
     """Grid: the programs of a group, R / ROWS + D / C, times the groups.
 
@@ -63,7 +64,7 @@ def norm_cast_both_kernel(
             x_ptr, residual_ptr, weight_ptr, words_ptr, values_t_ptr, scales_t_ptr,
             columns // ACROSS * R, columns % ACROSS * C, row_blocks, x_stride,
             residual_stride, D, MODE, MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE,
-            OUT_DTYPE, TOTAL_DTYPE, R, C,
+            OUT_DTYPE, TOTAL_DTYPE, R, C, WARPS, HINTS,
         )  # fmt: skip
     else:
         cast_rows(
@@ -72,6 +73,7 @@ def norm_cast_both_kernel(
             residual_stride, D, BLOCK, ROWS, TILE_K, CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE,
             ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE,
             TOTAL_DTYPE, BLOCKED_SCALES, GAIN_IN_ROWS,
+            "evict_last" if HINTS >= 3 else "",
         )  # fmt: skip
 
 
@@ -81,13 +83,13 @@ def cast_columns(
     x_stride, residual_stride, D: tl.constexpr, MODE: tl.constexpr, MAX_EXPONENT: tl.constexpr,
     MANTISSA_BITS: tl.constexpr, NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr,
+    C: tl.constexpr, WARPS: tl.constexpr, HINTS: tl.constexpr,
 ):  # fmt: skip
     """Cast the tile [R, C] that begins at (row, column) along T, and store it transposed."""
     rows = row_blocks * 32
     y = normalized_tile(
         x_ptr, residual_ptr, weight_ptr, words_ptr, row, column, rows, x_stride, residual_stride,
-        D, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, R, C,
+        D, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, R, C, WARPS, HINTS,
     )  # fmt: skip
     elem_dtype: tl.constexpr = values_ptr.dtype.element_ty
     c, r = tl.arange(0, C)[:, None], tl.arange(0, R)[None, :]
@@ -102,7 +104,9 @@ def cast_columns(
         y, absmax_bits(y, 2), 2, MODE, elem_dtype, MAX_EXPONENT, MANTISSA_BITS
     )
     inside = column + c < D
-    tl.store(values_ptr, tl.reshape(values, [C, R]), inside & (row + r < rows))
+    hint: tl.constexpr = "evict_first" if HINTS >= 2 else ""
+    values = tl.reshape(values, [C, R])
+    tl.store(values_ptr, values, inside & (row + r < rows), eviction_policy=hint)
     b = tl.arange(0, R // 32)[None, :]
     scales_ptr += column.to(tl.int64) * row_blocks + row // 32 + (c * row_blocks + b)
     tl.store(scales_ptr, exponent.to(tl.uint8), inside & (row // 32 + b < row_blocks))
@@ -113,7 +117,7 @@ def normalized_tile(
     x_ptr, residual_ptr, weight_ptr, words_ptr, row, column, rows, x_stride, residual_stride,
     D: tl.constexpr, NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr,
+    C: tl.constexpr, WARPS: tl.constexpr, HINTS: tl.constexpr,
 ):  # fmt: skip
     """The norm's [R, C] at (row, column) in ``OUT_DTYPE``, once rho is there; zero outside."""
     r, c = tl.arange(0, R), tl.arange(0, C)[None, :]
@@ -121,13 +125,14 @@ def normalized_tile(
     inside = in_row[:, None] & in_column
     # Asked for before rho is there.
     x_ptr += row.to(tl.int64) * x_stride + column + (r[:, None] * x_stride + c)
-    x = tl.load(x_ptr, inside, 0.0)
+    hint: tl.constexpr = "evict_first" if HINTS >= 1 else ""
+    x = tl.load(x_ptr, inside, 0.0, eviction_policy=hint)
     if residual_ptr is not None:
         residual_ptr += row.to(tl.int64) * residual_stride + column
         residual = tl.load(residual_ptr + (r[:, None] * residual_stride + c), inside, 0.0)
     if weight_ptr is not None:
         gain = tl.load(weight_ptr + column + c, in_column, 0.0)
-    rho = wait_for(words_ptr + row + r, in_row)[:, None]
+    rho = wait_for(words_ptr + row + r, in_row, R < 32 * WARPS)[:, None]
     if residual_ptr is not None:
         x = narrow(widen(x) + widen(residual), TOTAL_DTYPE)
     y = narrow(widen(x) * rho, NORM_DTYPE)
