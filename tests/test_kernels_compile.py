@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from numerics import E4M3, E5M2
 from ptx import Compiled, compiled
 
-from mxnorm_pass.kernels import launch
+from mxnorm_pass.kernels import launch, launch_both
 from mxnorm_pass.spec import NormCastSpec
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -117,3 +118,20 @@ def test_what_the_checks_would_see() -> None:
     odd_rows = torch.empty(64, 2049, dtype=BF16, device="meta")[:, :2048]
     narrow = compiled(lambda: launch.norm_cast(odd_rows, None, None, SPEC), HOPPER)
     assert set(narrow.load_bits) != {128}
+
+
+@pytest.mark.parametrize("with_gain, add", [(True, False), (False, False), (True, True)])
+@pytest.mark.parametrize("capability, width", [(HOPPER, 4096), (HOPPER, 8192), (BLACKWELL, 4096)])
+def test_both_directions(capability: int, width: int, with_gain: bool, add: bool) -> None:
+    """The cast along T transposes 16-bit numbers, by what matrix multiplications have for it."""
+    x = torch.empty(4096, width, dtype=BF16, device="meta")
+    gain = x[0] if with_gain else None
+    kernel = compiled(
+        lambda: launch_both.norm_cast_both(x, gain, None, SPEC, True, residual=x if add else None),
+        capability,
+    )
+    assert kernel.spilled_bytes == 0, kernel.log
+    assert re.search(r"ldmatrix\S*\.trans\S*\.b16", kernel.ptx)
+    assert "max.NaN.bf16x2" in kernel.ptx
+    # All but rho, which is awaited.
+    assert set(kernel.load_bits) == {128}

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxnorm_pass.kernels import launch
 from mxnorm_pass.kernels.launch import (
     Config,
     as_rows,
     constants,
-    launcher,
     row_config,
     row_results,
     tile_blocks,
@@ -80,7 +80,7 @@ def norm_cast_both(
     scales_t = x.new_empty((width, rows // 32), dtype=torch.uint8)
     groups = (rows + config.height - 1) // config.height
     programs = config.height // config.rows.rows + (width + config.columns - 1) // config.columns
-    launcher(norm_cast_both_kernel)[(groups * programs,)](
+    launch.launcher(norm_cast_both_kernel)[(groups * programs,)](
         x_rows,
         residual_rows,
         None if weight is None else weight.contiguous(),

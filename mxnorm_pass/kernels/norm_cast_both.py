@@ -93,12 +93,13 @@ def cast_columns(
     )  # fmt: skip
     elem_dtype: tl.constexpr = values_ptr.dtype.element_ty
     c, r = tl.arange(0, C)[:, None], tl.arange(0, R)[None, :]
-    values_ptr += column.to(tl.int64) * rows + row + (c * rows + r)
+    values_ptr += column.to(tl.int64) * rows + row
     y = tl.trans(y)
     if not INTERPRETED:
         # Loads nothing, but gives y the layout of the store: here, as bfloat16, y is cheaper to
         # lay out than after the cast, and its blocks are within two lanes.
-        y = tl.load(values_ptr.to(tl.pointer_type(OUT_DTYPE), bitcast=True), row_blocks < 0, y)
+        like_values = values_ptr.to(tl.pointer_type(OUT_DTYPE), bitcast=True) + (c * rows + r)
+        y = tl.load(like_values, row_blocks < 0, y)
     y = tl.reshape(y, [C, R // 32, 32])
     values, exponent = cast_blocks(
         y, absmax_bits(y, 2), 2, MODE, elem_dtype, MAX_EXPONENT, MANTISSA_BITS
@@ -106,7 +107,8 @@ def cast_columns(
     inside = column + c < D
     hint: tl.constexpr = "evict_first" if HINTS >= 2 else ""
     values = tl.reshape(values, [C, R])
-    tl.store(values_ptr, values, inside & (row + r < rows), eviction_policy=hint)
+    inside_both = inside & (row + r < rows)
+    tl.store(values_ptr + (c * rows + r), values, inside_both, eviction_policy=hint)
     b = tl.arange(0, R // 32)[None, :]
     scales_ptr += column.to(tl.int64) * row_blocks + row // 32 + (c * row_blocks + b)
     tl.store(scales_ptr, exponent.to(tl.uint8), inside & (row // 32 + b < row_blocks))
