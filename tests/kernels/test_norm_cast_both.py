@@ -206,3 +206,16 @@ def test_what_is_not_covered_says_why(rows: int, changes: dict[str, int], words:
     near = noise(rows + -rows % 32, 96)
     covered = replace(spec, block_size=32)
     assert coverage.uncovered_both(near, covered) == coverage.uncovered(near, covered)
+
+
+@pytest.mark.parametrize("elem_dtype", [E4M3, E5M2], ids=str)
+def test_bfloat16_times_a_scale_may_be_rounded_to_bfloat16(elem_dtype: torch.dtype) -> None:
+    """Compiled kernels multiply so: a product is exact, or float8 takes it for zero."""
+    y = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(BF16).float()
+    largest = torch.finfo(elem_dtype).max
+    for exponent in range(-127, 127):
+        product = y * 2.0**exponent
+        cast = [
+            p.clamp(-largest, largest).to(elem_dtype) for p in (product, product.to(BF16).float())
+        ]
+        assert bits_equal(*cast)
