@@ -101,8 +101,6 @@ def _value_positions(op: Any) -> tuple[int, int]:
 def _dequantized(node: fx.Node) -> list[fx.Node]:
     """The ``dequantize`` nodes that alone read the op's values and scales, to one dtype that the
     kernels know; none where there are other readers."""
-    if node.target in _WITHOUT_CAST_ALONG_T:
-        return []
     positions = _value_positions(node.target)
     results = {user.args[1]: user for user in node.users}
     values, scales = (results.get(i) for i in positions)

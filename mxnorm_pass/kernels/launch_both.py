@@ -29,17 +29,12 @@ class Configuration:
         height, columns: of a column program's tile, powers of two; at least 128 and 32.
         lag: groups of ``height`` rows between the cast along D and the cast along T, at least 1.
             As many must stay in the L2 cache.
-        ticket: number the programs as they start, instead of relying on the grid's order.
-        hints: 1: x is read for the last time by columns; 2: nor is the cast along T needed soon;
-            3: keep x between its two reads.
     """
 
     rows: Config
     columns: int
     lag: int
     height: int = 128
-    ticket: bool = True
-    hints: int = 2
 
 
 def configuration(width: int) -> Configuration:
@@ -104,9 +99,6 @@ def norm_cast_both(
         R=config.height,
         C=config.columns,
         LAG=config.lag,
-        TICKET=config.ticket,
-        WARPS=config.rows.warps,
-        HINTS=config.hints,
         num_warps=config.rows.warps,
     )
     e8m0 = torch.float8_e8m0fnu

@@ -27,8 +27,7 @@ def norm_cast_both_kernel(
     NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr,
     TOTAL_DTYPE: tl.constexpr, BLOCKED_SCALES: tl.constexpr, GAIN_IN_ROWS: tl.constexpr,
     ROWS: tl.constexpr, TILE_K: tl.constexpr, CHUNKS: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, LAG: tl.constexpr, TICKET: tl.constexpr, WARPS: tl.constexpr,
-    HINTS: tl.constexpr,
+    C: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
     """Grid: the programs of a group, R / ROWS + D / C, times the groups.
 
@@ -37,16 +36,14 @@ def norm_cast_both_kernel(
         row_blocks: rows / 32, so that the compiler sees that rows are a multiple.
         R: a multiple of 128.
         LAG: groups; at least 1.
-        TICKET: number the programs as they start, instead of relying on the grid's order.
     """
     tl.static_assert(BLOCK == 32, "blocks of 32")
     ACROSS: tl.constexpr = (D + C - 1) // C
     BOTH: tl.constexpr = R // ROWS + ACROSS
     rows = row_blocks * 32
     words_ptr = zeros_ptr + 32
-    number = tl.program_id(0)
-    if TICKET:
-        number = tl.atomic_add(zeros_ptr, 1, sem="relaxed")
+    # The order in which programs start, which the grid's order need not be.
+    number = tl.atomic_add(zeros_ptr, 1, sem="relaxed")
     # First the rows of some groups, then rows and columns in turns, at last columns.
     groups = tl.num_programs(0) // BOTH
     lag = tl.minimum(LAG, groups)
@@ -64,7 +61,7 @@ def norm_cast_both_kernel(
             x_ptr, residual_ptr, weight_ptr, words_ptr, values_t_ptr, scales_t_ptr,
             columns // ACROSS * R, columns % ACROSS * C, row_blocks, x_stride,
             residual_stride, D, MODE, MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE,
-            OUT_DTYPE, TOTAL_DTYPE, R, C, WARPS, HINTS,
+            OUT_DTYPE, TOTAL_DTYPE, R, C,
         )  # fmt: skip
     else:
         cast_rows(
@@ -73,7 +70,7 @@ def norm_cast_both_kernel(
             residual_stride, D, BLOCK, ROWS, TILE_K, CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE,
             ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE,
             TOTAL_DTYPE, BLOCKED_SCALES, GAIN_IN_ROWS,
-            "evict_last" if HINTS >= 3 else "",
+            "evict_last",
         )  # fmt: skip
 
 
@@ -83,13 +80,13 @@ def cast_columns(
     x_stride, residual_stride, D: tl.constexpr, MODE: tl.constexpr, MAX_EXPONENT: tl.constexpr,
     MANTISSA_BITS: tl.constexpr, NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, WARPS: tl.constexpr, HINTS: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
     """Cast the tile [R, C] that begins at (row, column) along T, and store it transposed."""
     rows = row_blocks * 32
     y = normalized_tile(
         x_ptr, residual_ptr, weight_ptr, words_ptr, row, column, rows, x_stride, residual_stride,
-        D, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, R, C, WARPS, HINTS,
+        D, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, R, C,
     )  # fmt: skip
     elem_dtype: tl.constexpr = values_ptr.dtype.element_ty
     c, r = tl.arange(0, C)[:, None], tl.arange(0, R)[None, :]
@@ -105,10 +102,9 @@ def cast_columns(
         y, absmax_bits(y, 2), 2, MODE, elem_dtype, MAX_EXPONENT, MANTISSA_BITS
     )
     inside = column + c < D
-    hint: tl.constexpr = "evict_first" if HINTS >= 2 else ""
     values = tl.reshape(values, [C, R])
     inside_both = inside & (row + r < rows)
-    tl.store(values_ptr + (c * rows + r), values, inside_both, eviction_policy=hint)
+    tl.store(values_ptr + (c * rows + r), values, inside_both, eviction_policy="evict_first")
     b = tl.arange(0, R // 32)[None, :]
     scales_ptr += column.to(tl.int64) * row_blocks + row // 32 + (c * row_blocks + b)
     tl.store(scales_ptr, exponent.to(tl.uint8), inside & (row // 32 + b < row_blocks))
@@ -119,7 +115,7 @@ def normalized_tile(
     x_ptr, residual_ptr, weight_ptr, words_ptr, row, column, rows, x_stride, residual_stride,
     D: tl.constexpr, NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr, WARPS: tl.constexpr, HINTS: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
     """The norm's [R, C] at (row, column) in ``OUT_DTYPE``, once rho is there; zero outside."""
     r, c = tl.arange(0, R), tl.arange(0, C)[None, :]
@@ -127,14 +123,13 @@ def normalized_tile(
     inside = in_row[:, None] & in_column
     # Asked for before rho is there.
     x_ptr += row.to(tl.int64) * x_stride + column + (r[:, None] * x_stride + c)
-    hint: tl.constexpr = "evict_first" if HINTS >= 1 else ""
-    x = tl.load(x_ptr, inside, 0.0, eviction_policy=hint)
+    x = tl.load(x_ptr, inside, 0.0, eviction_policy="evict_first")
     if residual_ptr is not None:
         residual_ptr += row.to(tl.int64) * residual_stride + column
         residual = tl.load(residual_ptr + (r[:, None] * residual_stride + c), inside, 0.0)
     if weight_ptr is not None:
         gain = tl.load(weight_ptr + column + c, in_column, 0.0)
-    rho = wait_for(words_ptr + row + r, in_row, R < 32 * WARPS)[:, None]
+    rho = wait_for(words_ptr + row + r, in_row)[:, None]
     if residual_ptr is not None:
         x = narrow(widen(x) + widen(residual), TOTAL_DTYPE)
     y = narrow(widen(x) * rho, NORM_DTYPE)

@@ -18,16 +18,11 @@ def publish(ptr, x, mask):
 
 
 @triton.jit
-def wait_for(ptr, mask, AGAIN: tl.constexpr):
-    """What :func:`publish` stored at ``ptr``, as soon as all of it is there; 0 outside ``mask``.
-
-    Args:
-        AGAIN: there are more threads than words, so that several threads read a word, and only
-            one of them is asked whether it is there: all read it again.
-    """
+def wait_for(ptr, mask):
+    """What :func:`publish` stored at ``ptr``, as soon as all of it is there; 0 outside ``mask``."""
+    there = tl.min((tl.load(ptr, mask, 1, volatile=True) != 0).to(tl.int32))
+    while there == 0:
+        there = tl.min((tl.load(ptr, mask, 1, volatile=True) != 0).to(tl.int32))
+    # Threads may share a word: each has looked for itself, and the minimum counts one of them.
     words = tl.load(ptr, mask, 1, volatile=True)
-    while tl.min((words != 0).to(tl.int32)) == 0:
-        words = tl.load(ptr, mask, 1, volatile=True)
-    if AGAIN:
-        words = tl.load(ptr, mask, 1, volatile=True)
     return tl.where(mask, words ^ SIGN, 0).to(tl.float32, bitcast=True)

@@ -28,7 +28,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SPEC = NormCastSpec(1e-5, "mxnorm", 2.0, 32, E4M3, "rceil", BF16, BF16, "row-major")
 SMALL = (
     Configuration(Config(rows=1, chunks=1, warps=4), columns=64, lag=1),
-    Configuration(Config(rows=4, chunks=1, warps=4), columns=32, lag=2, ticket=False),
+    Configuration(Config(rows=4, chunks=1, warps=4), columns=32, lag=2),
     Configuration(Config(rows=2, chunks=1, warps=8), columns=128, lag=9, height=256),
 )
 ONE_UNIT = 2.0**-24
