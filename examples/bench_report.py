@@ -261,6 +261,7 @@ def panel(axis: Any, cases: Sequence[Measured], title: str) -> None:
         if known:
             axis.plot(*zip(*known, strict=True), label=name, **style)
     axis.set_xscale("log", base=2)
+    axis.margins(y=0.1)
     axis.set_ylim(bottom=0)
     axis.set_title(title, fontsize=13)
     axis.set_xlabel("tokens T", fontsize=12)
