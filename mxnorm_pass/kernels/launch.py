@@ -81,50 +81,78 @@ def norm_cast(
         total where there is a residual; values and scales, or what they make dequantised; rho.
     """
     width = x.shape[-1]
-    x_rows = as_rows(x)
-    residual_rows = None if residual is None else as_rows(residual)
-    total, values, scales, dequantized, rho = row_results(x, spec, residual, dequantize)
     config = config or row_config(width)
-    rows = x_rows.shape[0]
-    padded = (rows + 127) // 128 * 128 if spec.scale_layout == "blocked" else rows
+    rows = Rows.of(x, weight, block_weights, spec, residual, dequantize)
+    padded = (rows.count + 127) // 128 * 128 if spec.scale_layout == "blocked" else rows.count
     launcher(norm_cast_kernel)[((padded + config.rows - 1) // config.rows,)](
-        x_rows,
-        residual_rows,
-        None if weight is None else weight.contiguous(),
-        None if block_weights is None else block_weights.contiguous(),
-        total,
-        values,
-        scales,
-        rho,
-        dequantized,
-        rows,
-        x_rows.stride(0),
-        0 if residual_rows is None else residual_rows.stride(0),
-        **constants(spec, width, weight, block_weights, (total if total is not None else x).dtype),
+        *rows.pointers,
+        rows.count,
+        *rows.strides,
+        **rows.constants,
         ROWS=config.rows,
         TILE_K=tile_blocks(width, spec, config),
         CHUNKS=config.chunks,
         num_warps=config.warps,
     )
-    if scales is not None:
-        scales = scales.view(torch.float8_e8m0fnu)
-    return tuple(t for t in (total, values, scales, dequantized, rho) if t is not None)
+    return rows.results
 
 
-def row_results(
-    x: Tensor, spec: NormCastSpec, residual: Tensor | None, dequantize: torch.dtype | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """Uninitialised total, values, scales (bytes), dequantised rows, rho; None: not wanted."""
-    total = values = scales = dequantized = None
-    if residual is not None:
-        total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    if dequantize is not None:
-        dequantized = x.new_empty(x.shape, dtype=dequantize)
-    else:
-        values = x.new_empty(x.shape, dtype=spec.elem_dtype)
-        scales = x.new_empty(scales_shape(x, spec), dtype=torch.uint8)
-    rho = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    return total, values, scales, dequantized, rho
+@dataclass(frozen=True)
+class Rows:
+    """What a kernel reads and writes along D.
+
+    Attributes:
+        pointers: x, residual, weight, block weights, total, values, scales (bytes), rho,
+            dequantised rows; None where there is no such input or nobody wants the result.
+        strides: between rows of x and of the residual.
+        constants: what the kernel is specialised on.
+    """
+
+    pointers: tuple[Tensor | None, ...]
+    count: int
+    strides: tuple[int, int]
+    constants: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        weight: Tensor | None,
+        block_weights: Tensor | None,
+        spec: NormCastSpec,
+        residual: Tensor | None,
+        dequantize: torch.dtype | None,
+    ) -> Rows:
+        """Results are allocated, uninitialised."""
+        x_rows = as_rows(x)
+        residual_rows = None if residual is None else as_rows(residual)
+        total = values = scales = dequantized = None
+        if residual is not None:
+            total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+        if dequantize is not None:
+            dequantized = x.new_empty(x.shape, dtype=dequantize)
+        else:
+            values = x.new_empty(x.shape, dtype=spec.elem_dtype)
+            scales = x.new_empty(scales_shape(x, spec), dtype=torch.uint8)
+        rho = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        weight = None if weight is None else weight.contiguous()
+        block_weights = None if block_weights is None else block_weights.contiguous()
+        inputs = (x_rows, residual_rows, weight, block_weights)
+        summed = x.dtype if total is None else total.dtype
+        return cls(
+            pointers=(*inputs, total, values, scales, rho, dequantized),
+            count=x_rows.shape[0],
+            strides=(x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0)),
+            constants=constants(spec, x.shape[-1], weight, block_weights, summed),
+        )
+
+    @property
+    def results(self) -> tuple[Tensor, ...]:
+        """Total; values and scales, or dequantised rows; rho."""
+        total, values, scales, rho, dequantized = self.pointers[4:]
+        if scales is not None:
+            scales = scales.view(torch.float8_e8m0fnu)
+        return tuple(t for t in (total, values, scales, dequantized, rho) if t is not None)
 
 
 def tile_blocks(width: int, spec: NormCastSpec, config: Config) -> int:

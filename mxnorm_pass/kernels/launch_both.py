@@ -8,14 +8,7 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass.kernels import launch
-from mxnorm_pass.kernels.launch import (
-    Config,
-    as_rows,
-    constants,
-    row_config,
-    row_results,
-    tile_blocks,
-)
+from mxnorm_pass.kernels.launch import Config, Rows, row_config, tile_blocks
 from mxnorm_pass.kernels.norm_cast_both import norm_cast_both_kernel
 from mxnorm_pass.spec import NormCastSpec
 
@@ -67,31 +60,19 @@ def norm_cast_both(
     """
     width = x.shape[-1]
     config = config or configuration(width)
-    x_rows = as_rows(x)
-    rows = x_rows.shape[0]
-    residual_rows = None if residual is None else as_rows(residual)
-    total, values, scales, dequantized, rho = row_results(x, spec, residual, dequantize)
-    values_t = x.new_empty((width, rows), dtype=spec.elem_dtype)
-    scales_t = x.new_empty((width, rows // 32), dtype=torch.uint8)
-    groups = (rows + config.height - 1) // config.height
+    rows = Rows.of(x, weight, block_weights, spec, residual, dequantize)
+    values_t = x.new_empty((width, rows.count), dtype=spec.elem_dtype)
+    scales_t = x.new_empty((width, rows.count // 32), dtype=torch.uint8)
+    groups = (rows.count + config.height - 1) // config.height
     programs = config.height // config.rows.rows + (width + config.columns - 1) // config.columns
     launch.launcher(norm_cast_both_kernel)[(groups * programs,)](
-        x_rows,
-        residual_rows,
-        None if weight is None else weight.contiguous(),
-        None if block_weights is None else block_weights.contiguous(),
-        total,
-        values,
-        scales,
-        rho,
-        dequantized,
+        *rows.pointers,
         values_t,
         scales_t,
         x.new_zeros((32 + groups * config.height,), dtype=torch.int32),
-        rows // 32,
-        x_rows.stride(0),
-        0 if residual_rows is None else residual_rows.stride(0),
-        **constants(spec, width, weight, block_weights, (x if total is None else total).dtype),
+        rows.count // 32,
+        *rows.strides,
+        **rows.constants,
         GAIN_IN_ROWS=gain_in_rows,
         ROWS=config.rows.rows,
         TILE_K=tile_blocks(width, spec, config.rows),
@@ -101,7 +82,4 @@ def norm_cast_both(
         LAG=config.lag,
         num_warps=config.rows.warps,
     )
-    e8m0 = torch.float8_e8m0fnu
-    scales = None if scales is None else scales.view(e8m0)
-    results = (total, values, scales, dequantized, rho, values_t, scales_t.view(e8m0))
-    return tuple(t for t in results if t is not None)
+    return *rows.results, values_t, scales_t.view(torch.float8_e8m0fnu)

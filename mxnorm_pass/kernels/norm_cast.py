@@ -61,7 +61,7 @@ def norm_cast_kernel(
         values_ptr, scales_ptr, rho_ptr, None, dequantized_ptr, rows, x_stride, residual_stride,
         D, BLOCK, ROWS, TILE_K, CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE, ELEM_DTYPE,
         MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE,
-        BLOCKED_SCALES, True, "",
+        BLOCKED_SCALES, "",
     )  # fmt: skip
 
 
@@ -74,13 +74,12 @@ def cast_rows(
     FACTOR: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr, ELEM_DTYPE: tl.constexpr,
     MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, NORM_DTYPE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr,
-    BLOCKED_SCALES: tl.constexpr, GAIN: tl.constexpr, KEEP: tl.constexpr,
+    BLOCKED_SCALES: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """The work of one of the programs; see :func:`norm_cast_kernel`.
 
     Args:
         words_ptr: int32 zeros [rows], where rho is published; or None.
-        GAIN: multiply by the gain.
         KEEP: eviction policy of x.
     """
     row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -95,7 +94,7 @@ def cast_rows(
         block_weights = None
         if block_weights_ptr is not None:
             block_weights = tl.load(block_weights_ptr + k, mask=k < D // BLOCK, other=0.0)
-        if weight_ptr is not None and GAIN and CHUNKS == 1:
+        if weight_ptr is not None and CHUNKS == 1:
             # Asked for here, the gain arrives while the rows are summed up.
             gain = load_gain(weight_ptr, k, D, BLOCK)
         partial, largest = accumulate(x, block_weights, partial, largest, EXACT, P)
@@ -112,7 +111,7 @@ def cast_rows(
                 D, BLOCK, TOTAL_DTYPE, KEEP,
             )  # fmt: skip
         weight = None
-        if weight_ptr is not None and GAIN:
+        if weight_ptr is not None:
             if CHUNKS > 1:
                 gain = load_gain(weight_ptr, k, D, BLOCK)
             weight = widen(gain)

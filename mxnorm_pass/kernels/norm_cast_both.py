@@ -64,12 +64,15 @@ def norm_cast_both_kernel(
             OUT_DTYPE, TOTAL_DTYPE, R, C,
         )  # fmt: skip
     else:
+        row_weight_ptr = None
+        if GAIN_IN_ROWS:
+            row_weight_ptr = weight_ptr
         cast_rows(
-            number - columns, x_ptr, residual_ptr, weight_ptr, block_weights_ptr, total_ptr,
+            number - columns, x_ptr, residual_ptr, row_weight_ptr, block_weights_ptr, total_ptr,
             values_ptr, scales_ptr, rho_ptr, words_ptr, dequantized_ptr, rows, x_stride,
             residual_stride, D, BLOCK, ROWS, TILE_K, CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE,
             ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE,
-            TOTAL_DTYPE, BLOCKED_SCALES, GAIN_IN_ROWS,
+            TOTAL_DTYPE, BLOCKED_SCALES,
             "evict_last",
         )  # fmt: skip
 
