@@ -17,12 +17,25 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from mxnorm_pass.config import Gradient
 from mxnorm_pass.formats import CAST_MODES
 from mxnorm_pass.functional import rms_constant
+from mxnorm_pass.spec import NormCastSpec
 
 U = 2.0**-24
 U64 = 2.0**-53
 EPS = 1e-6
 BLOCKS = WIDTH // BLOCK_SIZE
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+# HuggingFace's norm in bfloat16, cast as in most tests.
+SPEC = NormCastSpec(
+    eps=EPS,
+    estimator="mxnorm",
+    p=2.0,
+    block_size=BLOCK_SIZE,
+    elem_dtype=E4M3,
+    scale_mode="rceil",
+    norm_dtype=torch.bfloat16,
+    out_dtype=torch.bfloat16,
+    scale_layout="row-major",
+)
 
 GRADIENTS: tuple[Gradient, ...] = ("true", "orthogonal", "paper")
 

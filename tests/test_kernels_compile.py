@@ -8,24 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import E4M3, E5M2
+from numerics import E5M2, SPEC
 from ptx import Compiled, compiled
 
 from mxnorm_pass.kernels import launch, launch_both
-from mxnorm_pass.spec import NormCastSpec
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-SPEC = NormCastSpec(
-    eps=1e-6,
-    estimator="mxnorm",
-    p=2.0,
-    block_size=32,
-    elem_dtype=E4M3,
-    scale_mode="rceil",
-    norm_dtype=BF16,
-    out_dtype=BF16,
-    scale_layout="row-major",
-)
 HOPPER, BLACKWELL, CONSUMER_BLACKWELL = 90, 100, 120
 CAPABILITIES = (HOPPER, BLACKWELL, CONSUMER_BLACKWELL)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import E4M3, E5M2
+from numerics import E4M3, E5M2, SPEC
 from torch import Tensor, fx
 from torch._higher_order_ops.triton_kernel_wrap import (
     kernel_side_table,
@@ -24,21 +24,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mxnorm_pass import kernels, lowering, ops
 from mxnorm_pass.kernels import coverage
-from mxnorm_pass.spec import NormCastSpec
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 WIDTH = 256
-SPEC = NormCastSpec(
-    eps=1e-6,
-    estimator="mxnorm",
-    p=2.0,
-    block_size=32,
-    elem_dtype=E4M3,
-    scale_mode="rceil",
-    norm_dtype=BF16,
-    out_dtype=BF16,
-    scale_layout="row-major",
-)
 Function = Callable[..., Any]
 
 

@@ -10,28 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import E4M3, E5M2, assert_bits_equal, gain, normal
+from numerics import E4M3, E5M2, SPEC, assert_bits_equal, gain, normal
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mxnorm_pass import functional, ops
 from mxnorm_pass.estimate import rms_constant
 from mxnorm_pass.formats import SCALE_MODES
-from mxnorm_pass.spec import NormCastSpec
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 ROWS, WIDTH = 64, 128
-SPEC = NormCastSpec(
-    eps=1e-6,
-    estimator="mxnorm",
-    p=2.0,
-    block_size=32,
-    elem_dtype=E4M3,
-    scale_mode="rceil",
-    norm_dtype=BF16,
-    out_dtype=BF16,
-    scale_layout="row-major",
-)
 
 
 @dataclass(frozen=True)

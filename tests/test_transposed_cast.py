@@ -21,6 +21,7 @@ from matching import (
     rms_norm,
     rms_norm_no_gain,
 )
+from numerics import E4M3, E5M2
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -44,8 +45,6 @@ from transposed_casts import (
 )
 
 from mxnorm_pass import functional, lowering, ops
-
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 class TorchaoLinear(nn.Linear):

@@ -9,6 +9,7 @@ import expecttest
 import pytest
 import torch
 from matching import BF16, EPS, huggingface
+from numerics import E4M3, E5M2
 from torch import Tensor, nn
 from transposed_casts import (
     BOTH,
@@ -23,8 +24,6 @@ from transposed_casts import (
 )
 
 from mxnorm_pass import functional, ops
-
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def _rounded(

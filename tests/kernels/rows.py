@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from edge_cases import bits_equal, describe_difference
 from given_rho import given_rho
+from numerics import SPEC
 from torch import Tensor
 
 from mxnorm_pass import functional
@@ -18,23 +19,11 @@ from mxnorm_pass.spec import NormCastSpec
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-EPS = 1e-6
-
-_DEFAULT = NormCastSpec(
-    eps=EPS,
-    estimator="mxnorm",
-    p=2.0,
-    block_size=32,
-    elem_dtype=E4M3,
-    scale_mode="rceil",
-    norm_dtype=BF16,
-    out_dtype=BF16,
-    scale_layout="row-major",
-)
+EPS = SPEC.eps
 
 
 def spec(**options: Any) -> NormCastSpec:
-    return replace(_DEFAULT, **options)
+    return replace(SPEC, **options)
 
 
 class Quantized(NamedTuple):
