@@ -116,7 +116,9 @@ def test_the_opponents_compile() -> None:
 
 
 @torch.no_grad()
-def test_what_other_processes_compiled_is_found() -> None:
+def test_what_other_processes_compiled_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    # C++ kernels are compiled for a number of threads, which the key of the cache holds.
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     case = Case("norm", TOKENS, WIDTH)
     argv = ["--precompile", "1", "--contestants", "copy-kernel", "inductor"]
     args = bench_kernels.parse_args(argv)
