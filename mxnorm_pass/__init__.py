@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mxnorm_pass import functional as functional
     from mxnorm_pass.announce import CalibrationWarning as CalibrationWarning
     from mxnorm_pass.announce import MXNormWarning as MXNormWarning
+    from mxnorm_pass.calibration import Calibration as Calibration
     from mxnorm_pass.config import MXNormConfig as MXNormConfig
     from mxnorm_pass.export import apply as apply
     from mxnorm_pass.layers import compile_layers as compile_layers
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Calibration": "calibration",
     "CalibrationWarning": "announce",
     "Graph": "report",
     "MXNormConfig": "config",

@@ -27,7 +27,7 @@ LAYERS = [
     {"match.layer_norm", "match.program"},
     {"match.statistic"},
     {"match.skip", "lowering", "graph_code", "canonicalize", "residual"},
-    {"ops", "graph_utils", "module_names"},
+    {"ops", "graph_utils"},
     {"functional", "dispatch"},
     {"arguments", "kernels.coverage", "kernels.launch_both"},
     {"kernels.launch"},
@@ -37,8 +37,9 @@ LAYERS = [
     {"kernels.mx"},
     {"kernels.rounding", "kernels.publish"},
     {"estimate", "spec"},
-    {"config", "report"},
-    {"formats", "inductor_options", "report_page"},
+    {"config", "channel_order"},
+    {"calibration", "report"},
+    {"formats", "inductor_options", "report_page", "module_names"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 
