@@ -23,7 +23,7 @@ def graph_code(graph: fx.Graph) -> str:
     origin = ""
     for node in graph.nodes:
         if node.op == "placeholder":
-            lines.append(f"    # {node.name}: {_type(node)}")
+            lines.append(f"    # {node.name}: {type_name(node)}")
             continue
         if node.op != "output":
             new_origin = f"{module_path(node)}{' (backward)' if is_backward(node) else ''}"
@@ -52,11 +52,22 @@ def _target(target: Any) -> str:
 
 
 def _annotation(node: fx.Node) -> str:
-    kind = _type(node)
+    kind = type_name(node)
     return f': "{kind}"' if kind else ""
 
 
-def _type(node: fx.Node) -> str:
+def op_name(node: fx.Node) -> str:
+    """ "aten.mm.default"; "placeholder" and the like where nothing is called."""
+    return _op_name(node.target) if node.op == "call_function" else node.op
+
+
+@cache
+def _op_name(target: Any) -> str:
+    return str(target) if hasattr(target, "_schema") else str(target.__name__)
+
+
+def type_name(node: fx.Node) -> str:
+    """ "bf16[2, 16, 64]"; "" where the value is no single tensor."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         return f"{dtype_abbrs[value.dtype]}{list(value.shape)}"

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mxnorm_pass import lowering
 from mxnorm_pass.canonicalize import remove_dead
 from mxnorm_pass.config import MXNormConfig
-from mxnorm_pass.graph_code import graph_code
+from mxnorm_pass.graph_code import graph_code, op_name
 from mxnorm_pass.graph_utils import SubgraphCache, input_position, is_backward
 from mxnorm_pass.insert import insert_casts
 from mxnorm_pass.match import Fusion, find_sites
@@ -29,6 +29,7 @@ from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import Graph, Site, SkipReason, count_ops
 from mxnorm_pass.rewrite import rewrite
+from mxnorm_pass.site_graphs import SiteGraphs
 
 log = logging.getLogger(__name__)
 
@@ -73,15 +74,19 @@ def run_pass(
     """
     start = time.perf_counter()
     before, ops_before = graph_code(graph), _op_counts(graph)
+    site_graphs = SiteGraphs(graph)
+    traffic_before = site_graphs.estimate.of_graph(graph)
     modules = _matmul_modules(graph)
     mark_parameters(graph, parameters)
     norms = find_norms(graph)
     inserted = insert_casts(graph, norms, config) if tensor_subclass is None else 0
     found = find_sites(graph, norms, config, tensor_subclass)
+    site_graphs.match(found, norms)
     fusions = [site for site in found if isinstance(site, Fusion)]
     subgraphs = SubgraphCache(decompositions)
     for fusion in fusions:
-        rewrite(graph, fusion, subgraphs)
+        with site_graphs.rewriting(fusion):
+            rewrite(graph, fusion, subgraphs)
     changed = bool(fusions) or inserted > 0
     if changed:
         remove_dead(graph)
@@ -92,7 +97,9 @@ def run_pass(
         after=graph_code(graph) if changed else before,
         ops_before=ops_before,
         ops_after=_op_counts(graph) if changed else ops_before,
-        sites=tuple(site.site() for site in found),
+        sites=site_graphs.sites(),
+        traffic_before=traffic_before,
+        traffic_after=site_graphs.estimate.of_graph(graph) if changed else traffic_before,
     )
     eps_inputs = (_input_position(norm.problem) for norm in norms)
     return PassResult(
@@ -110,8 +117,7 @@ def _input_position(problem: Skip | None) -> int | None:
 
 
 def _op_counts(graph: fx.Graph) -> dict[str, int]:
-    calls = (n.target for n in graph.nodes if n.op == "call_function")
-    return count_ops([str(t) if hasattr(t, "_schema") else t.__name__ for t in calls])
+    return count_ops([op_name(node) for node in graph.nodes if node.op == "call_function"])
 
 
 def _matmul_modules(graph: fx.Graph) -> tuple[str, ...]:

@@ -6,12 +6,14 @@ import json
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
 from mxnorm_pass.report_page import render
+from mxnorm_pass.subgraph import Subgraph, Traffic
 
 
 class SkipReason(Enum):
@@ -48,6 +50,8 @@ class Site:
         gain: "fold" or "activation"; None where skipped or where the norm has no gain.
         format: the MX format of the fused cast, "mxfp8 e4m3fn rceil block 32".
         residual: the residual add in front of the norm is fused, too.
+        before, after: its part of the graph; ``after`` is None where skipped, both in reports of
+            older versions.
     """
 
     norm: str
@@ -59,6 +63,8 @@ class Site:
     gain: str | None = None
     format: str | None = None
     residual: bool = False
+    before: Subgraph | None = field(default=None, repr=False)
+    after: Subgraph | None = field(default=None, repr=False)
 
     @property
     def how(self) -> str:
@@ -82,6 +88,7 @@ class Graph:
         before, after: readable code; equal where nothing was rewritten.
         ops_before, ops_after: how often each op is called.
         sites: what became of this graph's norms.
+        traffic_before, traffic_after: estimated bytes that the graph moves.
     """
 
     name: str
@@ -90,6 +97,8 @@ class Graph:
     ops_before: dict[str, int] = field(default_factory=dict)
     ops_after: dict[str, int] = field(default_factory=dict)
     sites: tuple[Site, ...] = ()
+    traffic_before: Traffic | None = None
+    traffic_after: Traffic | None = None
 
 
 @dataclass
@@ -172,11 +181,20 @@ def _graph_from_dict(entry: dict[str, Any]) -> Graph:
                 **site,
                 "consumers": tuple(site["consumers"]),
                 "reason": SkipReason[site["reason"]] if site["reason"] else None,
+                **_parsed(site, ("before", "after"), Subgraph.from_dict),
             }
         )
         for site in entry["sites"]
     )
-    return Graph(**{**entry, "sites": sites})
+    traffic = _parsed(entry, ("traffic_before", "traffic_after"), Traffic.from_dict)
+    return Graph(**{**entry, "sites": sites, **traffic})
+
+
+def _parsed(
+    entry: dict[str, Any], keys: tuple[str, ...], parse: Callable[[dict[str, Any]], Any]
+) -> dict[str, Any]:
+    """Parse the keys that the entry has; reports of older versions lack some."""
+    return {key: parse(entry[key]) for key in keys if entry.get(key) is not None}
 
 
 def count_ops(targets: list[str]) -> dict[str, int]:

@@ -16,7 +16,7 @@ LAYERS = [
     {"announce"},
     {"recording", "inductor_e8m0", "freezing"},
     {"graph_pass"},
-    {"insert", "rewrite"},
+    {"insert", "rewrite", "site_graphs"},
     {"match"},
     {"match.site", "match.router"},
     {"match.residual", "match.dequantize"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"match.cast_op", "match.cast_program", "match.scale_layout"},
     {"match.layer_norm", "match.program"},
     {"match.statistic"},
-    {"match.skip", "lowering", "graph_code", "canonicalize", "residual"},
+    {"match.skip", "lowering", "graph_code", "canonicalize", "residual", "traffic"},
     {"ops", "graph_utils"},
     {"functional", "dispatch"},
     {"arguments", "kernels.coverage", "kernels.launch_both"},
@@ -39,7 +39,7 @@ LAYERS = [
     {"estimate", "spec"},
     {"config", "channel_order"},
     {"calibration", "report"},
-    {"formats", "inductor_options", "report_page", "module_names"},
+    {"formats", "inductor_options", "report_page", "module_names", "subgraph"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 
