@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mxnorm_pass.layers import compile_layers as compile_layers
     from mxnorm_pass.recording import record as record
     from mxnorm_pass.report import Graph as Graph
+    from mxnorm_pass.report import NearMiss as NearMiss
     from mxnorm_pass.report import Report as Report
     from mxnorm_pass.report import Site as Site
     from mxnorm_pass.report import SkipReason as SkipReason
@@ -31,6 +32,7 @@ _HOME = {
     "Graph": "report",
     "MXNormConfig": "config",
     "MXNormWarning": "announce",
+    "NearMiss": "report",
     "Report": "report",
     "Site": "report",
     "SkipReason": "report",

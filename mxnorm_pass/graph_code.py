@@ -66,6 +66,12 @@ def _op_name(target: Any) -> str:
     return str(target) if hasattr(target, "_schema") else str(target.__name__)
 
 
+def call_text(node: fx.Node) -> str:
+    """A node for people: op or kind of input, and type, "aten.add.Tensor bf16[2, 16, 256]"."""
+    name = op_name(node) if node.op == "call_function" else f"{node.op} {node.name}"
+    return f"{name} {type_name(node)}".rstrip()
+
+
 def type_name(node: fx.Node) -> str:
     """ "bf16[2, 16, 64]"; "" where the value is no single tensor."""
     value = node.meta.get("val")

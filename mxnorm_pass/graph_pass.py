@@ -24,8 +24,7 @@ from mxnorm_pass.graph_utils import SubgraphCache, input_position, is_backward
 from mxnorm_pass.insert import insert_casts
 from mxnorm_pass.match import Fusion, find_sites
 from mxnorm_pass.match.linear import is_matmul, mark_parameters
-from mxnorm_pass.match.norm import find_norms
-from mxnorm_pass.match.skip import Skip
+from mxnorm_pass.match.norm import Norm, find_norms
 from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import Graph, Site, SkipReason, count_ops
 from mxnorm_pass.rewrite import rewrite
@@ -101,7 +100,7 @@ def run_pass(
         traffic_before=traffic_before,
         traffic_after=site_graphs.estimate.of_graph(graph) if changed else traffic_before,
     )
-    eps_inputs = (_input_position(norm.problem) for norm in norms)
+    eps_inputs = map(_eps_position, norms)
     return PassResult(
         result,
         modules,
@@ -110,10 +109,11 @@ def run_pass(
     )
 
 
-def _input_position(problem: Skip | None) -> int | None:
-    if problem is None or problem.reason is not SkipReason.EPS_INPUT or problem.node is None:
+def _eps_position(norm: Norm) -> int | None:
+    """Position of the graph input that alone keeps the norm from being rewritten."""
+    if norm.problem is None or norm.problem.reason is not SkipReason.EPS_INPUT:
         return None
-    return input_position(problem.node)
+    return input_position(norm.eps_input) if norm.eps_input is not None else None
 
 
 def _op_counts(graph: fx.Graph) -> dict[str, int]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import fx
 
 from mxnorm_pass import ops
@@ -31,13 +30,10 @@ from mxnorm_pass.graph_utils import (
     is_backward,
     is_transpose,
     outputs_of,
-    tensor_of,
 )
 from mxnorm_pass.match.linear import CastIndex, PlainLinear, plain_linear, readers
 from mxnorm_pass.match.norm import Norm
-from mxnorm_pass.match.router import is_router
-
-_LINEAR_DTYPES = (torch.bfloat16, torch.float32)
+from mxnorm_pass.match.uncast import obstacle
 
 
 def insert_casts(graph: fx.Graph, norms: Iterable[Norm], config: MXNormConfig) -> int:
@@ -47,9 +43,9 @@ def insert_casts(graph: fx.Graph, norms: Iterable[Norm], config: MXNormConfig) -
     linears = _all_linears(graph) if config.quantize == "all" else _norm_fed(norms)
     inserted = 0
     for linear in linears:
-        resolved = config.resolve(linear.name, opt_in=is_router(linear))
-        if not resolved.enabled or not _can_quantize(linear):
+        if obstacle(linear, config) is not None:
             continue
+        resolved = config.resolve(linear.name)
         fmt = MXFormat(resolved.config.elem_dtype, resolved.config.scale_mode, MX_BLOCK_SIZE)
         _quantize(graph, linear, fmt)
         inserted += 1
@@ -75,16 +71,6 @@ def _all_linears(graph: fx.Graph) -> Iterator[PlainLinear]:
         linear = plain_linear(node) if not is_backward(node) else None
         if linear is not None:
             yield linear
-
-
-def _can_quantize(linear: PlainLinear) -> bool:
-    """MX matmuls want both sides of the weight in whole blocks; that leaves out small adapters."""
-    activation, weight = tensor_of(linear.activation), tensor_of(linear.weight)
-    if activation is None or weight is None or activation.dtype != weight.dtype:
-        return False
-    if not all(isinstance(n, int) and n % MX_BLOCK_SIZE == 0 for n in weight.shape):
-        return False
-    return activation.dtype in _LINEAR_DTYPES
 
 
 def _quantize(graph: fx.Graph, linear: PlainLinear, fmt: MXFormat) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Literal
 
 from mxnorm_pass.report_page import render
@@ -37,6 +38,27 @@ class SkipReason(Enum):
 
 
 @dataclass(frozen=True)
+class NearMiss:
+    """Where the match of a skipped norm failed.
+
+    Attributes:
+        node: name of the first node at which it failed, as in ``Graph.before``.
+        expected: what had to stand there for the norm to be fused.
+        found: what stood there.
+        source: the line of the model that made the node, "file.py:12: code"; "" where unknown.
+    """
+
+    node: str
+    expected: str
+    found: str
+    source: str = ""
+
+    def __str__(self) -> str:
+        where = f" ({self.source})" if self.source else ""
+        return f"at {self.node}: expected {self.expected}; found {self.found}{where}"
+
+
+@dataclass(frozen=True)
 class Site:
     """One RMSNorm of a graph and what became of it.
 
@@ -52,6 +74,7 @@ class Site:
         residual: the residual add in front of the norm is fused, too.
         before, after: its part of the graph; ``after`` is None where skipped, both in reports of
             older versions.
+        near_miss: where the match failed; None where fused, or where nothing failed (DISABLED).
     """
 
     norm: str
@@ -65,6 +88,7 @@ class Site:
     residual: bool = False
     before: Subgraph | None = field(default=None, repr=False)
     after: Subgraph | None = field(default=None, repr=False)
+    near_miss: NearMiss | None = None
 
     @property
     def how(self) -> str:
@@ -76,7 +100,10 @@ class Site:
         if self.status == "fused":
             return f"fused    {self.norm} -> {', '.join(self.consumers)} ({self.how})"
         why = f"{self.reason.name}: {self.reason.value}" if self.reason else ""
-        return f"skipped  {self.norm}: {why}" + (f" ({self.detail})" if self.detail else "")
+        line = f"skipped  {self.norm}: {why}"
+        if self.near_miss is not None:
+            return f"{line}\n         {self.near_miss}"
+        return line + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass(frozen=True)
@@ -134,7 +161,7 @@ class Report:
                 f"mxnorm: {graph.name}: {len(graph.sites)} norms, {fused} fused, "
                 f"{len(graph.sites) - fused} skipped"
             )
-            lines += [f"  {site}" for site in graph.sites]
+            lines += [indent(str(site), "  ") for site in graph.sites]
             lines += [f"  ops {changes}" for changes in [_op_changes(graph)] if changes]
         return "\n".join(lines)
 
@@ -175,19 +202,19 @@ def _graph_to_dict(graph: Graph) -> dict[str, Any]:
 
 
 def _graph_from_dict(entry: dict[str, Any]) -> Graph:
-    sites = tuple(
-        Site(
-            **{
-                **site,
-                "consumers": tuple(site["consumers"]),
-                "reason": SkipReason[site["reason"]] if site["reason"] else None,
-                **_parsed(site, ("before", "after"), Subgraph.from_dict),
-            }
-        )
-        for site in entry["sites"]
-    )
+    sites = tuple(map(_site_from_dict, entry["sites"]))
     traffic = _parsed(entry, ("traffic_before", "traffic_after"), Traffic.from_dict)
     return Graph(**{**entry, "sites": sites, **traffic})
+
+
+def _site_from_dict(entry: dict[str, Any]) -> Site:
+    converted = {
+        "consumers": tuple(entry["consumers"]),
+        "reason": SkipReason[entry["reason"]] if entry["reason"] else None,
+        **_parsed(entry, ("before", "after"), Subgraph.from_dict),
+        **_parsed(entry, ("near_miss",), lambda fields: NearMiss(**fields)),
+    }
+    return Site(**{**entry, **converted})
 
 
 def _parsed(

@@ -49,7 +49,8 @@ from mxnorm_pass.match import FusedCast, Fusion
 from mxnorm_pass.match.backward import NormBackward
 from mxnorm_pass.match.cast import Cast
 from mxnorm_pass.match.linear import Consumer, WeightCast, cast_use
-from mxnorm_pass.match.norm import Norm, Rounding
+from mxnorm_pass.match.norm import Norm
+from mxnorm_pass.match.norm_tail import Rounding
 from mxnorm_pass.residual import fuse_residual_add
 
 
@@ -259,7 +260,7 @@ def _serve_backward_reads(
 
 
 def _rounding_of(norm: Norm) -> tuple[torch.dtype | None, torch.dtype]:
-    if norm.rounding is not None:
+    if norm.rounding:
         return norm.rounding.norm_dtype, norm.rounding.out_dtype
     return None, dtype_of(norm.output)
 

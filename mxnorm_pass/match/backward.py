@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from mxnorm_pass.graph_code import type_name
 from mxnorm_pass.graph_utils import (
     aten,
     is_backward,
@@ -90,7 +91,9 @@ def norm_backward(norm: Norm, index: BackwardIndex) -> NormBackward | Skip | Non
         return None
     region = {n for n in candidates if index.origin(n) in norm.nodes}
     if not region:
-        return _skip(norm, f"{min(candidates).name} may be part of the norm's backward or not")
+        first = min(candidates)
+        detail = f"{first.name} may be part of the norm's backward or not"
+        return _skip(first, detail, "the derivative of one of the norm's own ops")
     _add_accumulations(region)
     entries = {
         i for node in region for i in node.all_input_nodes if is_backward(i) and i not in region
@@ -99,11 +102,13 @@ def norm_backward(norm: Norm, index: BackwardIndex) -> NormBackward | Skip | Non
     output = tensor_of(norm.output)
     if len(entries) != 1 or output is None:
         names = ", ".join(sorted(e.name for e in entries)) or "nothing"
-        return _skip(norm, f"the norm's backward reads {names}, not one cotangent")
+        detail = f"the norm's backward reads {names}"
+        return _skip(min(entries or region), detail, "one cotangent of the norm's output")
     cotangent = entries.pop()
     value = tensor_of(cotangent)
     if value is None or not same_shape(value.shape, output.shape):
-        return _skip(norm, f"the cotangent {cotangent.name} has not the shape of the output")
+        detail = f"the cotangent {cotangent.name} is {type_name(cotangent)}"
+        return _skip(cotangent, detail, f"the output's shape, {type_name(norm.output)}")
     x_grads, gain_grads = [], []
     for node in exits:
         if _is_gain_grad(node, norm):
@@ -111,9 +116,11 @@ def norm_backward(norm: Norm, index: BackwardIndex) -> NormBackward | Skip | Non
         elif _has_shape_of(node, norm.x):
             x_grads.append(node)
         else:
-            return _skip(norm, f"{node.name} leaves the norm's backward and is no gradient of it")
+            detail = f"{node.name} {type_name(node)} leaves the norm's backward"
+            return _skip(node, detail, "the gradient of the norm's input or gain")
     if len(gain_grads) > 1:
-        return _skip(norm, "x has a single row, so its gradient and the gain's look alike")
+        detail = "x has a single row, so its gradient and the gain's look alike"
+        return _skip(gain_grads[1], detail, "one gradient of the gain")
     return NormBackward(cotangent, frozenset(region), tuple(x_grads), tuple(gain_grads))
 
 
@@ -125,8 +132,8 @@ def _is_gain_grad(node: fx.Node, norm: Norm) -> bool:
     return not single_row or seq_nr(node) in {seq_nr(n) for n in norm.nodes & set(norm.gain.users)}
 
 
-def _skip(norm: Norm, detail: str) -> Skip:
-    return Skip(SkipReason.BACKWARD, detail, norm.output)
+def _skip(node: fx.Node, detail: str, expected: str) -> Skip:
+    return Skip(SkipReason.BACKWARD, detail, node, expected)
 
 
 def _same_module(node: fx.Node, norm: Norm) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.formats import ELEMENT_FORMATS, MXFormat
+from mxnorm_pass.formats import CAST_MODES, ELEMENT_FORMATS, MXFormat
 from mxnorm_pass.graph_utils import (
     aten,
     dtype_of,
@@ -55,10 +55,18 @@ class Cast:
 
 @dataclass(frozen=True)
 class UnknownCast:
-    """A float8 cast of blocks that computes no known MX cast; ``detail`` says how it fails."""
+    """A float8 cast of blocks that computes no known MX cast.
+
+    Attributes:
+        source: what is cast.
+        node: where it fails to be one.
+        detail, expected: what stands there and what had to, in words.
+    """
 
     source: fx.Node
+    node: fx.Node
     detail: str
+    expected: str
 
 
 def find_casts(graph: fx.Graph) -> list[Cast | UnknownCast]:
@@ -127,7 +135,7 @@ def _opaque_cast(node: fx.Node, op: CastOp) -> Cast | UnknownCast:
     outputs = {user.args[1]: user for user in node.users}
     values, scales = outputs.get(op.values), outputs.get(op.scales)
     if op.format is None or values is None or scales is None:
-        return UnknownCast(op.source, f"{op.name} is not known")
+        return UnknownCast(op.source, node, f"{op.name} is not known", "a known cast op")
     return Cast(op.source, values, scales, op.format, frozenset((node, values, scales)))
 
 
@@ -135,14 +143,17 @@ def _match_region(values: fx.Node, region: _Region) -> Cast | UnknownCast:
     blocks = region.blocks
     scales = _find_scales(region)
     if scales is None:
-        return UnknownCast(blocks, "no scale of one byte per block comes with the values")
+        detail = "no scale of one byte per block comes with the values"
+        return UnknownCast(blocks, values, detail, "E8M0 scales beside the values")
     leak = _leak(region, scales)
     if leak is not None:
-        return UnknownCast(blocks, f"{leak} inside the cast is read from outside")
+        detail = f"{leak} inside the cast is read from outside"
+        return UnknownCast(blocks, leak, detail, "values and scales as the cast's only results")
     nodes = (*region.nodes, *(n for n in scales.nodes if n not in region.nodes))
     fmt = recognize(blocks, nodes, values, scales.node)
     if fmt is None:
-        return UnknownCast(blocks, f"the cast to {values.name} matches no MX scale mode")
+        detail = f"the cast to {values.name} matches no MX scale mode"
+        return UnknownCast(blocks, values, detail, f"the bits of {', '.join(CAST_MODES)}")
     last_values, last_scales = last_view(values), last_view(scales.node)
     return Cast(
         blocks, last_values, last_scales, fmt, frozenset((*nodes, last_values, last_scales))

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from mxnorm_pass import ops
+from mxnorm_pass.graph_code import type_name
 from mxnorm_pass.graph_utils import (
     aten,
     forward_users,
@@ -391,3 +392,21 @@ class Consumer:
     def nodes(self) -> tuple[fx.Node, ...]:
         """From the norm's output (excluded) to the matmul, but for the cast's own."""
         return (*self.reader.path, *self.linear.slice, self.linear.matmul)
+
+
+def weight_text(consumer: Consumer) -> str:
+    """The matrices that a consumer's weight is made of, for people."""
+    cast, linear = consumer.cast, consumer.linear
+    seen = {cast.values, cast.scales, *linear.slice}
+    pending = linear.matmul.all_input_nodes
+    found: dict[str, None] = {}
+    while pending:
+        node = pending.pop(0)
+        if node in seen or _is_constant(node):
+            continue
+        seen.add(node)
+        if node.op == "call_function":
+            pending += node.all_input_nodes
+        elif (value := tensor_of(node)) is not None and value.ndim > 1:
+            found[type_name(node)] = None
+    return " and ".join(found) or "a constant"

@@ -10,11 +10,13 @@ goes on through the gain and the dtype casts to the norm's output::
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from mxnorm_pass.graph_code import call_text
 from mxnorm_pass.graph_utils import (
     aten,
     dtype_of,
@@ -31,8 +33,16 @@ from mxnorm_pass.graph_utils import (
     tensor_of,
 )
 from mxnorm_pass.match.layer_norm import is_centered
+from mxnorm_pass.match.norm_tail import Rounding, Tail, follow_output, rounding_skip
 from mxnorm_pass.match.skip import Skip
-from mxnorm_pass.match.statistic import ADDS, Statistic, follow, is_narrowing, is_per_channel
+from mxnorm_pass.match.statistic import (
+    ADDS,
+    FACTORS,
+    Statistic,
+    follow,
+    is_narrowing,
+    is_per_channel,
+)
 from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import SkipReason
 
@@ -40,14 +50,6 @@ _MEANS = frozenset({aten.mean.dim})
 _SUMS = frozenset({aten.sum.dim_IntList})
 _VECTOR_NORMS = frozenset({aten.linalg_vector_norm.default})
 _SUPPORTED_INPUTS = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """Where the norm leaves float32: before the gain, and at the output (see ``functional``)."""
-
-    norm_dtype: torch.dtype | None
-    out_dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ class Norm:
         x: [..., D], before any upcast.
         output: [..., D], after gain and dtype casts.
         gain: a node of D elements, None for a norm without one.
-        rounding: None where the norm rounds in a way that the fused op cannot repeat.
+        rounding: a Skip where the norm rounds in a way that the fused op cannot repeat.
         nodes: the forward nodes from x (excluded) to output (included).
         problem: why the norm cannot be rewritten, whoever reads it.
+        eps_input: the graph input that eps is, None where it is a constant.
     """
 
     name: str
@@ -72,9 +75,10 @@ class Norm:
     width: int
     eps: float
     gain: fx.Node | None
-    rounding: Rounding | None
+    rounding: Rounding | Skip
     nodes: frozenset[fx.Node]
     problem: Skip | None = None
+    eps_input: fx.Node | None = None
 
     @property
     def seq_nrs(self) -> frozenset[int]:
@@ -213,18 +217,8 @@ def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
     width = value.shape[-1]
     upcasts = _exclusive_upcasts(start, found)
     x: fx.Node = upcasts[0].args[0] if upcasts else found.x  # type: ignore[assignment]
-    tail = _follow_output(found.node, width, found.gain)
+    tail = follow_output(found.node, width, found.gain)
     statistic = found.statistic
-    in_float32 = (start.squared, start.squares, start.statistic.node, statistic.node)
-    canonical = (
-        strip(start.squared, _is_upcast) is strip(found.x, _is_upcast)
-        and found.gain is None
-        and all(dtype_of(n) == torch.float32 for n in in_float32 if n is not None)
-        and start.statistic.node.target in _MEANS
-        and statistic.node.target is aten.rsqrt.default
-        and [n.target in ADDS for n in statistic.trail].count(True) <= 1
-        and len(statistic.trail) <= 3
-    )
     nodes = {found.node, *upcasts, *statistic.trail, *tail.nodes}
     nodes |= {n for n in (start.squares, found.scaled) if n is not None}
     anchor = start.statistic.node
@@ -236,9 +230,10 @@ def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
         width=width if isinstance(width, int) else -1,
         eps=statistic.eps,
         gain=tail.gain,
-        rounding=None if statistic.rounded or not canonical else tail.rounding,
+        rounding=next(_inexact(start, found), tail.rounding),
         nodes=frozenset(nodes),
         problem=_problem(start, found, x, tail),
+        eps_input=_eps_input(statistic),
     )
 
 
@@ -260,96 +255,73 @@ def _exclusive_upcasts(start: _SumOfSquares, found: _Normalization) -> tuple[fx.
     return casts if len(sources) == 1 else ()
 
 
-@dataclass(frozen=True)
-class _Tail:
-    output: fx.Node
-    gain: fx.Node | None
-    rounding: Rounding | None
-    nodes: tuple[fx.Node, ...]
-    odd_gain: fx.Node | None
+def _inexact(start: _SumOfSquares, found: _Normalization) -> Iterator[Skip]:
+    """Where the norm is not x * rsqrt(mean(x^2) + eps) in float32, which the fused op repeats."""
+    mean, statistic = start.statistic.node, found.statistic
+    if strip(start.squared, _is_upcast) is not strip(found.x, _is_upcast):
+        yield rounding_skip(found.x, f"{start.squared.name}, which is squared")
+    for node in (start.squared, start.squares, mean, statistic.node):
+        if node is not None and dtype_of(node) != torch.float32:
+            yield rounding_skip(node, "f32")
+    if mean.target not in _MEANS:
+        yield rounding_skip(mean, "aten.mean.dim")
+    rounded = (n for n in statistic.trail if is_dtype_cast(n) and is_narrowing(n))
+    for node in rounded if statistic.rounded else ():
+        yield rounding_skip(node, "1 / rms in f32 throughout")
+    adds = [n for n in statistic.trail if n.target in ADDS]
+    if len(adds) > 1 or len(statistic.trail) > 3:
+        detour = (n for n in statistic.trail[1:] if n not in adds[:1])
+        yield rounding_skip(next(detour), "aten.rsqrt of mean + eps and nothing else")
+    if statistic.node.target is not aten.rsqrt.default:
+        yield rounding_skip(statistic.node, "aten.rsqrt")
+    if found.gain is not None:
+        yield rounding_skip(found.scaled or statistic.node, "the gain after x / rms")
 
 
-def _follow_output(normalized: fx.Node, width: object, gain: fx.Node | None) -> _Tail:
-    """Walk through dtype casts and, unless it was met before, one gain to what readers see."""
-    node, odd_gain = normalized, None
-    before: list[torch.dtype] = []
-    after: list[torch.dtype] = []
-    at_gain: torch.dtype | None = None
-    nodes: list[fx.Node] = []
-    while True:
-        users = forward_users(node)
-        if len(users) != 1:
-            break
-        user = users[0]
-        if is_dtype_cast(user):
-            (before if gain is None else after).append(dtype_of(user))
-        elif is_call(user, (aten.alias.default, aten.detach.default)):
-            pass
-        elif gain is None and is_call(user, (aten.mul.Tensor,)):
-            factor = user.args[1] if user.args[0] is node else user.args[0]
-            if not is_per_channel(factor, width):
-                odd_gain = _odd_gain(factor, user, node)
-                break
-            gain = factor  # type: ignore[assignment]
-            at_gain = dtype_of(node)
-        else:
-            break
-        nodes.append(user)
-        node = user
-    rounding = _rounding(normalized, before, after, node)
-    if rounding is not None and at_gain not in (None, rounding.norm_dtype or torch.float32):
-        rounding = None
-    return _Tail(node, gain, rounding, tuple(nodes), odd_gain)
+def _eps_input(statistic: Statistic) -> fx.Node | None:
+    eps = statistic.eps_input
+    return None if eps is None else strip(eps, is_view, is_dtype_cast)
 
 
-def _odd_gain(factor: object, user: fx.Node, node: fx.Node) -> fx.Node | None:
-    """A parameter that scales the norm without having one element per channel."""
-    if isinstance(factor, fx.Node) and strip(factor, is_view, is_dtype_cast).op != "call_function":
-        own, result = tensor_of(node), tensor_of(user)
-        if own is not None and result is not None and same_shape(own.shape, result.shape):
-            return factor
-    return None
-
-
-def _rounding(
-    normalized: fx.Node, before: list[torch.dtype], after: list[torch.dtype], output: fx.Node
-) -> Rounding | None:
-    value, result = tensor_of(normalized), tensor_of(output)
-    if value is None or result is None or value.dtype != torch.float32:
-        return None
-    narrow_before = {d for d in before if d != torch.float32}
-    narrow_after = {d for d in after[:-1] if d != torch.float32}
-    if len(narrow_before) > 1 or narrow_after:
-        return None
-    return Rounding(next(iter(narrow_before), None), result.dtype)
-
-
-def _problem(start: _SumOfSquares, found: _Normalization, x: fx.Node, tail: _Tail) -> Skip | None:
-    value = tensor_of(start.squared)
+def _problem(start: _SumOfSquares, found: _Normalization, x: fx.Node, tail: Tail) -> Skip | None:
+    """Why the norm cannot be rewritten, whoever reads it; what stands first in the graph."""
+    value, anchor = tensor_of(start.squared), start.statistic.node
     assert value is not None
-    statistic = found.statistic
     if is_centered(start.squared):
-        return Skip(SkipReason.LAYER_NORM, "x - mean(x) is normalised", found.node)
-    if start.dims != (value.ndim - 1,):
-        dims = ", ".join(map(str, start.dims))
-        return Skip(SkipReason.NORM_DIMENSION, f"mean over dim {dims} of {value.ndim}", found.node)
+        centered = strip(start.squared, is_view, is_dtype_cast)
+        return Skip(SkipReason.LAYER_NORM, "x - mean(x) is normalised", centered, "x itself")
+    last = value.ndim - 1
+    if start.dims != (last,):
+        detail = f"a mean over dim {', '.join(map(str, start.dims))} of {value.ndim}"
+        return Skip(SkipReason.NORM_DIMENSION, detail, anchor, f"a mean over dim {last} alone")
     width = value.shape[-1]
     if not isinstance(width, int):
-        return Skip(SkipReason.WIDTH, f"width {width} is not static", found.node)
-    if statistic.eps_input is not None:
-        source = strip(statistic.eps_input, is_view, is_dtype_cast)
-        return Skip(SkipReason.EPS_INPUT, f"eps is {source.name}", source)
-    if statistic.eps_outside_root:
-        return Skip(SkipReason.NORM_FORM, "eps is added outside the root", found.node)
-    if not 0 <= statistic.eps < math.inf:
-        return Skip(SkipReason.NORM_FORM, f"eps is {statistic.eps:g}", found.node)
-    if not math.isclose(statistic.scale * width, 1.0, rel_tol=1e-5):
-        detail = f"sum(x^2) is scaled by {statistic.scale:g}, not by 1/{width}"
-        return Skip(SkipReason.NORM_FORM, detail, found.node)
+        detail = f"width {width} is not static"
+        return Skip(SkipReason.WIDTH, detail, anchor, "a constant width")
+    form = _form_problem(found.statistic, width)
+    if form is not None:
+        return form
     dtype = dtype_of(x)
     if dtype not in _SUPPORTED_INPUTS:
-        return Skip(SkipReason.DTYPE, f"the norm reads {dtype}", x)
-    if tail.odd_gain is not None:
-        shape = tuple(tensor_of(tail.odd_gain).shape)  # type: ignore[union-attr]
-        return Skip(SkipReason.GAIN_SHAPE, f"gain of shape {shape}, width {width}", tail.odd_gain)
+        supported = ", ".join(map(str, _SUPPORTED_INPUTS))
+        return Skip(SkipReason.DTYPE, f"the norm reads {dtype}", x, f"one of {supported}")
+    return tail.problem
+
+
+def _form_problem(statistic: Statistic, width: int) -> Skip | None:
+    """Where the statistic is not (sum(x^2) / width + eps) to a power, with a constant eps."""
+    if statistic.eps_input is not None:
+        add = next(n for n in statistic.trail if statistic.eps_input in n.args)
+        detail = f"eps is {call_text(_eps_input(statistic) or add)}"
+        return Skip(SkipReason.EPS_INPUT, detail, add, "a constant eps")
+    outside = statistic.eps_outside_root
+    if outside is not None:
+        expected = "eps inside the root, mean(x^2) + eps"
+        return Skip(SkipReason.NORM_FORM, "eps is added outside the root", outside, expected)
+    if not 0 <= statistic.eps < math.inf:
+        detail = f"eps is {statistic.eps:g}"
+        return Skip(SkipReason.NORM_FORM, detail, statistic.last(ADDS), "a finite eps >= 0")
+    if not math.isclose(statistic.scale * width, 1.0, rel_tol=1e-5):
+        detail = f"sum(x^2) is scaled by {statistic.scale:g}, not by 1/{width}"
+        return Skip(SkipReason.NORM_FORM, detail, statistic.last(FACTORS), f"sum(x^2) / {width}")
     return None

@@ -11,6 +11,7 @@ from torch import fx
 
 from mxnorm_pass.config import Estimator, Gradient, MXNormConfig
 from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat, ScaleLayout
+from mxnorm_pass.graph_code import call_text
 from mxnorm_pass.graph_utils import same_size, seq_nr, tensor_of
 from mxnorm_pass.match.backward import (
     BackwardIndex,
@@ -33,11 +34,14 @@ from mxnorm_pass.match.linear import (
     plain_linear,
     readers,
     weight_cast,
+    weight_text,
 )
 from mxnorm_pass.match.norm import Norm
+from mxnorm_pass.match.norm_tail import rounding_skip
 from mxnorm_pass.match.residual import residual_add
 from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.match.transposed_cast import Read, TransposedCast, transposed_casts, without_casts
+from mxnorm_pass.match.uncast import no_cast
 from mxnorm_pass.report import Site, SkipReason
 
 
@@ -141,6 +145,7 @@ class Refusal:
             consumers=self.consumers,
             reason=self.skip.reason,
             detail=self.skip.detail,
+            near_miss=self.skip.near_miss(self.anchor),
         )
 
 
@@ -199,12 +204,13 @@ def _anchor(site: Fusion | Refusal) -> fx.Node:
 
 def _refuse_layer_norm(norm: LayerNorm, config: MXNormConfig) -> Refusal:
     enabled = config.resolve(norm.name).enabled
-    skip = Skip(SkipReason.LAYER_NORM) if enabled else _turned_off(norm.name, norm.anchor)
-    return Refusal(norm.name, norm.anchor, skip)
+    detail = f"{norm.anchor.target}, which subtracts the mean"
+    skip = Skip(SkipReason.LAYER_NORM, detail, norm.anchor, "the mean of x^2")
+    return Refusal(norm.name, norm.anchor, skip if enabled else _turned_off(norm.name))
 
 
-def _turned_off(name: str, anchor: fx.Node) -> Skip:
-    return Skip(SkipReason.DISABLED, f"modules turns {name!r} off", anchor)
+def _turned_off(name: str) -> Skip:
+    return Skip(SkipReason.DISABLED, f"modules turns {name!r} off")
 
 
 def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
@@ -242,7 +248,7 @@ def _refuse(norm: Norm, skip: Skip, consumers: tuple[str, ...]) -> Refusal:
 @dataclass
 class _Consumers:
     consumers: list[Consumer] = field(default_factory=list)
-    escapes: list[fx.Node] = field(default_factory=list)
+    escapes: list[Skip] = field(default_factory=list)
     plain: list[str] = field(default_factory=list)
 
 
@@ -256,7 +262,7 @@ def _consumers(norm: Norm, read_by: Sequence[Reader], context: _Context) -> _Con
             continue
         use = cast_use(reader.cast)
         if use.escape is not None:
-            found.escapes.append(use.escape)
+            found.escapes.append(_escape(reader.cast, use.escape))
         for matmul in use.matmuls:
             weight = weight_cast(matmul, reader.cast, context.by_matmul)
             rounds_to = narrowest_dtype((norm.output, *reader.path))
@@ -265,6 +271,15 @@ def _consumers(norm: Norm, read_by: Sequence[Reader], context: _Context) -> _Con
             found.consumers.append(consumer)
     found.consumers.sort(key=lambda c: c.linear.matmul)
     return found
+
+
+def _escape(cast: Cast, reader: fx.Node) -> Skip:
+    expected = "dequantisation and matmul as the only readers of values and scales"
+    if reader.op == "output":
+        detail = f"{cast.values.name} or what is made of it is an output of the graph"
+        return Skip(SkipReason.CAST_ESCAPES, detail, cast.values, expected)
+    detail = f"{reader.name} ({call_text(reader)})"
+    return Skip(SkipReason.CAST_ESCAPES, detail, reader, expected)
 
 
 def _legality(
@@ -276,53 +291,53 @@ def _legality(
 ) -> Skip | None:
     """The first reason against a rewrite, the most general one first."""
     if context.subclass is not None:
-        return Skip(SkipReason.DTENSOR, context.subclass, norm.anchor)
+        return Skip(SkipReason.DTENSOR, context.subclass, norm.anchor, "plain tensors")
     if not norm_enabled:
-        return _turned_off(norm.name, norm.anchor)
+        return _turned_off(norm.name)
     if norm.problem is not None:
         return norm.problem
     if found.escapes:
-        node = found.escapes[0]
-        return Skip(SkipReason.CAST_ESCAPES, f"{node.name} ({node.target})", node)
+        return found.escapes[0]
     if not found.consumers:
         off = [name for name in found.plain if context.config.turns_off(name)]
         if off:
-            return Skip(SkipReason.DISABLED, f"consumers off: {', '.join(off)}", norm.output)
-        return _no_cast(norm, found, context)
+            return Skip(SkipReason.DISABLED, f"consumers off: {', '.join(off)}")
+        return _no_cast(norm, context)
     if not enabled:
         names = ", ".join(dict.fromkeys(c.name for c in found.consumers))
-        return Skip(SkipReason.DISABLED, f"every consumer is off: {names}", norm.output)
+        return Skip(SkipReason.DISABLED, f"every consumer is off: {names}")
     for consumer in enabled:
         block_size = consumer.cast.format.block_size
         if norm.width % block_size:
-            return Skip(SkipReason.WIDTH, f"width {norm.width}, block size {block_size}")
+            return _odd_width(norm, block_size)
     if context.config.resolve(norm.name).config.estimator == "exact":
-        if norm.rounding is None or any(c.rounds_to is None for c in enabled):
-            return Skip(SkipReason.ROUNDING, "", norm.output)
+        roundings = (norm.rounding, *map(_several_roundings, enabled))
+        return next((r for r in roundings if isinstance(r, Skip)), None)
     return None
 
 
-def _no_cast(norm: Norm, found: _Consumers, context: _Context) -> Skip:
-    pending = [norm.output]
-    for reader in readers(norm.output, CastIndex.of(())):
-        pending += [*reader.path, reader.node]
-    for node in pending:
+def _odd_width(norm: Norm, block_size: int) -> Skip:
+    detail = f"width {norm.width}, block size {block_size}"
+    return Skip(SkipReason.WIDTH, detail, norm.output, f"a width in whole blocks of {block_size}")
+
+
+def _several_roundings(consumer: Consumer) -> Skip | None:
+    """The refusal where the norm's output passes through several narrow dtypes to a cast."""
+    if consumer.rounds_to is not None:
+        return None
+    return rounding_skip(consumer.reader.path[-1], "a single rounding of the norm's output")
+
+
+def _no_cast(norm: Norm, context: _Context) -> Skip:
+    read_by = readers(norm.output, CastIndex.of(()))
+    for node in (norm.output, *chain.from_iterable((*r.path, r.node) for r in read_by)):
         if node in context.unknown:
             unknown = context.unknown[node]
-            return Skip(SkipReason.CAST_NOT_RECOGNIZED, unknown.detail, unknown.source)
+            reason = SkipReason.CAST_NOT_RECOGNIZED
+            return Skip(reason, unknown.detail, unknown.node, unknown.expected)
     if norm.width % MX_BLOCK_SIZE:
-        detail = f"width {norm.width}, block size {MX_BLOCK_SIZE}"
-        return Skip(SkipReason.WIDTH, detail, norm.output)
-    if found.plain:
-        detail = f"linears without a cast: {', '.join(dict.fromkeys(found.plain))}"
-    else:
-        read_by = dict.fromkeys(_read_as(r) for r in readers(norm.output, CastIndex.of(())))
-        detail = f"read by {', '.join(read_by) or 'nothing'}"
-    return Skip(SkipReason.NO_MX_CAST, detail, norm.output)
-
-
-def _read_as(reader: Reader) -> str:
-    return "the caller" if reader.node.op == "output" else str(reader.node.target)
+        return _odd_width(norm, MX_BLOCK_SIZE)
+    return no_cast(norm.output, read_by, context.config)
 
 
 def _gain_mode(
@@ -333,12 +348,14 @@ def _gain_mode(
     # The exact estimator promises to change no bit, and folding rounds differently.
     if config.gain == "activation" or config.estimator == "exact":
         return "activation"
-    missing = [c.name for c in consumers if not _can_fold(c, norm)]
+    missing = [c for c in consumers if not _can_fold(c, norm)]
     if not missing:
         return "fold"
     if config.gain == "fold":
-        detail = f"no cast of a [N, {norm.width}] weight in the graph: {', '.join(missing)}"
-        return Skip(SkipReason.NO_WEIGHT_CAST, detail, norm.gain)
+        texts = (f"{c.name} multiplies {weight_text(c)}" for c in missing)
+        expected = f"a cast of each linear's [N, {norm.width}] weight"
+        first = missing[0].linear.matmul
+        return Skip(SkipReason.NO_WEIGHT_CAST, "; ".join(texts), first, expected)
     return "activation"
 
 
@@ -367,7 +384,8 @@ def _with_backward(fusion: Fusion, read_by: Sequence[Reader], context: _Context)
     shared_cast = _shared_cast(fusion)
     if shared_cast is not None:
         detail = f"{shared_cast.values.name} feeds fused and other linears"
-        return Skip(SkipReason.BACKWARD, detail, shared_cast.values)
+        expected = "a cast that feeds nothing but fused linears"
+        return Skip(SkipReason.BACKWARD, detail, shared_cast.values, expected)
     backward = norm_backward(fusion.norm, context.backward)
     if isinstance(backward, Skip):
         return backward

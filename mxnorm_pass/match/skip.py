@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import fx
 
-from mxnorm_pass.report import SkipReason
+from mxnorm_pass.report import NearMiss, SkipReason
+from mxnorm_pass.source_line import source_line
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,20 @@ class Skip:
         reason: the kind.
         detail: what was found, in words.
         node: the first node at which the match failed.
+        expected: what had to stand there, in words; empty where nothing failed.
     """
 
     reason: SkipReason
     detail: str = ""
     node: fx.Node | None = None
+    expected: str = ""
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> Literal[False]:
         return False
+
+    def near_miss(self, anchor: fx.Node) -> NearMiss | None:
+        """Where the match failed; ``anchor`` stands in for a node without a source line."""
+        if self.node is None or not self.expected:
+            return None
+        source = source_line(self.node, anchor)
+        return NearMiss(self.node.name, self.expected, self.detail, source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,6 +23,7 @@ from mxnorm_pass.graph_utils import (
 ADDS = frozenset({aten.add.Tensor, aten.add.Scalar})
 _MULS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
 _DIVS = frozenset({aten.div.Tensor, aten.div.Scalar})
+FACTORS = _MULS | _DIVS
 _POWER_OF = {
     aten.sqrt.default: 0.5,
     aten.rsqrt.default: -0.5,
@@ -36,7 +38,7 @@ class Statistic:
     Attributes:
         trail: the nodes from the start (included) to ``node`` (included).
         gain: [D], by which each row's number was multiplied last; ``node`` is then [..., D].
-        eps_outside_root: something was added after the power.
+        eps_outside_root: the node that adds something after the power.
         eps_input: what was added is this tensor and no constant.
         rounded: it passed through a narrower dtype.
     """
@@ -47,7 +49,7 @@ class Statistic:
     power: float
     trail: tuple[fx.Node, ...]
     gain: fx.Node | None = None
-    eps_outside_root: bool = False
+    eps_outside_root: fx.Node | None = None
     eps_input: fx.Node | None = None
     rounded: bool = False
 
@@ -57,6 +59,10 @@ class Statistic:
         if self.gain is None:
             return self.node
         return next(a for a, b in pairwise(self.trail) if self.gain in b.args)
+
+    def last(self, targets: frozenset[Any]) -> fx.Node:
+        """The trail's last call of one of the ops, else its start."""
+        return next((n for n in reversed(self.trail) if n.target in targets), self.trail[0])
 
 
 def follow(start: Statistic) -> Iterator[tuple[Statistic, fx.Node]]:
@@ -93,7 +99,7 @@ def _next_statistic(s: Statistic, user: fx.Node) -> Iterator[Statistic]:
         yield replace(onward, power=s.power * _POWER_OF[user.target])
     elif is_call(user, (aten.pow.Tensor_Scalar,)) and isinstance(user.args[1], (int, float)):
         yield replace(onward, power=s.power * user.args[1])
-    elif is_call(user, ADDS | _MULS | _DIVS):
+    elif is_call(user, ADDS | FACTORS):
         yield from _arithmetic(s, user, onward)
 
 
@@ -113,7 +119,7 @@ def _arithmetic(s: Statistic, user: fx.Node, onward: Statistic) -> Iterator[Stat
         if s.power == 1.0:
             yield replace(onward, eps=s.eps + constant)
         elif constant != 0:
-            yield replace(onward, eps_outside_root=True)
+            yield replace(onward, eps_outside_root=user)
         return
     if user.target in _DIVS and first is not s.node:
         onward = replace(onward, power=-s.power)

@@ -1,0 +1,114 @@
+"""Follow a normalised x through gain and dtype casts to what the norm's readers see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from mxnorm_pass.graph_code import call_text
+from mxnorm_pass.graph_utils import (
+    aten,
+    dtype_of,
+    forward_users,
+    is_call,
+    is_dtype_cast,
+    is_view,
+    same_shape,
+    strip,
+    tensor_of,
+)
+from mxnorm_pass.match.skip import Skip
+from mxnorm_pass.match.statistic import is_per_channel
+from mxnorm_pass.report import SkipReason
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Where the norm leaves float32: before the gain, and at the output (see ``functional``)."""
+
+    norm_dtype: torch.dtype | None
+    out_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The end of a norm.
+
+    Attributes:
+        output: what its readers see.
+        gain: [D], None where none is met.
+        rounding: a Skip where the fused op cannot repeat it.
+        nodes: from the normalised x (excluded) to ``output`` (included).
+        problem: a parameter scales the norm without having one element per channel.
+    """
+
+    output: fx.Node
+    gain: fx.Node | None
+    rounding: Rounding | Skip
+    nodes: tuple[fx.Node, ...]
+    problem: Skip | None
+
+
+def follow_output(normalized: fx.Node, width: object, gain: fx.Node | None) -> Tail:
+    """Walk through dtype casts and, unless it was met before, one gain to what readers see."""
+    node, at_gain, problem = normalized, None, None
+    before: list[fx.Node] = []
+    after: list[fx.Node] = []
+    nodes: list[fx.Node] = []
+    while True:
+        users = forward_users(node)
+        if len(users) != 1:
+            break
+        user = users[0]
+        if is_dtype_cast(user):
+            (before if gain is None else after).append(user)
+        elif is_call(user, (aten.alias.default, aten.detach.default)):
+            pass
+        elif gain is None and is_call(user, (aten.mul.Tensor,)):
+            factor = user.args[1] if user.args[0] is node else user.args[0]
+            if not is_per_channel(factor, width):
+                problem = _odd_gain(factor, user, node, width)
+                break
+            gain, at_gain = factor, node  # type: ignore[assignment]
+        else:
+            break
+        nodes.append(user)
+        node = user
+    rounding = _rounding(normalized, before, at_gain, after)
+    return Tail(node, gain, rounding, tuple(nodes), problem)
+
+
+def _odd_gain(factor: object, user: fx.Node, node: fx.Node, width: object) -> Skip | None:
+    """A parameter that scales the norm without having one element per channel."""
+    if isinstance(factor, fx.Node) and strip(factor, is_view, is_dtype_cast).op != "call_function":
+        value, own, result = tensor_of(factor), tensor_of(node), tensor_of(user)
+        same = own is not None and result is not None and same_shape(own.shape, result.shape)
+        if same and value is not None:
+            detail = f"a gain of shape {tuple(value.shape)}, width {width}"
+            return Skip(SkipReason.GAIN_SHAPE, detail, user, f"a gain of shape ({width},)")
+    return None
+
+
+def _rounding(
+    normalized: fx.Node, before: list[fx.Node], at_gain: fx.Node | None, after: list[fx.Node]
+) -> Rounding | Skip:
+    """Which one dtype the casts before the gain round to, and which one those after it."""
+    if dtype_of(normalized) != torch.float32:
+        return rounding_skip(normalized, "x / rms in f32")
+    narrow = [node for node in before if dtype_of(node) != torch.float32]
+    norm_dtype = dtype_of(narrow[0]) if narrow else None
+    for node in narrow:
+        if dtype_of(node) != norm_dtype:
+            return rounding_skip(node, f"a single rounding before the gain, to {norm_dtype}")
+    for node in after[:-1]:
+        if dtype_of(node) != torch.float32:
+            return rounding_skip(node, "a single rounding after the gain")
+    if at_gain is not None and dtype_of(at_gain) != (norm_dtype or torch.float32):
+        return rounding_skip(at_gain, f"a product with the gain in {norm_dtype}")
+    return Rounding(norm_dtype, dtype_of((normalized, *before, *after)[-1]))
+
+
+def rounding_skip(node: fx.Node, expected: str) -> Skip:
+    return Skip(SkipReason.ROUNDING, call_text(node), node, expected)

@@ -1,0 +1,107 @@
+"""Say why nothing that reads a norm is cast: which readers there are, and what they do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import heappop, heappush
+
+import torch
+from torch import fx
+
+from mxnorm_pass.config import MXNormConfig
+from mxnorm_pass.formats import MX_BLOCK_SIZE
+from mxnorm_pass.graph_code import call_text, type_name
+from mxnorm_pass.graph_utils import aten, forward_users, is_call, tensor_of
+from mxnorm_pass.match.linear import PlainLinear, Reader, is_matmul, plain_linear
+from mxnorm_pass.match.router import is_router
+from mxnorm_pass.match.skip import Skip
+from mxnorm_pass.module_names import module_path
+from mxnorm_pass.report import SkipReason
+
+_LINEAR_DTYPES = (torch.bfloat16, torch.float32)
+_SHOWN = 3
+# From a norm to the attention or the experts it feeds there is a handful of ops.
+_MAX_STEPS = 64
+_PRODUCTS = ("attention", "grouped_mm", "convolution")
+_SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
+
+
+def obstacle(linear: PlainLinear, config: MXNormConfig) -> str | None:
+    """What keeps the backend from casting a plain linear, None where it casts it.
+
+    The words follow "a linear in bf16". MX matmuls want both sides of the weight in whole blocks;
+    that leaves out small adapters.
+    """
+    if config.quantize == "existing":
+        return "that quantize='existing' leaves without a cast"
+    if not config.resolve(linear.name, opt_in=is_router(linear)).enabled:
+        if config.turns_off(linear.name):
+            return "that `modules` turns off"
+        return "that is cast only if `modules` names it"
+    activation, weight = tensor_of(linear.activation), tensor_of(linear.weight)
+    if activation is None or weight is None or activation.dtype != weight.dtype:
+        return f"whose weight is {type_name(linear.weight)}"
+    if not all(isinstance(n, int) and n % MX_BLOCK_SIZE == 0 for n in weight.shape):
+        return f"whose weight {list(weight.shape)} is not in whole blocks of {MX_BLOCK_SIZE}"
+    if activation.dtype not in _LINEAR_DTYPES:
+        return "where only bf16 and f32 get casts"
+    return None
+
+
+def no_cast(output: fx.Node, read_by: Sequence[Reader], config: MXNormConfig) -> Skip:
+    """The refusal of a norm whose readers, seen without casts, are ``read_by``.
+
+    It points at the first linear, else at the first reader.
+    """
+    linears = {r.node: linear for r in read_by if (linear := plain_linear(r.node)) is not None}
+    # Linears first: theirs is the cast that is missing.
+    ordered = sorted(read_by, key=lambda reader: reader.node not in linears)
+    texts = dict.fromkeys(_reader_text(r, output, linears.get(r.node), config) for r in ordered)
+    shown = list(texts)[:_SHOWN] + [f"{len(texts) - _SHOWN} more"] * (len(texts) > _SHOWN)
+    detail = "; ".join(shown) or "no reader at all"
+    first = next((r.node for r in ordered if r.node.op != "output"), output)
+    return Skip(SkipReason.NO_MX_CAST, detail, first, "a linear with an MX cast")
+
+
+def _reader_text(
+    reader: Reader, output: fx.Node, linear: PlainLinear | None, config: MXNormConfig
+) -> str:
+    if linear is not None:
+        kind = "router" if is_router(linear) else "linear"
+        text = f"{linear.name}, a {kind} in {type_name(linear.activation).partition('[')[0]}"
+        if linear.activation is not (reader.path[-1] if reader.path else output):
+            return f"{text} that reads it as weight or bias"
+        return f"{text} {obstacle(linear, config) or 'without a cast'}"
+    if reader.node.op == "output":
+        return "an output of the graph"
+    text, module = call_text(reader.node), module_path(reader.node)
+    text += f" in {module}" if module else ""
+    product = _fed_product(reader.node, {output, *reader.path})
+    if product is None or product is reader.node:
+        return text
+    elsewhere = f" in {module_path(product)}" if module_path(product) != module else ""
+    return f"{text}, which feeds {product.target}{elsewhere}"
+
+
+def _fed_product(reader: fx.Node, known: set[fx.Node]) -> fx.Node | None:
+    """The next product that the reader leads to, short of sums with what is not in ``known``.
+
+    Such a sum is a residual stream, which feeds all that follows.
+    """
+    queue, steps = [reader], 0
+    while queue and steps < _MAX_STEPS:
+        # In graph order, so that a node's operands are known before it is.
+        node, steps = heappop(queue), steps + 1
+        if _is_product(node):
+            return node
+        operands = [n for n in node.all_input_nodes if tensor_of(n) is not None]
+        if node in known or (is_call(node, _SUMS) and not known.issuperset(operands)):
+            continue
+        known.add(node)
+        for user in forward_users(node):
+            heappush(queue, user)
+    return None
+
+
+def _is_product(node: fx.Node) -> bool:
+    return is_matmul(node) or any(name in str(node.target) for name in _PRODUCTS)
