@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mxnorm_pass.report import Report as Report
     from mxnorm_pass.report import Site as Site
     from mxnorm_pass.report import SkipReason as SkipReason
+    from mxnorm_pass.report_diff import ReportDiff as ReportDiff
     from mxnorm_pass.tracing import explain as explain
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _HOME = {
     "MXNormWarning": "announce",
     "NearMiss": "report",
     "Report": "report",
+    "ReportDiff": "report_diff",
     "Site": "report",
     "SkipReason": "report",
     "apply": "export",

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch._logging._internal import trace_structured
 
 from mxnorm_pass import recording
 from mxnorm_pass.config import MXNormConfig, UnmatchedPattern
 from mxnorm_pass.graph_pass import PassResult
-from mxnorm_pass.report import SkipReason
+from mxnorm_pass.report import Graph, SkipReason, site_rows
 
 log = logging.getLogger("mxnorm_pass")
 
@@ -44,8 +46,26 @@ def announce(result: PassResult, config: MXNormConfig, module_paths: Sequence[st
     for site in result.sites:
         log.debug("%s", site)
     log.debug("before:\n%s\nafter:\n%s", result.graph.before, result.graph.after)
+    _trace(result.graph)
     for warning in _warnings_of(result, config):
         _warn_once(warning, (config.fingerprint(), *module_paths))
+
+
+def _trace(graph: Graph) -> None:
+    """Artifacts of TORCH_TRACE, which tlparse shows beside Inductor's of the same compile."""
+    _artifact("mxnorm_sites", "json", lambda: json.dumps(site_rows(graph), indent=1))
+    _artifact("mxnorm_graph_before", "string", lambda: graph.before)
+    _artifact("mxnorm_graph_after", "string", lambda: graph.after)
+
+
+def _artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Nothing is computed where tracing is off; exported programs have no compile to belong to."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=payload,
+        expect_trace_id=False,
+    )
 
 
 def _warn_once(warning: MXNormWarning, owner: tuple[str, ...]) -> None:

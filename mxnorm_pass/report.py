@@ -8,33 +8,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from enum import Enum
 from pathlib import Path
 from textwrap import indent
 from typing import Any, Literal
 
+from mxnorm_pass.report_diff import ReportDiff, diff
 from mxnorm_pass.report_page import render
+from mxnorm_pass.report_table import render_table
+from mxnorm_pass.skip_reason import SkipReason as SkipReason
 from mxnorm_pass.subgraph import Subgraph, Traffic
-
-
-class SkipReason(Enum):
-    """Why a norm was left as it is; the value is one sentence for people."""
-
-    NO_MX_CAST = "no linear that reads this norm has an MX cast"
-    DISABLED = "turned off through `modules`"
-    CAST_NOT_RECOGNIZED = "a float8 cast reads this norm, but it computes no known MX cast"
-    CAST_ESCAPES = "the cast's values or scales are read by something that is no matmul"
-    NORM_DIMENSION = "the mean is not over the last dimension alone"
-    NORM_FORM = "not 1 / sqrt(mean(x^2) + eps)"
-    LAYER_NORM = "a LayerNorm: it subtracts the mean, which MXNorm does not estimate"
-    EPS_INPUT = "eps is an input of the graph, not a constant"
-    WIDTH = "the width is not a multiple of the block size"
-    DTYPE = "the dtype is not supported"
-    GAIN_SHAPE = "the gain does not have one element per channel"
-    ROUNDING = "estimator='exact' cannot reproduce where this norm rounds"
-    NO_WEIGHT_CAST = "gain='fold' needs the cast of the high-precision weight in the graph"
-    BACKWARD = "the norm's part of the backward graph could not be told apart"
-    DTENSOR = "the graph works on DTensors or another tensor subclass"
 
 
 @dataclass(frozen=True)
@@ -165,6 +147,16 @@ class Report:
             lines += [f"  ops {changes}" for changes in [_op_changes(graph)] if changes]
         return "\n".join(lines)
 
+    def diff(self, other: Report) -> ReportDiff:
+        """What changed from this report to the other; false where nothing did.
+
+        Graphs are paired by their norms, sites by name and by which call of the norm they are.
+        """
+        return diff(self.graphs, other.graphs)
+
+    def _repr_html_(self) -> str:
+        return render_table(self.graphs)
+
     def to_json(self) -> str:
         """The whole report as JSON; :meth:`from_json` reads it back."""
         return json.dumps([_graph_to_dict(graph) for graph in self.graphs], indent=1)
@@ -222,6 +214,15 @@ def _parsed(
 ) -> dict[str, Any]:
     """Parse the keys that the entry has; reports of older versions lack some."""
     return {key: parse(entry[key]) for key in keys if entry.get(key) is not None}
+
+
+def site_rows(graph: Graph) -> list[dict[str, Any]]:
+    """The sites as JSON values, without their subgraphs."""
+    rows = [asdict(replace(site, before=None, after=None)) for site in graph.sites]
+    for row, site in zip(rows, graph.sites, strict=True):
+        row["reason"] = site.reason.name if site.reason else None
+        del row["before"], row["after"]
+    return rows
 
 
 def count_ops(targets: list[str]) -> dict[str, int]:
