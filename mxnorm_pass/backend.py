@@ -31,7 +31,7 @@ from mxnorm_pass.graph_pass import (
 )
 from mxnorm_pass.graph_utils import aten
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
-from mxnorm_pass.module_names import module_paths, qualify_modules
+from mxnorm_pass.module_names import module_paths, qualify_modules, subgraphs
 
 log = logging.getLogger("mxnorm_pass")
 
@@ -170,6 +170,8 @@ class CompileJob:
             sorted((k, _pass_uuid(v) or repr(v)) for k, v in self.options.inductor.items()),
             self.module_paths,
             self.gm.print_readable(print_output=False),
+            # Near misses show the model's lines, of which the readable code has the innermost.
+            [node.meta.get("stack_trace") for g in subgraphs(self.gm) for node in g.nodes],
             [_describe(x) for x in self.example_inputs],
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from functional_mode import FunctionalMode, randomise_gains
+from matching import assert_explained
 from torch import Tensor, nn
 
 from mxnorm_pass import Report, SkipReason
@@ -57,6 +58,7 @@ def same_bits(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 
 
 def assert_sites_are_the_norms_that_ran(report: Report, mode: FunctionalMode) -> None:
+    assert_explained(report)
     rms = [site for site in report.sites if site.reason is not SkipReason.LAYER_NORM]
     assert Counter(site.norm for site in rms) == Counter(mode.calls)
     assert len(report.sites) - len(rms) == mode.layer_norm_calls

@@ -6,6 +6,7 @@ for bit with the uncompiled model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -251,6 +252,19 @@ def assert_skipped(report: Report, reason: SkipReason) -> Site:
     site = only_site(report)
     assert (site.status, site.reason) == ("skipped", reason), str(site)
     return site
+
+
+def assert_explained(report: Report) -> None:
+    """Every norm that is skipped, and not by choice, names a node of its graph and a line."""
+    for graph in report.graphs:
+        for site in graph.sites:
+            miss = site.near_miss
+            wanted = site.reason not in (None, SkipReason.DISABLED)
+            assert (miss is not None) == wanted, str(site)
+            if miss is not None:
+                assert re.search(rf"^ +(# )?{miss.node}(: | = )", graph.before, re.M), str(site)
+                assert miss.expected and miss.found == site.detail
+                assert re.match(r".+\.py:\d+: .", miss.source), str(site)
 
 
 def assert_untouched(report: Report) -> None:

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 import mxnorm_pass
 from mxnorm_pass import Graph, Report, SkipReason
+from mxnorm_pass.backend import CompileJob, parse
 
 pytestmark = expected_warnings
 
@@ -364,3 +365,24 @@ def test_nothing_failed_where_modules_turn_the_norm_off(modules: dict[str, bool]
 def test_a_fused_norm_has_no_near_miss() -> None:
     site = only_site(mxnorm_pass.explain(Model(), inputs(), options={"inner": "aot_eager"}))
     assert site.status == "fused" and site.near_miss is None
+
+
+def report_key(source: str) -> str:
+    """Under which the report of a compile of ``forward`` is kept for warm caches."""
+    keys: list[str] = []
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        keys.append(CompileJob.of(gm, example_inputs, parse(None)).report_key())
+        return gm
+
+    names: dict[str, Any] = {"norm": nn.RMSNorm(WIDTH)}
+    exec(compile(source, "model.py", "exec"), names)
+    torch._dynamo.reset()
+    torch.compile(names["forward"], backend=backend)(inputs())
+    return keys[0]
+
+
+def test_a_report_from_a_warm_cache_shows_no_old_lines() -> None:
+    """torch's own lines are the innermost here, and they stay where they are."""
+    source = "def forward(x):\n    return norm(x)\n"
+    assert report_key(source) == report_key(source) != report_key(f"\n{source}")

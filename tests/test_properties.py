@@ -16,6 +16,7 @@ from matching import (
     WIDTH,
     Model,
     assert_close,
+    assert_explained,
     assert_fused,
     assert_gradients,
     assert_same_bits,
@@ -97,6 +98,7 @@ def check_sites(spec: ModelSpec, model: RandomModel, report: Report) -> None:
     config = MXNormConfig(**spec.options)
     stages = [(i, s) for i, s in enumerate(model.stages) if s.norm.gives_a_site]
     assert len(report.fused) + len(report.skipped) == len(stages), str(report)
+    assert_explained(report)
     for (i, stage), site in zip(stages, report.sites, strict=True):
         assert (site.status == "skipped") == (site.reason is not None), str(site)
         names = {f"stages.{i}"} if stage.spec.inline else names_of(model, stage.norm)
