@@ -74,7 +74,7 @@ def run_pass(
     start = time.perf_counter()
     before, ops_before = graph_code(graph), _op_counts(graph)
     site_graphs = SiteGraphs(graph)
-    traffic_before = site_graphs.estimate.of_graph(graph)
+    traffic_before = site_graphs.estimate.total
     modules = _matmul_modules(graph)
     mark_parameters(graph, parameters)
     norms = find_norms(graph)
@@ -98,7 +98,7 @@ def run_pass(
         ops_after=_op_counts(graph) if changed else ops_before,
         sites=site_graphs.sites(),
         traffic_before=traffic_before,
-        traffic_after=site_graphs.estimate.of_graph(graph) if changed else traffic_before,
+        traffic_after=site_graphs.estimate.total,
     )
     eps_inputs = map(_eps_position, norms)
     return PassResult(

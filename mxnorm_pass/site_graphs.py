@@ -24,7 +24,7 @@ from mxnorm_pass.match.norm import Norm
 from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import Site
 from mxnorm_pass.subgraph import Change, Subgraph, SubgraphNode, Traffic
-from mxnorm_pass.traffic import Inputs, TrafficEstimate, is_free
+from mxnorm_pass.traffic import TrafficEstimate, is_free
 
 _FUSED_OPS = frozenset(
     {ops.norm_cast, ops.norm_cast_both, ops.add_norm_cast, ops.add_norm_cast_both}
@@ -32,6 +32,9 @@ _FUSED_OPS = frozenset(
 # A weight is some views, a cast and its dequantisation away from the matmul.
 _MAX_WEIGHT_NODES = 64
 _MAX_MODULE_NODES = 64
+
+
+Inputs = Callable[[fx.Node], Sequence[fx.Node]]
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,13 @@ class SiteGraphs:
     """
 
     graph: fx.Graph
-    estimate: TrafficEstimate = field(default_factory=TrafficEstimate)
+    estimate: TrafficEstimate = field(init=False)
     _original: frozenset[fx.Node] = field(init=False)
     _matmul_inputs: dict[fx.Node, list[fx.Node]] = field(init=False)
     _drafts: list[_Draft] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.estimate = TrafficEstimate(self.graph)
         self._original = frozenset(self.graph.nodes)
         matmuls = filter(is_matmul, self.graph.nodes)
         self._matmul_inputs = {matmul: matmul.all_input_nodes for matmul in matmuls}
@@ -129,6 +133,7 @@ class SiteGraphs:
 
     def sites(self) -> tuple[Site, ...]:
         """The sites with both cuts; a skipped one has only the first."""
+        self.estimate = TrafficEstimate(self.graph, self.estimate.sizes)
         alive = frozenset(self.graph.nodes)
         return tuple(self._site(draft, alive) for draft in self._drafts)
 
@@ -175,10 +180,10 @@ class SiteGraphs:
         nodes = {}
         for node in sorted({**parts, **context}):
             part = parts.get(node) or context[node]
-            moved = self.estimate.of_op(node, inputs)
+            moved = self.estimate.of_op(node)
             nodes[node] = _Node(node, part, op_name(node), tuple(inputs(node)), moved)
         own = [node for node in nodes if node in parts]
-        return _Cut(nodes, self.estimate.of(own, read_outside, inputs))
+        return _Cut(nodes, self.estimate.of(own, read_outside))
 
     def _original_inputs(self, node: fx.Node) -> Sequence[fx.Node]:
         """What the node read when it came in: inserted casts stand in front of matmuls."""
@@ -235,7 +240,7 @@ def _as(part: str, nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, str]]:
 def _part_of_created(node: fx.Node, fusion: Fusion) -> str:
     if is_backward(node):
         return "norm backward"
-    while node.op == "call_function" and is_free(node.target):
+    while is_free(node):
         node = node.all_input_nodes[0]
     if node.target in _FUSED_OPS:
         return "norm and cast"

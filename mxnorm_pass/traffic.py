@@ -15,9 +15,9 @@ A symbolic size counts with its hint, the size that the graph was traced with.
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from enum import Enum, auto
 from functools import cache
 from typing import Any
 
@@ -28,14 +28,8 @@ from mxnorm_pass.graph_utils import aten, is_backward
 from mxnorm_pass.ops import NAMESPACE
 from mxnorm_pass.subgraph import Traffic
 
-_FREE = frozenset({aten._unsafe_view.default, aten.sym_size.int})
 _PICKS_ROWS = frozenset(
-    {
-        aten.embedding.default,
-        aten.gather.default,
-        aten.index.Tensor,
-        aten.index_select.default,
-    }
+    {aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default}
 )
 # Reductions, and what writes or moves elements without the tag of pointwise ops.
 _FUSIBLE = frozenset(
@@ -45,123 +39,124 @@ _FUSIBLE = frozenset(
     "arange iota cat constant_pad_nd repeat flip native_layer_norm".split()
 )
 
-Inputs = Callable[[fx.Node], Sequence[fx.Node]]
 
-
-def all_inputs(node: fx.Node) -> Sequence[fx.Node]:
-    return node.all_input_nodes
+class _Kind(Enum):
+    VIEW = auto()
+    RESULT = auto()  # one of several results
+    NUMBER = auto()  # a size and what is computed from sizes
+    FUSIBLE = auto()
+    CALL = auto()
 
 
 class TrafficEstimate:
-    """Estimates for nodes of one graph, which may change in between: sizes are kept by node."""
+    """What each node of a graph moves, as the graph stands when this is made.
 
-    def __init__(self) -> None:
-        self._sizes: dict[fx.Node, int | None] = {}
+    Args:
+        sizes: those known from an earlier estimate; the values of nodes do not change.
+    """
 
-    def of_graph(self, graph: fx.Graph) -> Traffic:
-        """The whole graph; its outputs are written."""
-        nodes = [node for node in graph.nodes if node.op == "call_function"]
-        returned = {self._stored(n, all_inputs) for n in graph.output_node().all_input_nodes}
-        return self.of(nodes, returned)
+    def __init__(self, graph: fx.Graph, sizes: dict[fx.Node, int | None] | None = None) -> None:
+        self.sizes = {} if sizes is None else sizes
+        self._stored: dict[fx.Node, fx.Node] = {}
+        # Per op that moves something: the memory that it reads, and how much of it.
+        self._reads: dict[fx.Node, list[tuple[fx.Node, int | None]]] = {}
+        for node in graph.nodes:
+            if node.op == "call_function":
+                self._add(node)
+        returned = {self._stored.get(n, n) for n in graph.output_node().all_input_nodes}
+        self.total = self.of(list(self._stored), returned)
 
-    def of(
-        self,
-        nodes: Sequence[fx.Node],
-        read_outside: Collection[fx.Node],
-        inputs: Inputs = all_inputs,
-    ) -> Traffic:
-        """Some nodes in graph order.
+    def of(self, nodes: Sequence[fx.Node], read_outside: Collection[fx.Node]) -> Traffic:
+        """Some nodes in graph order; ``read_outside`` are those whose values others read, too."""
+        unfused = _sum(map(self.of_op, nodes))
+        fused = _sum(self._crossings(nodes, read_outside)) if unfused is not None else None
+        return Traffic(unfused, fused)
 
-        Args:
-            read_outside: those whose values others read, too.
-            inputs: the nodes that a node reads.
-        """
-        unfused = _sum(self.of_op(node, inputs) for node in nodes)
-        return Traffic(
-            unfused, None if unfused is None else self._fused(nodes, read_outside, inputs)
-        )
-
-    def of_op(self, node: fx.Node, inputs: Inputs = all_inputs) -> int | None:
+    def of_op(self, node: fx.Node) -> int | None:
         """Bytes that the op moves as a kernel of its own; 0 for views; None where unknown."""
-        if node.op != "call_function" or is_free(node.target):
+        reads = self._reads.get(node)
+        if reads is None:
             return 0
-        written = self._size(node)
-        read = (self._read(node, source, inputs) for source in inputs(node))
-        return _sum((written, *read))
+        return _sum((self._size(node), *(size for _, size in reads)))
 
-    def _fused(
-        self, nodes: Sequence[fx.Node], read_outside: Collection[fx.Node], inputs: Inputs
-    ) -> int | None:
-        # A kernel is the fusible nodes between the same number of library calls, or one such call.
+    def _add(self, node: fx.Node) -> None:
+        kind = _kind(node.target)
+        inputs = node.all_input_nodes
+        if kind is _Kind.VIEW and inputs:
+            self._stored[node] = self._stored.get(inputs[0], inputs[0])
+            return
+        self._stored[node] = node
+        if kind in (_Kind.FUSIBLE, _Kind.CALL):
+            reads = ((s, self._stored.get(s, s)) for s in inputs)
+            self._reads[node] = [(stored, self._read(node, s, stored)) for s, stored in reads]
+
+    def _read(self, node: fx.Node, source: fx.Node, stored: fx.Node) -> int | None:
+        size = self._size(source)
+        if source is not stored:
+            size = _smaller(size, self._size(stored))
+        if source is node.args[0] and node.target in _PICKS_ROWS:
+            size = _smaller(size, self._size(node))
+        return size
+
+    def _crossings(
+        self, nodes: Sequence[fx.Node], read_outside: Collection[fx.Node]
+    ) -> Iterator[int | None]:
+        """Bytes of each read of a kernel from outside of it, and of each value that it writes.
+
+        A kernel is the fusible nodes after the same number of library calls, or one such call.
+        """
         depth: dict[fx.Node, int] = {}
-        kernel: dict[fx.Node, object] = {}
-        moved: dict[object, int | None] = {}
+        kernels: dict[fx.Node, object] = {}
+        read: set[tuple[fx.Node, object]] = set()
+        written = {self._stored.get(node, node) for node in read_outside}
         for node in nodes:
-            sources = [s for s in inputs(node) if s.op != "output"]
-            below = max((depth.get(source, 0) for source in sources), default=0)
-            if is_free(node.target):
-                depth[node], kernel[node] = below, kernel.get(sources[0]) if sources else None
+            reads = self._reads.get(node)
+            if reads is None:
+                source = node.all_input_nodes[0] if node.all_input_nodes else node
+                depth[node] = depth.get(self._stored.get(source, source), 0)
+                kernels[node] = kernels.get(self._stored.get(source, source))
                 continue
-            depth[node] = below if _is_fusible(node.target) else below + 1
-            is_own = depth[node] != below
-            kernel[node] = node if is_own else (below, is_backward(node))
-            for source in sources:
-                stored = self._stored(source, inputs)
-                if kernel.get(stored) != kernel[node]:
-                    moved.setdefault((stored, kernel[node]), self._read(node, source, inputs))
-                    if stored in kernel:
-                        moved.setdefault(stored, self._size(stored))
-        for node in read_outside:
-            stored = self._stored(node, inputs)
-            if stored in kernel:
-                moved.setdefault(stored, self._size(stored))
-        return _sum(moved.values())
-
-    def _read(self, node: fx.Node, source: fx.Node, inputs: Inputs) -> int | None:
-        sizes = [self._size(source), self._size(self._stored(source, inputs))]
-        if node.target in _PICKS_ROWS and source is node.args[0]:
-            sizes.append(self._size(node))
-        known = [size for size in sizes if size is not None]
-        return min(known) if len(known) == len(sizes) else None
-
-    def _stored(self, node: fx.Node, inputs: Inputs) -> fx.Node:
-        """The node whose memory ``node`` is a view of."""
-        while is_view_of_memory(node):
-            sources = inputs(node)
-            if not sources:
-                break
-            node = sources[0]
-        return node
+            calls = max((depth.get(stored, 0) for stored, _ in reads), default=0)
+            fusible = _kind(node.target) is _Kind.FUSIBLE
+            depth[node] = calls if fusible else calls + 1
+            kernel: object = (calls, is_backward(node)) if fusible else node
+            kernels[node] = kernel
+            for stored, size in reads:
+                if kernels.get(stored) != kernel and (stored, kernel) not in read:
+                    read.add((stored, kernel))
+                    written.add(stored)
+                    yield size
+        yield from (self._size(node) for node in written if kernels.get(node) is not None)
 
     def _size(self, node: fx.Node) -> int | None:
-        if node not in self._sizes:
-            self._sizes[node] = _bytes(node.meta.get("val"))
-        return self._sizes[node]
+        if node not in self.sizes:
+            self.sizes[node] = _bytes(node.meta.get("val"))
+        return self.sizes[node]
 
 
-def is_view_of_memory(node: fx.Node) -> bool:
-    return (
-        node.op == "call_function" and node.target is not operator.getitem and is_free(node.target)
-    )
+def is_free(node: fx.Node) -> bool:
+    """Is the node a view, a size or one of several results, which move no bytes?"""
+    return node.op == "call_function" and _kind(node.target) not in (_Kind.FUSIBLE, _Kind.CALL)
 
 
 @cache
-def is_free(target: Any) -> bool:
-    """Does a call of ``target`` move no bytes: a view, a size, one of several results?"""
+def _kind(target: Any) -> _Kind:
+    if target is operator.getitem:
+        return _Kind.RESULT
     if not isinstance(target, torch._ops.OpOverload):
         # Python functions compute sizes; higher-order ops stand for kernels.
-        return not isinstance(target, torch._ops.HigherOrderOperator)
+        is_kernel = isinstance(target, torch._ops.HigherOrderOperator)
+        return _Kind.CALL if is_kernel else _Kind.NUMBER
+    if target is aten.sym_size.int:
+        return _Kind.NUMBER
     aliases = [r.alias_info for r in target._schema.returns]
-    return target in _FREE or any(a is not None and not a.is_write for a in aliases)
-
-
-@cache
-def _is_fusible(target: Any) -> bool:
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
+    if target is aten._unsafe_view.default or any(a and not a.is_write for a in aliases):
+        return _Kind.VIEW
     name = target._schema.name.partition("::")[2]
     is_own = target.namespace == NAMESPACE
-    return torch.Tag.pointwise in target.tags or is_own or name in _FUSIBLE
+    if torch.Tag.pointwise in target.tags or is_own or name in _FUSIBLE:
+        return _Kind.FUSIBLE
+    return _Kind.CALL
 
 
 def _bytes(value: Any) -> int | None:
@@ -169,16 +164,23 @@ def _bytes(value: Any) -> int | None:
         return _sum(map(_bytes, value))
     if not isinstance(value, Tensor):
         return 0
-    sizes = [size if isinstance(size, int) else _hint(size) for size in value.shape]
-    if None in sizes:
-        return None
-    return math.prod(sizes) * value.dtype.itemsize
+    total = value.dtype.itemsize
+    for size in value.shape:
+        hint = size if isinstance(size, int) else _hint(size)
+        if hint is None:
+            return None
+        total *= hint
+    return total
 
 
 def _hint(size: Any) -> int | None:
     """The size with which the graph was traced; asking for it adds no guard."""
     hint = getattr(getattr(size, "node", None), "hint", None)
     return hint if isinstance(hint, int) else None
+
+
+def _smaller(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else min(a, b)
 
 
 def _sum(terms: Iterable[int | None]) -> int | None:
