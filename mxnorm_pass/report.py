@@ -12,8 +12,8 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any, Literal
 
+from mxnorm_pass.page import render
 from mxnorm_pass.report_diff import ReportDiff, diff
-from mxnorm_pass.report_page import render
 from mxnorm_pass.report_table import render_table
 from mxnorm_pass.skip_reason import SkipReason as SkipReason
 from mxnorm_pass.subgraph import Subgraph, Traffic

@@ -208,16 +208,13 @@ def _parts_of_fusion(fusion: Fusion, inputs: Inputs) -> Iterator[tuple[fx.Node, 
         yield from _as("norm backward", fusion.backward.nodes)
     for transposed in fusion.transposed:
         yield from _as("cast along T", transposed.cast.nodes)
-    linears = [consumer.linear.matmul for consumer in fusion.consumers]
     activations = {n for c in fusion.consumers for n in (*c.nodes, *c.cast.nodes)}
-    for linear in linears:
-        yield from _as("weight", _weight_nodes(linear, activations, inputs))
     for consumer in fusion.consumers:
-        if consumer.weight is not None:
-            yield from _as("weight cast", consumer.weight.cast.nodes)
+        weight = "weight" if consumer.weight is None else "weight cast"
+        yield from _as(weight, _weight_nodes(consumer.linear.matmul, activations, inputs))
         yield from _as("dequantize", consumer.linear.slice)
         yield from _as("cast", (*consumer.reader.path, *consumer.cast.nodes))
-    yield from _as("linear", linears)
+    yield from _as("linear", (consumer.linear.matmul for consumer in fusion.consumers))
     yield from _as("norm", fusion.norm.nodes)
     if fusion.residual is not None:
         yield fusion.residual, "residual add"

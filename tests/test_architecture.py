@@ -42,7 +42,7 @@ LAYERS = [
     {"config", "channel_order"},
     {"calibration", "report"},
     {"formats", "inductor_options", "module_names", "subgraph", "skip_reason"},
-    {"report_diff", "report_page", "report_table"},
+    {"report_diff", "page", "report_table"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 
