@@ -194,7 +194,9 @@ function side(name, subgraph, code, state) {
 function finishDiagram(svg, listing, label) {
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", label);
-  svg.style.maxWidth = svg.getAttribute("width").replace("pt", "px");
+  const width = parseFloat(svg.getAttribute("width"));
+  svg.style.maxWidth = `${width}px`;
+  svg.style.minWidth = `${Math.round(0.6 * width)}px`;
   svg.removeAttribute("width");
   svg.removeAttribute("height");
   svg.querySelector("g.graph > title")?.remove();
