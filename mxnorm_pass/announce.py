@@ -12,8 +12,9 @@ import torch
 from torch._logging._internal import trace_structured
 
 from mxnorm_pass import recording
-from mxnorm_pass.config import MXNormConfig, UnmatchedPattern
+from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.graph_pass import PassResult
+from mxnorm_pass.name_patterns import UnmatchedPattern
 from mxnorm_pass.report import Graph, SkipReason, site_rows
 
 log = logging.getLogger("mxnorm_pass")
@@ -27,12 +28,27 @@ class CalibrationWarning(MXNormWarning):
     """An inference model runs on the uncalibrated estimate of the RMS."""
 
 
+_ORDER_UNKNOWN = MXNormWarning(
+    "mxnorm: the calibration was fitted in an order of its own of the residual channels, and the "
+    "weights in this graph do not tell which order they are in. If it was not applied, the result "
+    "is wrong: mxnorm_pass.permute_channels(model, calibration.order)"
+)
+
 _warned: set[tuple[str, ...]] = set()
 _warned_lock = threading.Lock()
 
 
-def announce(result: PassResult, config: MXNormConfig, module_paths: Sequence[str]) -> None:
-    """Report, log and warn; the same after a cold and a warm compile."""
+def announce(
+    result: PassResult,
+    config: MXNormConfig,
+    module_paths: Sequence[str],
+    order_known: bool = True,
+) -> None:
+    """Report, log and warn; the same after a cold and a warm compile.
+
+    Args:
+        order_known: could the channel order be compared with the calibration's?
+    """
     recording.publish(result)
     fused = sum(site.status == "fused" for site in result.sites)
     log.info(
@@ -49,6 +65,8 @@ def announce(result: PassResult, config: MXNormConfig, module_paths: Sequence[st
     _trace(result.graph)
     for warning in _warnings_of(result, config):
         _warn_once(warning, (config.fingerprint(), *module_paths))
+    if not order_known and any(site.calibration == "block weights" for site in result.sites):
+        _warn_once(_ORDER_UNKNOWN, (config.fingerprint(), *module_paths))
 
 
 def _trace(graph: Graph) -> None:
@@ -80,10 +98,11 @@ def _warn_once(warning: MXNormWarning, owner: tuple[str, ...]) -> None:
 def _warnings_of(result: PassResult, config: MXNormConfig) -> Iterator[MXNormWarning]:
     yield from _last_compile(config)
     yield from _unmatched_patterns(result, config)
+    yield from _unknown_to_calibration(result)
     if not any(site.status == "fused" for site in result.sites):
         yield from _nothing_fused(result)
     elif result.graph.name == "inference":
-        yield from _uncalibrated(result, config)
+        yield from _uncalibrated(result)
 
 
 def _last_compile(config: MXNormConfig) -> Iterator[MXNormWarning]:
@@ -127,6 +146,16 @@ def _prefix_hint(config: MXNormConfig, unmatched: UnmatchedPattern) -> str:
     )
 
 
+def _unknown_to_calibration(result: PassResult) -> Iterator[MXNormWarning]:
+    unknown = [site.norm for site in result.sites if site.calibration == "unknown"]
+    if unknown:
+        yield MXNormWarning(
+            f"mxnorm: the calibration does not know {', '.join(unknown)}; they keep the exact RMS. "
+            "Calibrate with the `modules` that you compile with, or say so: "
+            "modules={...: {'estimator': 'exact'}}"
+        )
+
+
 def _nothing_fused(result: PassResult) -> Iterator[MXNormWarning]:
     reasons = {site.reason for site in result.sites if site.reason is not None}
     if reasons and reasons <= {SkipReason.DISABLED}:
@@ -138,14 +167,16 @@ def _nothing_fused(result: PassResult) -> Iterator[MXNormWarning]:
     yield MXNormWarning(f"mxnorm: nothing to rewrite in this graph: {why}")
 
 
-def _uncalibrated(result: PassResult, config: MXNormConfig) -> Iterator[CalibrationWarning]:
-    estimated = [s for s in result.sites if s.status == "fused" and s.estimator == "mxnorm"]
-    if not estimated or config.calibration is not None:
+def _uncalibrated(result: PassResult) -> Iterator[CalibrationWarning]:
+    estimated = [
+        s for s in result.sites if s.estimator == "mxnorm" and s.calibration != "block weights"
+    ]
+    if not estimated:
         return
     yield CalibrationWarning(
         f"mxnorm: {len(estimated)} norms estimate their RMS without calibration. A checkpoint "
         "trained with RMSNorm has outlier channels that break the estimate and gives wrong "
-        "text; use estimator='exact' for it, or a calibration where this version has one. For "
-        "a model trained with MXNorm this is right: silence it with "
+        "text; use estimator='exact' for it, or mxnorm_pass.calibrate. For a "
+        "model trained with MXNorm this is right: silence it with "
         "warnings.simplefilter('ignore', mxnorm_pass.CalibrationWarning)"
     )

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import recording
 from mxnorm_pass.announce import announce
+from mxnorm_pass.channel_order import check_channels
 from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
+from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.freezing import FrozenGraph, is_static
 from mxnorm_pass.graph_pass import (
     LeaveAlone,
@@ -31,18 +33,11 @@ from mxnorm_pass.graph_pass import (
 )
 from mxnorm_pass.graph_utils import aten
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
-from mxnorm_pass.module_names import module_paths, qualify_modules, subgraphs
+from mxnorm_pass.module_names import module_paths, parameter_name, qualify_modules, subgraphs
 
 log = logging.getLogger("mxnorm_pass")
 
 CompiledFunction = Callable[..., Any]
-
-
-class InvalidOptionsError(ValueError, ShortenTraceback):
-    """A ValueError that torch.compile hands to its caller as it is."""
-
-    def __init__(self, message: str) -> None:
-        ShortenTraceback.__init__(self, message, first_useful_frame=None)
 
 
 def mxnorm(
@@ -64,6 +59,7 @@ def mxnorm(
         ValueError: an option is unknown or has a wrong value; the message names it.
     """
     job = CompileJob.of(gm, example_inputs, parse(options, mode))
+    order_known = job.check_channels()
     key = job.report_key()
     compiled = _INNER[job.config.inner](job)
     if job.is_backward:
@@ -74,7 +70,7 @@ def mxnorm(
     else:
         result = recording.load(key) or _retrace(job)
     if result is not None:
-        announce(result, job.config, job.module_paths)
+        announce(result, job.config, job.module_paths, order_known)
     return compiled
 
 
@@ -153,6 +149,22 @@ class CompileJob:
             decompositions=decompositions,
         )
         return self.with_users_passes("joint_custom_pre_pass", ours)
+
+    def check_channels(self) -> bool:
+        """Refuse a calibration in another channel order; False where the order cannot be told.
+
+        Not part of the pass, which a warm cache leaves out: caches know no values of weights.
+        """
+        calibration = self.config.calibration
+        if calibration is None or self.is_backward:
+            return True
+        inputs = zip(_placeholders(self.gm), self.example_inputs, strict=True)
+        parameters = {
+            parameter_name(node, self.config.prefix): value
+            for node, value in inputs
+            if is_static(node)
+        }
+        return check_channels(calibration, parameters)
 
     def with_users_passes(self, slot: str, ours: CustomGraphPass) -> CustomGraphPass:
         if self.config.inner != "inductor":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mxnorm_pass.calibration import Calibration
+from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.module_names import clean_module_path
 from mxnorm_pass.report import Site
 
@@ -63,7 +64,8 @@ def check_channels(calibration: Calibration, parameters: Mapping[str, Tensor]) -
         or the values are no plain tensors or all alike.
 
     Raises:
-        ValueError: a width differs, the order was not applied, or the weights are other ones.
+        InvalidOptionsError: a width differs, the order was not applied, or these are
+            other weights.
     """
     agreement, without_order = [], []
     for name, stored in calibration.channels.items():
@@ -71,7 +73,7 @@ def check_channels(calibration: Calibration, parameters: Mapping[str, Tensor]) -
         if statistic is None:
             continue
         if statistic.shape != stored.shape:
-            raise ValueError(
+            raise InvalidOptionsError(
                 f"the calibration belongs to another model: {name!r} has {len(statistic)} "
                 f"channels, in the calibration {len(stored)}"
             )
@@ -89,12 +91,12 @@ def _judge(agreement: float, without_order: float) -> None:
     if agreement >= _SAME and agreement >= without_order - _TIE:
         return
     if without_order >= _SAME:
-        raise ValueError(
+        raise InvalidOptionsError(
             "the calibration was fitted in another order of the residual channels than this model "
             "has. Apply it once, before compiling: "
             "mxnorm_pass.permute_channels(model, calibration.order)"
         )
-    raise ValueError(
+    raise InvalidOptionsError(
         "the calibration belongs to other weights: channel by channel they correlate by "
         f"{agreement:.2f} with those that were calibrated. Calibrate this model with "
         "mxnorm_pass.calibrate; if its channels were permuted since, undo that first"

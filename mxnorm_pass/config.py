@@ -5,11 +5,10 @@ This module is a leaf. It imports only other leaves, the standard library and to
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import hashlib
 import json
 import math
+import os
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +17,9 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
+from mxnorm_pass.calibration import Calibration
 from mxnorm_pass.formats import ScaleMode
 from mxnorm_pass.inductor_options import (
     check_inductor_value,
@@ -27,8 +28,15 @@ from mxnorm_pass.inductor_options import (
     mode_options,
     one_of,
 )
+from mxnorm_pass.name_patterns import (
+    UnmatchedPattern,
+    check_pattern,
+    compile_pattern,
+    nearest_names,
+)
 
 __all__ = [
+    "Calibrated",
     "Estimator",
     "Gain",
     "Gradient",
@@ -38,7 +46,6 @@ __all__ = [
     "ParsedOptions",
     "Quantize",
     "ScaleMode",
-    "UnmatchedPattern",
     "parse_options",
 ]
 
@@ -47,27 +54,16 @@ Gain = Literal["auto", "fold", "activation"]
 Gradient = Literal["true", "orthogonal", "paper"]
 Quantize = Literal["norm-fed", "existing", "all"]
 Inner = Literal["inductor", "aot_eager", "eager"]
+# Estimated with block weights, kept exact, or exact since the calibration does not know the norm.
+Calibrated = Literal["block weights", "exact", "unknown"]
 
 _Validator = Callable[[str, object], Any]
 
-_REGEX_PREFIX = "re:"
 _HEAD_NAMES = frozenset({"lm_head", "output"})
 _ELEM_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _OVERRIDABLE = ("estimator", "p", "gain", "gradient", "elem_dtype", "scale_mode")
-
-
-@dataclass(frozen=True)
-class UnmatchedPattern:
-    """A key of ``MXNormConfig.modules`` that matched no module name.
-
-    Attributes:
-        pattern: the key, as given.
-        nearest: up to three of the names it was tried on, best first; empty only if there
-            were no names.
-    """
-
-    pattern: str
-    nearest: tuple[str, ...]
+# An object of its own, to tell it from a p = 2 that was asked for.
+_DEFAULT_P = float("2")
 
 
 @dataclass(frozen=True)
@@ -78,10 +74,15 @@ class ModuleConfig:
         enabled: whether the module may be rewritten at all.
         config: the base config with the winning rule's overrides applied. Meaningful only where
             ``enabled`` is true.
+        calibration: what the calibration does to a norm of that name; None where there is none
+            or the winning rule overrules it. ``config.estimator`` is what follows from it.
+        block_weights: [K] float32, with which the norm's RMS is estimated.
     """
 
     enabled: bool
     config: MXNormConfig
+    calibration: Calibrated | None = None
+    block_weights: Tensor | None = field(default=None, compare=False)
 
     @property
     def overrides(self) -> dict[str, str]:
@@ -114,6 +115,7 @@ class MXNormConfig:
         estimator: "mxnorm" (RMS estimated from the block scales) or "exact" (fused RMSNorm and
             cast with the true RMS).
         p: exponent of the estimator's power mean; any finite int or float above 0, kept as float.
+            With a calibration its exponent is the default, and no other is allowed.
         gain: "auto", "fold" or "activation": where the norm's weight is applied.
         gradient: "true", "orthogonal" or "paper".
         quantize: "norm-fed" (plain linears fed by a norm), "existing" (only casts already in the
@@ -124,7 +126,8 @@ class MXNormConfig:
         modules: name pattern to False, True or a dict of overrides of estimator, p, gain,
             gradient, elem_dtype and scale_mode. A pattern is a glob, or a regular expression
             after "re:"; see ``resolve``. Copied, so later changes to the caller's dict are unseen.
-        calibration: None; calibration files are not supported by this version.
+        calibration: a :class:`mxnorm_pass.Calibration`, or the path of one, which is read here.
+            Norms that it does not know stay exact. A rule that sets ``estimator`` overrules it.
         inner: "inductor", "aot_eager" or "eager": what compiles the rewritten graph.
         freezing: Inductor's meaning: inference weights are folded and cast once.
         prefix: full name of the module that is compiled on its own ("model.layers.3"); it goes in
@@ -136,14 +139,14 @@ class MXNormConfig:
     """
 
     estimator: Estimator = "mxnorm"
-    p: float = 2.0
+    p: float = _DEFAULT_P
     gain: Gain = "auto"
     gradient: Gradient = "true"
     quantize: Quantize = "norm-fed"
     elem_dtype: torch.dtype = torch.float8_e4m3fn
     scale_mode: ScaleMode = "rceil"
     modules: Mapping[str, bool | Mapping[str, Any]] = field(default_factory=dict)
-    calibration: None = None
+    calibration: Calibration | None = None
     inner: Inner = "inductor"
     freezing: bool = False
     prefix: str = ""
@@ -151,6 +154,9 @@ class MXNormConfig:
     def __post_init__(self) -> None:
         for name, validate in _VALIDATORS.items():
             object.__setattr__(self, name, validate(name, getattr(self, name)))
+        if self.calibration is not None:
+            _check_agreement(self, self.calibration)
+            object.__setattr__(self, "p", self.calibration.p)
 
     def resolve(self, name: str, opt_in: bool = False) -> ModuleConfig:
         """Return what applies to the module of that full dotted name.
@@ -207,7 +213,8 @@ class MXNormConfig:
     def _local(self, name: str) -> tuple[object, ...]:
         """What the rules make of a module, without the name of what is compiled on its own."""
         resolved, opted_in = self.resolve(name), self.resolve(name, opt_in=True).enabled
-        return name.removeprefix(self.prefix), resolved.enabled, opted_in, resolved.overrides
+        site = "" if self.calibration is None else self.calibration.site_fingerprint(name)
+        return name.removeprefix(self.prefix), resolved.enabled, opted_in, resolved.overrides, site
 
     def __eq__(self, other: object) -> bool:
         # Comparing the fields would call two orders of `modules` equal, and order decides there.
@@ -232,7 +239,18 @@ class MXNormConfig:
         component = name.rpartition(".")[2]
         if opt_in or component in _HEAD_NAMES:
             enabled = enabled and winner is not None and component in winner.pattern
-        return ModuleConfig(enabled, self if winner is None else winner.config)
+        config = self if winner is None else winner.config
+        if self.calibration is None:
+            return ModuleConfig(enabled, config)
+        weights = self.calibration.weights.get(name)
+        by_rule = winner is not None and winner.sets_estimator
+        if by_rule and (config.estimator == "exact" or weights is None):
+            return ModuleConfig(enabled, config)
+        if weights is not None and (by_rule or name not in self.calibration.exact):
+            return ModuleConfig(enabled, config, "block weights", weights)
+        kept: Calibrated = "exact" if name in self.calibration.exact else "unknown"
+        exact = replace(config, estimator="exact", calibration=None)
+        return ModuleConfig(enabled, exact, kept)
 
     @cached_property
     def _resolved(self) -> dict[tuple[str, bool], ModuleConfig]:
@@ -247,6 +265,7 @@ class MXNormConfig:
         values: dict[str, object] = {name: getattr(self, name) for name in _VALIDATORS}
         # A list, because the order of the rules is part of their meaning.
         values["modules"] = list(_thaw_modules(self.modules).items())
+        values["calibration"] = self.calibration and self.calibration.fingerprint()
         text = json.dumps(values, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -257,6 +276,7 @@ class _Rule:
     regex: re.Pattern[str]
     enabled: bool
     config: MXNormConfig
+    sets_estimator: bool
 
     def matches(self, name: str) -> bool:
         return self.regex.fullmatch(name) is not None
@@ -343,10 +363,32 @@ def _validate_prefix(label: str, value: object) -> str:
     return value
 
 
-def _validate_calibration(label: str, value: object) -> None:
-    if value is not None:
-        reason = "calibration files are not supported by this version; leave it None"
-        raise invalid(label, value, f"None: {reason}")
+def _validate_calibration(label: str, value: object) -> Calibration | None:
+    if value is None or isinstance(value, Calibration):
+        return value
+    if not isinstance(value, (str, os.PathLike)):
+        raise invalid(label, value, "None, an mxnorm_pass.Calibration or the path of one")
+    try:
+        return Calibration.load(value)
+    except (OSError, ValueError) as error:
+        raise invalid(label, value, f"the path of a calibration, but {error}") from None
+
+
+def _check_agreement(config: MXNormConfig, calibration: Calibration) -> None:
+    """The options must not ask for what the calibration was not fitted for."""
+    if config.estimator == "exact":
+        raise ValueError(
+            "estimator='exact' and a calibration exclude each other: the exact RMS needs none. "
+            "Leave one of them out, or set 'estimator' for some norms through `modules`"
+        )
+    asked = {"p": config.p} if config.p is not _DEFAULT_P else {}
+    for pattern, rule in config.modules.items():
+        if not isinstance(rule, bool) and "p" in rule:
+            asked[f"modules[{pattern!r}]['p']"] = rule["p"]
+    for label, p in asked.items():
+        if p != calibration.p:
+            allowed = f"{calibration.p:g}, for which the calibration was fitted, or none"
+            raise invalid(label, p, allowed)
 
 
 def _validate_modules(label: str, value: object) -> Mapping[str, bool | Mapping[str, Any]]:
@@ -354,24 +396,9 @@ def _validate_modules(label: str, value: object) -> Mapping[str, bool | Mapping[
         raise invalid(label, value, "a mapping from name pattern to True, False or a dict")
     rules: dict[str, bool | Mapping[str, Any]] = {}
     for pattern, rule in value.items():
-        _check_pattern(label, pattern)
+        check_pattern(label, pattern)
         rules[pattern] = _validate_rule(f"{label}[{pattern!r}]", rule)
     return types.MappingProxyType(rules)
-
-
-def _check_pattern(label: str, pattern: object) -> None:
-    if not isinstance(pattern, str) or not pattern:
-        raise ValueError(
-            f"{label} has the key {pattern!r}, which is not valid: expected a non-empty str, "
-            f"a glob or a regular expression after {_REGEX_PREFIX!r}"
-        )
-    try:
-        compile_pattern(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{label} has the key {pattern!r}, which is not valid: expected a regular expression "
-            f"after {_REGEX_PREFIX!r}, but it does not compile: {error}"
-        ) from error
 
 
 def _validate_rule(label: str, rule: object) -> bool | Mapping[str, Any]:
@@ -422,23 +449,11 @@ def _thaw_modules(
     }
 
 
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    if pattern.startswith(_REGEX_PREFIX):
-        return re.compile(pattern.removeprefix(_REGEX_PREFIX))
-    return re.compile(fnmatch.translate(pattern))
-
-
 def _make_rule(base: MXNormConfig, pattern: str, value: bool | Mapping[str, Any]) -> _Rule:
     overrides = {} if isinstance(value, bool) else value
-    config = replace(base, **overrides) if overrides else base
-    return _Rule(pattern, compile_pattern(pattern), value is not False, config)
-
-
-def nearest_names(pattern: str, names: list[str]) -> tuple[str, ...]:
-    # A regex's escapes would count against every name.
-    text = pattern.removeprefix(_REGEX_PREFIX).replace("\\", "")
-    close = difflib.get_close_matches(text, names, n=3)
-    return tuple(close or difflib.get_close_matches(text, names, n=1, cutoff=0.0))
+    config = replace(base, calibration=None, **overrides) if overrides else base
+    sets_estimator = "estimator" in overrides
+    return _Rule(pattern, compile_pattern(pattern), value is not False, config, sets_estimator)
 
 
 def _as_mapping(options: object) -> Mapping[Any, Any]:

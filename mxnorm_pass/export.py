@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 
 from mxnorm_pass import lowering
 from mxnorm_pass.announce import announce
+from mxnorm_pass.channel_order import check_channels
 from mxnorm_pass.config import MXNormConfig, parse_options
 from mxnorm_pass.graph_pass import foreign_subclass, run_pass
-from mxnorm_pass.graph_utils import aten, prims, tensor_of
+from mxnorm_pass.graph_utils import CONSTANT_PREFIX, aten, prims, tensor_of, unwrap_constants
 from mxnorm_pass.match.linear import mark_inputs
 from mxnorm_pass.module_names import module_paths
 
@@ -63,13 +64,17 @@ def apply(
     graph = program.graph
     _drop_metadata_checks(graph)
     mark_inputs(graph, _weight_names(program))
+    order_known = True
+    if options.calibration is not None:
+        order_known = check_channels(options.calibration, program.state_dict)
     result = run_pass(graph, options)
-    announce(result, options, module_paths(program.graph_module))
+    announce(result, options, module_paths(program.graph_module), order_known)
     decomposed = lowering.decompose(graph, {}) if decompose else 0
     if not decomposed and result.graph.before == result.graph.after:
         copied = _copied(exported_program.graph_module)
         return _rebuilt(exported_program, copied, dict(exported_program.state_dict))
     _use_aten_casts(graph)
+    program.constants.update(_lift_constants(program))
     graph.lint()
     _forget_broken_calls(program)
     return _rebuilt(program, program.graph_module, _without_grad(program.state_dict))
@@ -184,6 +189,18 @@ def _use_aten_casts(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=prims.convert_element_type.default):
         source, dtype = node.args
         node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": dtype}
+
+
+def _lift_constants(program: ExportedProgram) -> dict[str, Any]:
+    """A calibration's weights become inputs: an exported graph holds no constants."""
+    from torch._export.passes.lift_constants_pass import ConstantAttrMap, lift_constants_pass
+
+    module = program.graph_module
+    unwrap_constants(program.graph)
+    lifted: dict[str, Any] = lift_constants_pass(module, program.graph_signature, ConstantAttrMap())
+    for name in [n for n, _ in module.named_buffers() if n.startswith(CONSTANT_PREFIX)]:
+        delattr(module, name)
+    return lifted
 
 
 def _forget_broken_calls(program: ExportedProgram) -> None:

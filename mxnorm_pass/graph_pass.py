@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,8 +17,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import lowering
+from mxnorm_pass.calibration import Calibration
 from mxnorm_pass.canonicalize import remove_dead
 from mxnorm_pass.config import MXNormConfig
+from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.graph_code import graph_code, op_name
 from mxnorm_pass.graph_utils import SubgraphCache, input_position, is_backward
 from mxnorm_pass.insert import insert_casts
@@ -82,6 +84,7 @@ def run_pass(
     found = find_sites(graph, norms, config, tensor_subclass)
     site_graphs.match(found, norms)
     fusions = [site for site in found if isinstance(site, Fusion)]
+    _check_calibration(fusions, config.calibration)
     subgraphs = SubgraphCache(decompositions)
     for fusion in fusions:
         with site_graphs.rewriting(fusion):
@@ -107,6 +110,37 @@ def run_pass(
         time.perf_counter() - start,
         tuple(dict.fromkeys(i for i in eps_inputs if i is not None)),
     )
+
+
+def _check_calibration(fusions: Sequence[Fusion], calibration: Calibration | None) -> None:
+    """Refuse a calibration of another model; single norms that it does not know stay exact."""
+    if calibration is None:
+        return
+    for fusion in fusions:
+        _check_width(fusion, calibration)
+    said = {fusion.calibration for fusion in fusions}
+    if said and said <= {"unknown"}:
+        known = ", ".join([*calibration.weights, *calibration.exact][:3])
+        raise InvalidOptionsError(
+            "the calibration knows no norm of this graph, so it belongs to another model, or to "
+            f"one under another name: it has {known}; the graph has "
+            f"{', '.join(fusion.norm.name for fusion in fusions[:3])}. Calibrate this model, "
+            "give names a prefix with calibration.under(...) or options={'prefix': ...}, or set "
+            "'estimator' for these norms through `modules`"
+        )
+
+
+def _check_width(fusion: Fusion, calibration: Calibration) -> None:
+    if fusion.block_weights is None:
+        return
+    width = len(fusion.block_weights) * calibration.block_size
+    block_sizes = {cast.format.block_size for cast in fusion.casts}
+    if width != fusion.norm.width or block_sizes != {calibration.block_size}:
+        raise InvalidOptionsError(
+            f"the calibration belongs to another model: its norm {fusion.norm.name!r} has width "
+            f"{width} in blocks of {calibration.block_size}, in this graph it has width "
+            f"{fusion.norm.width} in blocks of {', '.join(map(str, sorted(block_sizes)))}"
+        )
 
 
 def _eps_position(norm: Norm) -> int | None:

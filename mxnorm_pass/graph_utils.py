@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -217,6 +218,41 @@ def call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
 def outputs_of(graph: fx.Graph, like: fx.Node, node: fx.Node) -> tuple[fx.Node, ...]:
     """One getitem node per output of a multi-output call."""
     return tuple(call(graph, like, operator.getitem, node, i) for i in range(len(node.meta["val"])))
+
+
+CONSTANT_PREFIX = "_mxnorm_constant_"
+
+
+def constant(graph: fx.Graph, like: fx.Node, value: Tensor) -> fx.Node:
+    """Add a tensor that is a constant of the graph, on the device of the node ``like``.
+
+    It is a buffer of the module that owns the graph, named by its content: equal graphs get
+    equal cache keys, and no two values share a name. Nodes read it through a ``lift_fresh_copy``,
+    as in graphs that torch traces: fake tensor modes take real tensors nowhere else. What
+    compiles or exports the graph calls :func:`unwrap_constants`.
+    """
+    device = like.meta["val"].device
+    owner = graph.owning_module
+    assert owner is not None, "a graph without a module cannot hold constants"
+    with real_tensors():
+        content = value.cpu().contiguous().numpy().tobytes()
+        signature = repr((value.dtype, tuple(value.shape), device)).encode()
+        name = f"{CONSTANT_PREFIX}{hashlib.sha256(signature + content).hexdigest()[:16]}"
+        if not hasattr(owner, name):
+            owner.register_buffer(name, value.to(device))
+    node = graph.get_attr(name)
+    copy_origin(like, node)
+    node.meta["val"] = _fake_mode(like).from_tensor(getattr(owner, name), static_shapes=True)
+    return call(graph, like, aten.lift_fresh_copy.default, node)
+
+
+def unwrap_constants(graph: fx.Graph) -> None:
+    """Let all read a constant itself and not a copy of it."""
+    for node in graph.find_nodes(op="call_function", target=aten.lift_fresh_copy.default):
+        source = node.args[0]
+        if source.op == "get_attr" and str(source.target).startswith(CONSTANT_PREFIX):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
 
 
 @contextmanager

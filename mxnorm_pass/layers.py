@@ -13,9 +13,10 @@ from torch import nn
 
 from mxnorm_pass.announce import MXNormWarning
 from mxnorm_pass.backend import parse
-from mxnorm_pass.config import MXNormConfig, compile_pattern, nearest_names
+from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.inductor_options import mode_options
 from mxnorm_pass.module_names import clean_module_path
+from mxnorm_pass.name_patterns import compile_pattern, nearest_names
 
 
 def compile_layers(
@@ -46,6 +47,8 @@ def compile_layers(
     """
     given = {**mode_options(mode), **(options or {})}
     config = parse(given).config
+    if config.calibration is not None:
+        given["calibration"] = config.calibration  # the file is read once
     names = _names(model, config.prefix)
     layers = _outermost_matches(names, pattern)
     _warn_rules_without_effect(config, names, layers)

@@ -22,7 +22,7 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 
 from mxnorm_pass import ops
 from mxnorm_pass.dispatch import NormCastCall
-from mxnorm_pass.graph_utils import SubgraphCache
+from mxnorm_pass.graph_utils import SubgraphCache, unwrap_constants
 from mxnorm_pass.kernels.coverage import DTYPES
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ _WITHOUT_CAST_ALONG_T = {
 def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     """Replace every op of this package in ``graph``, by a kernel if one can; returns how many."""
     drop_unread_casts(graph)
+    unwrap_constants(graph)
     subgraphs = SubgraphCache(decompositions)
     kernels = 0
     for op in ops.NORM_CASTS:

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 _STACK_PREFIX = re.compile(r"^[LG]\['[^']*'\]")
-_MODULES_ITEM = re.compile(r"(?:\.__dict__\['_modules'\]|\._modules)\['([^']+)'\]")
+_REGISTRY = "(?:_modules|_parameters|_buffers)"
+_MODULES_ITEM = re.compile(rf"(?:\.__dict__\['{_REGISTRY}'\]|\.{_REGISTRY})\['([^']+)'\]")
 # Wrappers that torch itself leaves out of the names of what they wrap.
 _WRAPPER = re.compile(
     r"(?:^|\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?![^.\[])"
@@ -33,6 +34,13 @@ def module_path(node: fx.Node) -> str:
     """Dotted name of the innermost module that made the node, "" outside of any."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     return clean_module_path(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def parameter_name(placeholder: fx.Node, prefix: str) -> str:
+    """Full name of the parameter or buffer that an input of Dynamo's graph holds."""
+    source = placeholder.meta["grapharg"].source.name
+    name = clean_module_path(source() if callable(source) else source)
+    return f"{prefix}.{name}" if prefix else name
 
 
 def module_paths(gm: fx.GraphModule) -> tuple[str, ...]:

@@ -40,6 +40,13 @@ class NearMiss:
         return f"at {self.node}: expected {self.expected}; found {self.found}{where}"
 
 
+_CALIBRATED = {
+    "block weights": "block weights",
+    "exact": "by calibration",
+    "unknown": "not in the calibration",
+}
+
+
 @dataclass(frozen=True)
 class Site:
     """One RMSNorm of a graph and what became of it.
@@ -54,6 +61,9 @@ class Site:
         gain: "fold" or "activation"; None where skipped or where the norm has no gain.
         format: the MX format of the fused cast, "mxfp8 e4m3fn rceil block 32".
         residual: the residual add in front of the norm is fused, too.
+        calibration: what the calibration says of a fused norm: "block weights" (its RMS is
+            estimated with them), "exact" (it stays exact) or "unknown" (it is no part of the
+            calibration and stays exact); None without one, or where ``modules`` decides.
         before, after: its part of the graph; ``after`` is None where skipped, both in reports of
             older versions.
         near_miss: where the match failed; None where fused, or where nothing failed (DISABLED).
@@ -68,14 +78,17 @@ class Site:
     gain: str | None = None
     format: str | None = None
     residual: bool = False
+    calibration: str | None = None
     before: Subgraph | None = field(default=None, repr=False)
     after: Subgraph | None = field(default=None, repr=False)
     near_miss: NearMiss | None = None
 
     @property
     def how(self) -> str:
-        """Estimator, gain, format and residual add, for people; empty where skipped."""
-        parts = (self.estimator, self.gain, self.format, "residual add" if self.residual else None)
+        """Estimator, calibration, gain, format and residual add, for people; empty if skipped."""
+        calibrated = _CALIBRATED.get(self.calibration or "")
+        residual = "residual add" if self.residual else None
+        parts = (self.estimator, calibrated, self.gain, self.format, residual)
         return ", ".join(filter(None, parts))
 
     def __str__(self) -> str:

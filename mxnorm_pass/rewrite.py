@@ -36,6 +36,7 @@ from mxnorm_pass.graph_utils import (
     SubgraphCache,
     aten,
     call,
+    constant,
     dtype_of,
     is_call,
     outputs_of,
@@ -56,20 +57,32 @@ from mxnorm_pass.residual import fuse_residual_add
 
 def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
     """Edit one fusion into the graph; dead nodes are left for the caller to remove."""
-    rhos = [_fuse_casts(graph, fusion, cast) for cast in fusion.casts]
+    weights = _block_weights(graph, fusion)
+    rhos = [_fuse_casts(graph, fusion, cast, weights) for cast in fusion.casts]
     merge_equal(sorted({node for c in fusion.consumers for node in c.linear.slice}))
     if fusion.gain == "fold":
         _fold_gain(graph, fusion)
     if fusion.backward_reads:
         _serve_backward_reads(graph, fusion, rhos[0], subgraphs)
     if fusion.backward is not None:
-        _replace_backward(graph, fusion, fusion.backward, rhos[0], subgraphs)
+        _replace_backward(graph, fusion, fusion.backward, rhos[0], weights, subgraphs)
     if fusion.residual is not None:
         op, _ = rhos[0].args
         fuse_residual_add(graph, op, fusion.residual)  # type: ignore[arg-type]
 
 
-def _fuse_casts(graph: fx.Graph, fusion: Fusion, cast: FusedCast) -> fx.Node:
+def _block_weights(graph: fx.Graph, fusion: Fusion) -> fx.Node | None:
+    """The calibration's weights as a constant of the graph, before all that may read it."""
+    if fusion.block_weights is None:
+        return None
+    origin = fusion.norm.output
+    with graph.inserting_before(origin):
+        return constant(graph, origin, fusion.block_weights)
+
+
+def _fuse_casts(
+    graph: fx.Graph, fusion: Fusion, cast: FusedCast, block_weights: fx.Node | None
+) -> fx.Node:
     """Insert the fused op after the norm, hand its results to the consumers; returns rho."""
     norm = fusion.norm
     rounding = norm.rounding or Rounding(None, dtype_of(norm.output))
@@ -78,7 +91,7 @@ def _fuse_casts(graph: fx.Graph, fusion: Fusion, cast: FusedCast) -> fx.Node:
     fmt = cast.format
     origin = norm.output
     options = (
-        None,
+        block_weights,
         norm.eps,
         fusion.estimator,
         fusion.config.p,
@@ -270,6 +283,7 @@ def _replace_backward(
     fusion: Fusion,
     backward: NormBackward,
     rho: fx.Node,
+    block_weights: fx.Node | None,
     subgraphs: SubgraphCache,
 ) -> None:
     norm = fusion.norm
@@ -279,9 +293,8 @@ def _replace_backward(
         if cotangent is None:
             return
         cotangent = reshape_like(graph, at, cotangent, norm.x)
-    grad_x, grad_gain = subgraphs.graft(
-        graph, at, _mxnorm_vjp, (cotangent, norm.x, norm.gain, rho, *_vjp_options(fusion))
-    )
+    tensors = (cotangent, norm.x, norm.gain, rho, block_weights)
+    grad_x, grad_gain = subgraphs.graft(graph, at, _mxnorm_vjp, (*tensors, *_vjp_options(fusion)))
     _replace_gradients(graph, at, backward.x_grads, grad_x, fusion.exclusive)
     if grad_gain is not None:
         _replace_gradients(graph, at, backward.gain_grads, grad_gain, fusion.exclusive)
@@ -302,6 +315,7 @@ def _mxnorm_vjp(
     x: Tensor,
     gain: Tensor | None,
     rho: Tensor,
+    block_weights: Tensor | None,
     eps: float,
     p: float,
     block_size: int,
@@ -317,6 +331,7 @@ def _mxnorm_vjp(
         eps=eps,
         p=p,
         block_size=block_size,
+        block_weights=block_weights,
         gradient=gradient,
         norm_dtype=norm_dtype,
         out_dtype=out_dtype,

@@ -35,6 +35,7 @@ def explain(
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         job = CompileJob.of(gm, example_inputs, parsed)
+        job.check_channels()
         stand_in = _without_content(gm)
         trace_only(job)
         for result in job.results:

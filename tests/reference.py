@@ -117,6 +117,7 @@ class Recipe:
         off: last name components of linears that stay plain and read the exact norm.
         also: those of further linears that read the fused norm.
         head: the last norm is fused into ``lm_head``.
+        sites: other recipes for single norms, by name.
         backward: "high-precision", or "mx": torchao's MXFP8 training backward, or "mx-hp-wgrad".
     """
 
@@ -128,6 +129,7 @@ class Recipe:
     off: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     head: bool = False
+    sites: dict[str, Recipe] = field(default_factory=dict)
     backward: str = "high-precision"
 
     @property
@@ -145,7 +147,7 @@ def reference_of(model: LlamaForCausalLM, recipe: Recipe) -> LlamaForCausalLM:
         parent, _, child = name.rpartition(".")
         owner = reference.get_submodule(parent)
         if isinstance(module, LlamaRMSNorm) and (head or not name.endswith("model.norm")):
-            setattr(owner, child, _Norm(module, recipe))
+            setattr(owner, child, _Norm(module, recipe.sites.get(name, recipe)))
         elif isinstance(module, nn.Linear):
             called = _name_without_adapter(name)
             if called in cast or (recipe.every_linear and called not in plain):

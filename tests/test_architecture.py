@@ -41,7 +41,8 @@ LAYERS = [
     {"estimate", "spec"},
     {"config", "channel_order"},
     {"calibration", "report"},
-    {"formats", "inductor_options", "module_names", "subgraph", "skip_reason"},
+    {"formats", "inductor_options", "module_names", "name_patterns", "errors"},
+    {"subgraph", "skip_reason"},
     {"report_diff", "page", "report_table"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from mxnorm_pass.config import Estimator, Gradient, MXNormConfig
+from mxnorm_pass.config import Calibrated, Estimator, Gradient, MXNormConfig
 from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat, ScaleLayout
 from mxnorm_pass.graph_code import call_text
 from mxnorm_pass.graph_utils import same_size, seq_nr, tensor_of
@@ -70,6 +70,8 @@ class Fusion:
         residual: the residual add whose sum the norm reads, if the fused op does it.
         transposed: the backward's casts along T that one of ``casts`` can make, too; what they
             alone read is not in ``backward_reads``.
+        calibration: what the calibration does to this norm.
+        block_weights: [K] float32, of the calibration.
     """
 
     norm: Norm
@@ -82,6 +84,8 @@ class Fusion:
     backward_reads: tuple[Read, ...] = ()
     residual: fx.Node | None = None
     transposed: tuple[TransposedCast, ...] = ()
+    calibration: Calibrated | None = None
+    block_weights: Tensor | None = field(default=None, compare=False)
 
     @property
     def estimator(self) -> Estimator:
@@ -127,6 +131,7 @@ class Fusion:
             gain=self.gain,
             format=str(self.casts[0].format),
             residual=self.residual is not None,
+            calibration=self.calibration,
         )
 
 
@@ -231,6 +236,8 @@ def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
         config=resolved.config,
         gain=gain,
         exclusive=_is_exclusive(read_by, enabled),
+        calibration=resolved.calibration,
+        block_weights=resolved.block_weights,
     )
     if fusion.estimator == "exact":
         # The backward may go on reading the norm's own output, which has the same bits.
