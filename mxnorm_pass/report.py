@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from textwrap import indent
 from typing import Any, Literal
 
+from mxnorm_pass.files import write_text
 from mxnorm_pass.page import render
 from mxnorm_pass.report_diff import ReportDiff, diff
 from mxnorm_pass.report_table import render_table
@@ -184,13 +183,7 @@ class Report:
         Raises:
             OSError: ``path`` cannot be written; what stood there before stays.
         """
-        text = render(self.graphs)
-        target = Path(path)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=target.parent, delete=False, encoding="utf-8"
-        ) as file:
-            file.write(text)
-        os.replace(file.name, target)
+        write_text(path, render(self.graphs))
 
 
 def _op_changes(graph: Graph) -> str:

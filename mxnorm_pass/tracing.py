@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from mxnorm_pass.backend import CompileJob, parse, trace_only
+from mxnorm_pass.fake_models import traceable
 from mxnorm_pass.report import Report
 
 
@@ -21,7 +22,8 @@ def explain(
     """Trace ``model(*args, **kwargs)`` and report what ``backend="mxnorm"`` would rewrite.
 
     With grad on, the backward is traced too. No kernel of the model runs, nothing is compiled
-    and no cache is read or written; what follows a graph break sees zeros.
+    and no cache is read or written; what follows a graph break sees zeros. A model needs no
+    weights: one on the meta device, or built under ``FakeTensorMode``, is traced as on a CPU.
 
     Args:
         model: an ``nn.Module`` or a function; one that is compiled already is explained anew.
@@ -43,8 +45,9 @@ def explain(
         return stand_in
 
     limits = {"recompile_limit": 2**20, "accumulated_recompile_limit": 2**20}
-    with torch._dynamo.config.patch(limits):
-        torch.compile(_uncompiled(model), backend=backend)(*args, **kwargs)  # type: ignore[no-untyped-call]
+    function = _uncompiled(model)
+    with torch._dynamo.config.patch(limits), traceable(function, (args, kwargs)) as inputs:
+        torch.compile(function, backend=backend)(*inputs[0], **inputs[1])  # type: ignore[no-untyped-call]
     return report
 
 
