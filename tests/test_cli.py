@@ -197,7 +197,7 @@ def test_configs_that_cannot_be_explained(values, message, tmp_path, capsys) -> 
 def test_architectures_decide_the_class(tmp_path, capsys) -> None:
     path = save_config(models.build("Llama").config, tmp_path, "LlamaForSequenceClassification")
     assert explain(path, "--layers", "1") == 0
-    assert "(linears without a cast: score)" in capsys.readouterr().out
+    assert "found score, a linear" in capsys.readouterr().out
 
 
 def test_vision_and_encoder_decoder_models(tmp_path, capsys) -> None:
