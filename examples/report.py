@@ -101,7 +101,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="HTML", help="where the page goes")
     parser.add_argument("--screenshot", type=Path, metavar="PNG", help="take a picture of it")
     parser.add_argument("--site", type=int, default=2, help="the site that the picture shows open")
-    parser.add_argument("--size", type=int, nargs=2, default=(1280, 1120), metavar=("W", "H"))
+    parser.add_argument("--size", type=int, nargs=2, default=(1280, 1340), metavar=("W", "H"))
     args = parser.parse_args(argv)
     if args.out is None and args.screenshot is None:
         parser.error("give --out, --screenshot or both")

@@ -178,7 +178,10 @@ class Report:
         return cls([_graph_from_dict(entry) for entry in json.loads(text)])
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as one self-contained HTML page: sites, and each graph as code.
+        """Write the report as one self-contained HTML page, for any browser, without a network.
+
+        It shows each site's part of the graph before and after as diagram and code, and estimated
+        bytes moved (see :mod:`mxnorm_pass.traffic`).
 
         Raises:
             OSError: ``path`` cannot be written; what stood there before stays.

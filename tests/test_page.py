@@ -84,7 +84,7 @@ def embedded(page: str, name: str) -> str:
 def test_page_holds_the_report_once_and_no_address(llama, tmp_path) -> None:
     page = save(llama, tmp_path)
     (graph,) = llama.graphs
-    (data,) = json.loads(embedded(page, "data"))
+    (data,) = json.loads(embedded(page, "data"))["graphs"]
     assert data["before"] == graph.before and data["after"] == graph.after
     assert [site["norm"] for site in data["sites"]] == [site.norm for site in graph.sites]
     assert not re.search(r"https?://|@import|url\(", page)
@@ -112,6 +112,13 @@ def test_pages_of_reports_without_subgraphs_and_of_nothing(tmp_path) -> None:
     assert "inference" in save(old, tmp_path)
     assert "No graph was compiled" in save(Report(), tmp_path)
     assert len(save(Report(), tmp_path)) < 100_000, "no library where nothing is drawn"
+
+
+def test_page_is_as_readable_as_any_new_file(tmp_path) -> None:
+    save(Report(), tmp_path)
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1 and len(list(tmp_path.iterdir())) == 2
 
 
 def test_two_hundred_sites_stay_small(tmp_path) -> None:
@@ -233,6 +240,18 @@ def test_a_diagram_leads_to_its_code(llama, tmp_path, browser) -> None:
     browser.find(".check input")[0].click()
     browser.wait_for(".sides[data-ready]")
     assert any("view" in n.text for n in browser.find("svg g.node:not(.context)"))
+
+
+def test_a_near_miss_is_told_and_drawn(llama, tmp_path, browser) -> None:
+    browser.open(llama, tmp_path)
+    browser.find("tr.site button")[4].click()
+    browser.wait_for(".sides[data-ready]")
+    site = llama.sites[4]
+    assert site.near_miss is not None and site.reason is not None
+    text = browser.find(".reason")[0].text
+    for part in (site.reason.value, site.reason.cure, site.near_miss.node, site.near_miss.found):
+        assert part.replace("`", "") in text.replace("`", "")
+    assert len(browser.find("svg .missed")) == 1
 
 
 def test_filters(llama, tmp_path, browser) -> None:

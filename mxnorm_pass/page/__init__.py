@@ -42,9 +42,16 @@ def render(graphs: Sequence[Any]) -> str:
         sites=[site for graph in graphs for site in graph.sites],
         css=Markup(_read("page.css")),
         script=Markup(_read("diagram.js") + _read("page.js")),
-        data=_compressed(json.dumps([asdict(g) for g in graphs], default=_plain).encode()),
+        data=_compressed(json.dumps(_data(graphs), default=_plain).encode()),
         library=_library(),
     )
+
+
+def _data(graphs: Sequence[Any]) -> dict[str, Any]:
+    """What the scripts read: the graphs, and what the reasons in them mean."""
+    reasons = {site.reason for graph in graphs for site in graph.sites if site.reason}
+    texts = {r.name: {"sentence": r.value, "cause": r.cause, "cure": r.cure} for r in reasons}
+    return {"graphs": [asdict(graph) for graph in graphs], "reasons": dict(sorted(texts.items()))}
 
 
 def bytes_text(count: int | None) -> str:

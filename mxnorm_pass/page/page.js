@@ -86,14 +86,15 @@ async function toggle(row) {
   const cell = detail.firstElementChild;
   if (!open || cell.childElementCount) return;
   cell.append(el("p", { class: "note" }, "Drawing…"));
-  const graph = (await report())[row.closest("section").dataset.graph];
-  const panel = sitePanel(graph, graph.sites[row.dataset.site]);
-  cell.replaceChildren(panel);
+  const { graphs, reasons } = await report();
+  const graph = graphs[row.closest("section").dataset.graph];
+  const site = graph.sites[row.dataset.site];
+  cell.replaceChildren(sitePanel(graph, site, reasons[site.reason]));
 }
 
-function sitePanel(graph, site) {
+function sitePanel(graph, site, reason) {
   const panel = el("div", { class: "panel", role: "region", "aria-label": `Details of ${site.norm}` });
-  panel.append(...explanation(site));
+  panel.append(...explanation(site, reason));
   if (!site.before) {
     panel.append(el("p", { class: "note" }, "This report has no subgraphs: an older version wrote it."));
     return panel;
@@ -106,24 +107,27 @@ function sitePanel(graph, site) {
   return panel;
 }
 
-function explanation(site) {
-  const parts = [];
-  if (site.reason) {
-    const why = site.detail ? `: ${site.detail}` : "";
-    parts.push(el("p", { class: "reason" }, el("b", {}, site.reason), why));
+function explanation(site, reason) {
+  if (!reason) return [];
+  const rows = { Cause: reason.cause, Cure: reason.cure };
+  if (site.near_miss) {
+    const { node, expected, found, source } = site.near_miss;
+    Object.assign(rows, { "Stopped at": node, Expected: expected, Found: found, Source: source });
+  } else {
+    rows.Found = site.detail;
   }
-  if (site.near_miss) parts.push(nearMiss(site.near_miss));
-  return parts;
+  const entries = Object.entries(rows).filter(([, text]) => text);
+  const list = entries.flatMap(([label, text]) => [
+    el("dt", {}, label),
+    el("dd", {}, ...(label === "Stopped at" || label === "Source" ? [el("code", {}, text)] : prose(text))),
+  ]);
+  const headline = el("p", {}, el("b", {}, site.reason), " ", ...prose(reason.sentence));
+  return [el("div", { class: "reason" }, headline, el("dl", {}, ...list))];
 }
 
-function nearMiss(miss) {
-  const labels = { node: "Stopped at", expected: "Expected", found: "Found", source: "Source" };
-  const entries = Object.entries(labels).filter(([key]) => miss[key]);
-  return el(
-    "dl",
-    { class: "near-miss" },
-    ...entries.flatMap(([key, label]) => [el("dt", {}, label), el("dd", {}, el("code", {}, String(miss[key])))]),
-  );
+// What stands in backticks is code.
+function prose(text) {
+  return text.split("`").map((part, i) => (i % 2 ? el("code", {}, part) : part));
 }
 
 function toolbar(site, state, redraw) {
@@ -158,7 +162,7 @@ function legend() {
 
 async function drawSides(sides, graph, site, state) {
   sides.removeAttribute("data-ready");
-  const before = side(site.after ? "Before" : "Unchanged", site.before, graph.before, state);
+  const before = side(site.after ? "Before" : "Unchanged", site.before, graph.before, state, site.near_miss?.node);
   if (!site.after) {
     sides.classList.add("single");
     sides.replaceChildren(before.element);
@@ -171,7 +175,7 @@ async function drawSides(sides, graph, site, state) {
   sides.dataset.ready = "";
 }
 
-function side(name, subgraph, code, state) {
+function side(name, subgraph, code, state, missed) {
   const nodes = nodesOf(subgraph, state.backward);
   const facts = `${opsIn(subgraph)} ops · ${bytesText(subgraph.traffic.unfused)} op by op · ${bytesText(subgraph.traffic.fused)} ideally fused`;
   const heading = el("h3", {}, name, el("small", {}, facts));
@@ -183,7 +187,7 @@ function side(name, subgraph, code, state) {
       return;
     }
     const svg = (await graphviz()).renderSVGElement(graphvizOf(nodes, state.everyOp));
-    finishDiagram(svg, listing, `${name}: diagram of ${nodes.length} nodes; the code below says the same`);
+    finishDiagram(svg, listing, missed, `${name}: diagram of ${nodes.length} nodes; the code below says the same`);
     figure.replaceChildren(svg);
   };
   figure.setAttribute("aria-label", `${name}, diagram`);
@@ -191,7 +195,7 @@ function side(name, subgraph, code, state) {
 }
 
 // A click on a box marks its lines in the code; hovering shows the first of them.
-function finishDiagram(svg, listing, label) {
+function finishDiagram(svg, listing, missed, label) {
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", label);
   const width = parseFloat(svg.getAttribute("width"));
@@ -203,6 +207,7 @@ function finishDiagram(svg, listing, label) {
   for (const title of svg.querySelectorAll("g.edge > title")) title.remove();
   for (const box of svg.querySelectorAll("g.node")) {
     const title = box.querySelector("title");
+    if (title.textContent === missed) box.classList.add("missed");
     const line = listing.querySelector(`[data-name="${CSS.escape(title.textContent)}"]`);
     title.textContent = line ? line.dataset.code : title.textContent;
     box.addEventListener("click", () => {
@@ -254,7 +259,7 @@ function codeLine(text, kind, sign) {
 async function showWholeCode(details) {
   const sides = details.querySelector(".sides");
   if (!details.open || sides.childElementCount) return;
-  const graph = (await report())[details.closest("section").dataset.graph];
+  const graph = (await report()).graphs[details.closest("section").dataset.graph];
   const [before, after] = [graph.before.split("\n"), graph.after.split("\n")];
   sides.append(
     wholeCode("Before", before, new Set(after), "removed"),
