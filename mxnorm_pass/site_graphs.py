@@ -156,7 +156,9 @@ class SiteGraphs:
         def change_after(node: _Node) -> Change:
             if node.node not in self._original:
                 return "added"
-            return "" if node.is_same(before.nodes.get(node.node)) else "rewired"
+            reads_new = any(source not in self._original for source in node.inputs)
+            same = node.is_same(before.nodes.get(node.node)) and not reads_new
+            return "" if same else "rewired"
 
         return replace(
             site, before=_public(before, change_before), after=_public(after, change_after)

@@ -58,6 +58,8 @@ class TrafficEstimate:
     def __init__(self, graph: fx.Graph, sizes: dict[fx.Node, int | None] | None = None) -> None:
         self.sizes = {} if sizes is None else sizes
         self._stored: dict[fx.Node, fx.Node] = {}
+        # Of views: the bytes of memory behind them.
+        self._extents: dict[fx.Node, int | None] = {}
         # Per op that moves something: the memory that it reads, and how much of it.
         self._reads: dict[fx.Node, list[tuple[fx.Node, int | None]]] = {}
         for node in graph.nodes:
@@ -84,16 +86,14 @@ class TrafficEstimate:
         inputs = node.all_input_nodes
         if kind is _Kind.VIEW and inputs:
             self._stored[node] = self._stored.get(inputs[0], inputs[0])
+            self._extents[node] = _smaller(self._size(node), self._extent(inputs[0]))
             return
         self._stored[node] = node
         if kind in (_Kind.FUSIBLE, _Kind.CALL):
-            reads = ((s, self._stored.get(s, s)) for s in inputs)
-            self._reads[node] = [(stored, self._read(node, s, stored)) for s, stored in reads]
+            self._reads[node] = [(self._stored.get(s, s), self._read(node, s)) for s in inputs]
 
-    def _read(self, node: fx.Node, source: fx.Node, stored: fx.Node) -> int | None:
-        size = self._size(source)
-        if source is not stored:
-            size = _smaller(size, self._size(stored))
+    def _read(self, node: fx.Node, source: fx.Node) -> int | None:
+        size = self._extent(source)
         if source is node.args[0] and node.target in _PICKS_ROWS:
             size = _smaller(size, self._size(node))
         return size
@@ -127,6 +127,9 @@ class TrafficEstimate:
                     written.add(stored)
                     yield size
         yield from (self._size(node) for node in written if kernels.get(node) is not None)
+
+    def _extent(self, node: fx.Node) -> int | None:
+        return self._extents[node] if node in self._extents else self._size(node)
 
     def _size(self, node: fx.Node) -> int | None:
         if node not in self.sizes:

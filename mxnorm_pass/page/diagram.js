@@ -125,7 +125,7 @@ function labelOf(box) {
   const sign = SIGNS[changeOf(box)];
   const title = escapeHtml(`${sign ? `${sign} ` : ""}${titleOf(box)}`);
   const lines = subtitlesOf(box).map(
-    (line) => `<br/><font point-size="9" face="Courier">${escapeHtml(line)}</font>`,
+    (line) => `<br/><font point-size="10" face="Courier">${escapeHtml(line)}</font>`,
   );
   return { html: `<b>${title}</b>${lines.join("")}` };
 }
