@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mxnorm_pass.announce import CalibrationWarning as CalibrationWarning
     from mxnorm_pass.announce import MXNormWarning as MXNormWarning
     from mxnorm_pass.calibration import Calibration as Calibration
+    from mxnorm_pass.channels import permute_channels as permute_channels
     from mxnorm_pass.config import MXNormConfig as MXNormConfig
     from mxnorm_pass.export import apply as apply
     from mxnorm_pass.layers import compile_layers as compile_layers
@@ -41,6 +42,7 @@ _HOME = {
     "apply": "export",
     "compile_layers": "layers",
     "explain": "tracing",
+    "permute_channels": "channels",
     "record": "recording",
 }
 __all__ = sorted([*_HOME, "functional"])

@@ -60,9 +60,8 @@ def apply(
     """
     _check_program(exported_program)
     options = _config(config)
-    program = _functional(exported_program)
+    program = functional_program(exported_program)
     graph = program.graph
-    _drop_metadata_checks(graph)
     mark_inputs(graph, _weight_names(program))
     order_known = True
     if options.calibration is not None:
@@ -123,7 +122,7 @@ def _config(config: MXNormConfig | Mapping[str, Any] | None) -> MXNormConfig:
     return parsed
 
 
-def _functional(program: ExportedProgram) -> ExportedProgram:
+def functional_program(program: ExportedProgram) -> ExportedProgram:
     """The program traced anew into functional ATen; module names and signature stay."""
     traceable = _rebuilt(program, _copied(program.graph_module), program.state_dict)
     for module in traceable.graph_module.modules():
@@ -136,6 +135,7 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     with _without_autocast(program.graph):
         functional: ExportedProgram = traceable.run_decompositions(_decompositions())
     _call_signature(functional).out_spec = original.out_spec
+    _drop_metadata_checks(functional.graph)
     return functional
 
 
