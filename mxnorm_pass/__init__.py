@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mxnorm_pass import functional as functional
     from mxnorm_pass.announce import CalibrationWarning as CalibrationWarning
     from mxnorm_pass.announce import MXNormWarning as MXNormWarning
+    from mxnorm_pass.calibrating.procedure import calibrate as calibrate
     from mxnorm_pass.calibration import Calibration as Calibration
     from mxnorm_pass.channels import permute_channels as permute_channels
     from mxnorm_pass.config import MXNormConfig as MXNormConfig
@@ -40,6 +41,7 @@ _HOME = {
     "Site": "report",
     "SkipReason": "report",
     "apply": "export",
+    "calibrate": "calibrating.procedure",
     "compile_layers": "layers",
     "explain": "tracing",
     "permute_channels": "channels",

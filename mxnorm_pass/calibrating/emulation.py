@@ -1,0 +1,238 @@
+"""Run an uncompiled model as the backend would compile it, with the RMS of each site to choose.
+
+While the emulation is entered, every site's norm leaves its input behind and the linears that it
+feeds read the cast of that input: under the exact RMS, or under an estimate from block weights.
+All other readers see the exact norm. The model's parameters stay as they are: a channel order is
+applied to rows and weights on their way into the casts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mxnorm_pass import functional
+from mxnorm_pass.calibrating.probe import NormConstants, probe
+from mxnorm_pass.calibrating.sites import Linear, NormSite
+from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat
+
+Observer = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How the RMS of one norm is estimated: block weights [K] and their exponent."""
+
+    block_weights: Tensor
+    p: float
+
+
+@dataclass
+class Emulation:
+    """Sites of one model, to be entered around calls of it.
+
+    Attributes:
+        orders: by norm name, the order [D], int64, of the channels that it and its linears read;
+            a norm that is missing has the natural one.
+        estimates: by norm name; a norm that is missing keeps its exact RMS.
+        observer: called with the name and the input [..., D] of each norm that runs.
+    """
+
+    sites: Sequence[NormSite]
+    orders: Mapping[str, Tensor] = field(default_factory=dict)
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+    observer: Observer | None = None
+
+    def __post_init__(self) -> None:
+        self._emulated = [_EmulatedSite(site, self) for site in self.sites]
+
+    @contextmanager
+    def entered(self, model: nn.Module) -> Iterator[Callable[..., Any]]:
+        """Yields what to call; ``model`` itself is as before when the block ends."""
+        with ExitStack() as stack:
+            stack.enter_context(_uncompiled(model))
+            stack.enter_context(_in_eval_mode(model))
+            for site in self._emulated:
+                site.enter(stack)
+            stack.enter_context(torch.no_grad())
+            yield model
+
+
+class _EmulatedSite:
+    def __init__(self, site: NormSite, emulation: Emulation) -> None:
+        self.site = site
+        self.emulation = emulation
+        self._fed: _Fed | None = None
+        self._unread: set[str] = set()
+        self._constants: NormConstants | None = None
+        self._weights: dict[tuple[str, bool], tuple[Tensor, Tensor]] = {}
+
+    def enter(self, stack: ExitStack) -> None:
+        hook = self.site.module.register_forward_hook(self._leave_input, with_kwargs=True)
+        stack.callback(hook.remove)
+        for linear in self.site.linears:
+            forward = self._cast_linear if linear.format is not None else self._scaled_linear
+            stack.enter_context(_replaced_forward(linear, forward))
+        stack.callback(self._forget)
+
+    def _forget(self) -> None:
+        self._fed = None
+
+    def _leave_input(
+        self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self.emulation.observer is not None:
+            self.emulation.observer(self.site.name, x)
+        if self._constants is None:
+            self._constants = probe(norm, x.shape[-1], x.device)
+        self._fed = _Fed(self, x, output, self._constants)
+        self._unread = {linear.name for linear in self.site.linears}
+
+    def _cast_linear(self, linear: Linear, original: Any, x: Tensor) -> Tensor:
+        fed = self._input_of(linear, x)
+        assert linear.format is not None
+        module: Any = linear.module
+        activation = fed.cast(linear.format).reshape(x.shape).to(x.dtype)
+        values, scales = self._weight(linear, fed.folds)
+        weight = functional.mx_dequantize(values, scales, module.weight.dtype)
+        return F.linear(activation, weight, module.bias)
+
+    def _scaled_linear(self, linear: Linear, original: Any, x: Tensor) -> Any:
+        fed = self._input_of(linear, x)
+        ratio = fed.ratio.expand(fed.x.shape).reshape(x.shape) if fed.estimate else 1.0
+        return original((x * ratio).to(x.dtype))
+
+    def _input_of(self, linear: Linear, x: Tensor) -> _Fed:
+        if self._fed is None or self._fed.x.numel() != x.numel():
+            raise ValueError(
+                f"{linear.name!r} reads something else than the whole output of "
+                f"{self.site.name!r} when the model runs uncompiled; turn either off in `modules`"
+            )
+        fed = self._fed
+        self._unread.discard(linear.name)
+        if not self._unread:
+            # Else every layer's activations would stay until the model has run.
+            self._forget()
+        return fed
+
+    def _weight(self, linear: Linear, folded: bool) -> tuple[Tensor, Tensor]:
+        """The weight's cast; 1.03 bytes per element, kept."""
+        key = (linear.name, folded)
+        if key not in self._weights:
+            assert linear.format is not None and self._constants is not None
+            module: Any = linear.module
+            weight = module.weight.detach()
+            if folded:
+                weight = weight.float() * self._constants.gain
+            self._weights[key] = _cast(self.ordered(weight), linear.format)
+        return self._weights[key]
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        order = self.emulation.orders.get(self.site.name)
+        return rows if order is None else rows[..., order.to(rows.device)]
+
+
+@dataclass
+class _Fed:
+    """One call of a norm, and what its linears read in place of the output."""
+
+    owner: _EmulatedSite
+    x: Tensor
+    output: Tensor
+    constants: NormConstants
+    _casts: dict[MXFormat, Tensor] = field(default_factory=dict)
+
+    @property
+    def estimate(self) -> Estimate | None:
+        return self.owner.emulation.estimates.get(self.owner.site.name)
+
+    @property
+    def folds(self) -> bool:
+        """The exact estimator leaves the gain where it is."""
+        return self.owner.site.folds and self.estimate is not None
+
+    @cached_property
+    def ratio(self) -> Tensor:
+        """rho~ / rho, [..., 1], float32."""
+        estimate, x = self.estimate, self.x.float()
+        assert estimate is not None
+        weights = estimate.block_weights.to(x.device)
+        eps = self.constants.eps
+        estimated = functional.inverse_rms(
+            self.owner.ordered(x), eps=eps, p=estimate.p, block_weights=weights
+        )
+        return estimated / functional.inverse_rms(x, eps=eps, estimator="exact")
+
+    def cast(self, fmt: MXFormat) -> Tensor:
+        """What the linears multiply: cast and dequantised, [..., D], channels in order."""
+        if fmt not in self._casts:
+            values, scales = self._quantized(fmt)
+            self._casts[fmt] = functional.mx_dequantize(values, scales, self.output.dtype)
+        return self._casts[fmt]
+
+    def _quantized(self, fmt: MXFormat) -> tuple[Tensor, Tensor]:
+        estimate, ordered = self.estimate, self.owner.ordered
+        if estimate is None:
+            return _cast(ordered(self.output), fmt)
+        values, scales, _ = functional.mxnorm_cast(
+            ordered(self.x),
+            None if self.folds else ordered(self.constants.gain),
+            eps=self.constants.eps,
+            p=estimate.p,
+            block_weights=estimate.block_weights.to(self.x.device),
+            elem_dtype=fmt.elem_dtype,
+            scale_mode=fmt.scale_mode,
+        )
+        return values, scales
+
+
+def _cast(x: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor]:
+    return functional.mx_cast(
+        x, elem_dtype=fmt.elem_dtype, scale_mode=fmt.scale_mode, block_size=MX_BLOCK_SIZE
+    )
+
+
+@contextmanager
+def _replaced_forward(linear: Linear, forward: Callable[..., Any]) -> Iterator[None]:
+    module = linear.module
+    own = module.__dict__.get("forward")
+    module.forward = partial(forward, linear, module.forward)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """After ``module.compile()`` a call would run what that compiled, past all hooks."""
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, implementation in compiled.items():
+            module._compiled_call_impl = implementation
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,186 @@
+"""``mxnorm_pass.calibrate``."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from mxnorm_pass.announce import MXNormWarning
+from mxnorm_pass.calibrating.batches import Batch, Loss, Split, check_finite, split_batches
+from mxnorm_pass.calibrating.emulation import Emulation, Estimate
+from mxnorm_pass.calibrating.fallback import Estimates, exact_norms, few_rows, rank_by_cost
+from mxnorm_pass.calibrating.fit import block_weights
+from mxnorm_pass.calibrating.moments import BlockMoments, ChannelPower
+from mxnorm_pass.calibrating.order import candidate_orders
+from mxnorm_pass.calibrating.runner import Runner
+from mxnorm_pass.calibrating.sites import NormSite, check_options, find_sites
+from mxnorm_pass.calibration import Calibration, architecture_hash
+from mxnorm_pass.channel_order import channel_statistics
+from mxnorm_pass.channels import permute_channels
+from mxnorm_pass.formats import MX_BLOCK_SIZE
+from mxnorm_pass.report import Site
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    options: Mapping[str, Any] | None = None,
+    max_loss_increase: float = 0.02,
+) -> Calibration:
+    """Fit the estimated RMS of every fusible norm to a model that was trained with RMSNorm.
+
+    For each norm: non-negative weights of its blocks, by least squares in the relative error of
+    rms^p over the tokens of three quarters of the batches. For all norms of the residual stream
+    together: a channel order in which block maxima tell more. The other batches measure the loss;
+    while it exceeds the budget, the norms that cost most return to ``estimator="exact"``.
+
+    The model runs uncompiled, in eval mode and without gradients, and is left as it was. A
+    channel order takes effect, and the calibration with it, once the caller has applied it::
+
+        calibration = mxnorm_pass.calibrate(model, batches)
+        if calibration.order is not None:
+            mxnorm_pass.permute_channels(model, calibration.order)
+        compiled = torch.compile(model, backend="mxnorm", options={"calibration": calibration})
+
+    Args:
+        model: as it will be compiled: names, ``modules`` rules and formats are those of a compile
+            with the same options.
+        batches: dicts of the model's inputs (input_ids, attention_mask, labels) or tensors, at
+            least two; all must fit into memory, their activations need not.
+        options: as for ``torch.compile``; ``p`` (default 2) is that of the estimate.
+        max_loss_increase: relative to the loss with exact RMS and the same casts, on the held-out
+            batches; 0.02 allows 2%.
+
+    Raises:
+        ValueError: the batches are too few, no batches, or give a loss that is not finite; no
+            norm can be fused; an option is wrong or contradicts a calibration.
+    """
+    config = check_options(options)
+    _check_increase(max_loss_increase)
+    split = split_batches(batches)
+    model = getattr(model, "_orig_mod", model)
+    device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    sites = find_sites(model, split.fitted[0], options, device)
+    total = 2 * (len(split.fitted) + len(split.held_out))
+    with tqdm(desc="calibrate", total=total, disable=None, leave=False) as bar:
+        runner = Runner(model, device, bar)
+        fit = _fit(runner, sites, split, config.p)
+        emulation = Emulation(sites, fit.orders)
+        exact = _fall_back(runner, emulation, fit.estimates, split, max_loss_increase)
+    unseen = [site.name for site in sites if site.name not in fit.estimates]
+    return Calibration(
+        weights={name: estimate.block_weights for name, estimate in fit.estimates.items()},
+        exact=(*unseen, *exact),
+        p=config.p,
+        block_size=MX_BLOCK_SIZE,
+        order=fit.order,
+        channels=_channels(model, sites, fit),
+        architecture=architecture_hash(model),
+    )
+
+
+def _check_increase(increase: float) -> None:
+    if not (math.isfinite(increase) and increase >= 0):
+        raise ValueError(
+            f"max_loss_increase is {increase}; it must be a finite number of at least 0"
+        )
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What was fitted, by norm name.
+
+    Attributes:
+        order: of the residual channels; None: the natural one.
+        stream: the norms that read them.
+    """
+
+    order: Tensor | None
+    stream: tuple[str, ...]
+    estimates: dict[str, Estimate]
+
+    @property
+    def orders(self) -> dict[str, Tensor]:
+        return {} if self.order is None else dict.fromkeys(self.stream, self.order)
+
+
+def _fit(runner: Runner, sites: Sequence[NormSite], split: Split, p: float) -> _Fit:
+    emulation = Emulation(sites)
+    stream = _stream_norms(runner.model, sites)
+    orders: list[Tensor] = []
+    if stream:
+        power = ChannelPower()
+        runner.observe(emulation, power, split.fitted)
+        orders = candidate_orders(power.mean(stream), MX_BLOCK_SIZE)
+    moments = BlockMoments(p, orders, frozenset(stream))
+    runner.observe(emulation, moments, split.fitted)
+    best = min(range(max(1, len(orders))), key=lambda i: moments.mean_error(stream, i))
+    estimates = {}
+    for site in sites:
+        found = moments.of(site.name, best)
+        if found is None:
+            _warn_unseen(site.name)
+        else:
+            estimates[site.name] = Estimate(block_weights(found), p)
+    # The first candidate is the natural order.
+    return _Fit(orders[best] if best else None, stream, estimates)
+
+
+def _warn_unseen(norm: str) -> None:
+    warnings.warn(
+        f"mxnorm: {norm!r} stays exact: no token of the batches reached it",
+        MXNormWarning,
+        stacklevel=4,
+    )
+
+
+def _stream_norms(model: nn.Module, sites: Sequence[NormSite]) -> tuple[str, ...]:
+    """The sites that read the residual stream; none, with a warning, if it cannot be followed."""
+    # The first norm of a model reads the stream; others of its width do, too.
+    width = sites[0].width
+    try:
+        permute_channels(model, torch.arange(width))
+    except ValueError as error:
+        warnings.warn(
+            f"mxnorm: the channels keep their order, in which the estimate may be poorer: {error}",
+            MXNormWarning,
+            stacklevel=4,
+        )
+        return ()
+    return tuple(site.name for site in sites if site.width == width)
+
+
+def _channels(model: nn.Module, sites: Sequence[NormSite], fit: _Fit) -> dict[str, Tensor]:
+    """What tells the channels apart, in the order that the weights were fitted in."""
+    found: dict[str, Tensor] = {}
+    for site in sites:
+        order = fit.orders.get(site.name)
+        described = Site(site.name, tuple(linear.name for linear in site.linears))
+        for name, statistic in channel_statistics(model, [described]).items():
+            found[name] = statistic if order is None else statistic[order]
+    return found
+
+
+def _fall_back(
+    runner: Runner, emulation: Emulation, estimates: Estimates, split: Split, increase: float
+) -> tuple[str, ...]:
+    reference = runner.loss(emulation, {}, split.held_out)
+    check_finite(Loss(reference, 1), "the held-out batches")
+
+    def rank() -> list[str]:
+        runner.bar.total += len(estimates)
+        batch = few_rows(split.fitted[0])
+        return rank_by_cost(estimates, lambda e: runner.logits(emulation, e, batch))
+
+    def loss(under: Estimates) -> float:
+        return runner.loss(emulation, under, split.held_out)
+
+    return exact_norms(estimates, loss, rank, (1 + increase) * reference)
