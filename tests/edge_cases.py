@@ -214,3 +214,19 @@ EDGE_CASES: tuple[EdgeCase, ...] = (
     EdgeCase("mixed_scales", _mixed_scales),
     EdgeCase("one_block", _one_block),
 )
+
+
+def _all_in_blocks_of_rows(dtype: torch.dtype) -> Tensor:
+    cases = [case.x(dtype) for case in EDGE_CASES]
+    wide = [x for x in cases if x.shape[-1] == WIDTH]
+    return torch.cat(
+        [x[torch.arange(-(-len(x) // BLOCK_SIZE) * BLOCK_SIZE) % len(x)] for x in wide]
+    )
+
+
+# The same in two tensors, for kernels whose interpreter takes its time for each launch. A case
+# repeats its rows to whole blocks of them, so that casts along columns meet it alone.
+STACKED_EDGE_CASES = (
+    EdgeCase("all_of_one_width", _all_in_blocks_of_rows),
+    EdgeCase("one_block", lambda dtype: _one_block(dtype).repeat(BLOCK_SIZE, 1)),
+)
