@@ -42,6 +42,7 @@ _HOME = {
     "SkipReason": "report",
     "apply": "export",
     "calibrate": "calibrating.procedure",
+    "permute_channels": "channels",
     "compile_layers": "layers",
     "explain": "tracing",
     "permute_channels": "channels",
