@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mxnorm_pass.calibrating.procedure import calibrate as calibrate
     from mxnorm_pass.calibration import Calibration as Calibration
     from mxnorm_pass.channels import permute_channels as permute_channels
+    from mxnorm_pass.comparing.compare import compare as compare
+    from mxnorm_pass.comparing.comparison import Comparison as Comparison
     from mxnorm_pass.config import MXNormConfig as MXNormConfig
     from mxnorm_pass.export import apply as apply
     from mxnorm_pass.layers import compile_layers as compile_layers
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Calibration": "calibration",
     "CalibrationWarning": "announce",
+    "Comparison": "comparing.comparison",
     "Graph": "report",
     "MXNormConfig": "config",
     "MXNormWarning": "announce",
@@ -42,7 +45,7 @@ _HOME = {
     "SkipReason": "report",
     "apply": "export",
     "calibrate": "calibrating.procedure",
-    "permute_channels": "channels",
+    "compare": "comparing.compare",
     "compile_layers": "layers",
     "explain": "tracing",
     "permute_channels": "channels",

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from typing import Any, cast
 
@@ -343,13 +344,18 @@ def _compile_with_aot_eager(job: CompileJob) -> CompiledFunction:
     return _compile_with_aot(job, boxed_nop, _norm_decompositions())
 
 
-def _compile_with_interpreter(job: CompileJob) -> CompiledFunction:
-    return _compile_with_aot(job, _interpreted, _norm_decompositions())
-
-
-def _interpreted(gm: fx.GraphModule, inputs: Any) -> CompiledFunction:
+def compile_with_interpreter(
+    job: CompileJob, interpreter: Callable[[fx.GraphModule], fx.Interpreter] = fx.Interpreter
+) -> CompiledFunction:
     """Run node by node, so that an error names the node and the model's source line."""
-    interpreter = fx.Interpreter(gm)
+    run = partial(_interpreted, make=interpreter)
+    return _compile_with_aot(job, run, _norm_decompositions())
+
+
+def _interpreted(
+    gm: fx.GraphModule, inputs: Any, make: Callable[[fx.GraphModule], fx.Interpreter]
+) -> CompiledFunction:
+    interpreter = make(gm)
 
     def run(args: list[Any]) -> Any:
         values = list(args)
@@ -363,7 +369,7 @@ def _interpreted(gm: fx.GraphModule, inputs: Any) -> CompiledFunction:
 _INNER: dict[str, Callable[[CompileJob], CompiledFunction]] = {
     "inductor": _compile_with_inductor,
     "aot_eager": _compile_with_aot_eager,
-    "eager": _compile_with_interpreter,
+    "eager": compile_with_interpreter,
 }
 
 

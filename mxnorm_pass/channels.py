@@ -103,7 +103,7 @@ class _Stream:
     @classmethod
     def of(cls, model: nn.Module, width: int, inputs: Any) -> _Stream:
         args, kwargs = _arguments(model, inputs)
-        with _in_eval_mode(model):
+        with in_eval_mode(model):
             program = _export(model, args, kwargs)
         state = _state(model, program)
         spaces = _spaces(program, state)
@@ -191,7 +191,7 @@ def _arguments(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

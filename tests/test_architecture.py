@@ -16,6 +16,8 @@ LAYERS = [
     {"cli.checkpoint"},
     {"cli.config_model", "cli.inputs", "cli.text", "cli.progress"},
     {"cli.arguments", "cli.errors"},
+    {"comparing", "comparing.compare"},
+    {"comparing.comparison", "comparing.watch"},
     {"calibrating.procedure"},
     {"calibrating.runner"},
     {"calibrating.fallback"},

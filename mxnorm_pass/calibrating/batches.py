@@ -39,7 +39,7 @@ def split_batches(batches: Iterable[Batch]) -> Split:
         )
     listed = list(batches)
     for i, batch in enumerate(listed):
-        _check(batch, i)
+        check_batch(batch, i)
     if len(listed) < 2:
         raise ValueError(
             f"{len(listed)} batches were given; calibration needs at least 2, of which it holds "
@@ -49,7 +49,7 @@ def split_batches(batches: Iterable[Batch]) -> Split:
     return Split(listed[:-held_out], listed[-held_out:])
 
 
-def _check(batch: object, index: int) -> None:
+def check_batch(batch: object, index: int) -> None:
     if not isinstance(batch, (Mapping, Tensor)):
         raise ValueError(
             f"batch {index} is a {type(batch).__name__}; it must be a dict of the model's inputs "

@@ -1,0 +1,118 @@
+"""The backend's own graph, run node by node, with an eye on the ops that replaced the norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mxnorm_pass import functional, ops
+from mxnorm_pass.backend import CompileJob, compile_with_interpreter, parse
+from mxnorm_pass.dispatch import NormCastCall
+from mxnorm_pass.module_names import module_path
+from mxnorm_pass.report import Report, Site
+
+
+@dataclass
+class Observation:
+    """What one norm's op returned, summed up over tokens.
+
+    Attributes:
+        ratios: rho~ / rho of each token, in order, one tensor [T] for each call.
+    """
+
+    ratios: list[Tensor] = field(default_factory=list)
+    error: float = 0.0
+    power: float = 0.0
+
+    def add(self, call: NormCastCall, results: Mapping[str, Tensor]) -> None:
+        x = results.get("total", call.x).to(torch.float32)
+        rho = torch.rsqrt(x.square().mean(-1, keepdim=True) + call.spec.eps)
+        self.ratios.append((results["rho"] / rho).flatten().cpu())
+        with_gain = call.weight is not None and call.gain_in_rows is not False
+        y = x * rho * call.weight.to(torch.float32) if with_gain else x * rho  # type: ignore[union-attr]
+        self.error += float((_dequantized(call, x, results) - y).square().sum())
+        self.power += float(y.square().sum())
+
+    @property
+    def relative_error(self) -> float:
+        """Of the values that the linears read, against the exact norm before any cast."""
+        return math.sqrt(self.error / self.power) if self.power else 0.0
+
+
+def _dequantized(call: NormCastCall, x: Tensor, results: Mapping[str, Tensor]) -> Tensor:
+    values, scales = results["values"], results["scales"]
+    if call.spec.scale_layout != "row-major":
+        options = {**call.spec.keywords(), "scale_layout": "row-major"}
+        weight = call.weight if call.gain_in_rows is not False else None
+        values, scales, _ = functional.mxnorm_cast(
+            x, weight, block_weights=call.block_weights, **options
+        )
+    return functional.mx_dequantize(values, scales)
+
+
+class WatchedModel:
+    """A model compiled for a config, whose norms' ops are watched and can be set to exact.
+
+    Args:
+        options: as for ``torch.compile``; ``inner`` and Inductor's play no part.
+
+    Attributes:
+        exact: names of the norms that now run with ``estimator="exact"`` in the same graph.
+        observed: what the ops returned, by norm name; None: nobody looks.
+        report: what the backend did.
+    """
+
+    def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+        self.exact: frozenset[str] = frozenset()
+        self.observed: dict[str, Observation] | None = None
+        self.report = Report()
+        self._parsed = parse({**options, "inner": "eager"})
+        self._run = torch.compile(model, backend=self._backend)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    @property
+    def sites(self) -> list[Site]:
+        """The fused ones, each once."""
+        return list({site.norm: site for site in self.report.fused}.values())
+
+    def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        job = CompileJob.of(gm, example_inputs, self._parsed)
+        job.check_channels()
+        compiled = compile_with_interpreter(job, lambda graph: _Watching(graph, self))
+        for result in job.results:
+            self.report.add(result.graph)
+        return compiled
+
+    def norm_cast(self, norm: str, op: Any, args: Sequence[Any], first: bool) -> Any:
+        """Run an op of that norm; the first of several is observed."""
+        names = [argument.name for argument in op._schema.arguments]
+        if norm in self.exact:
+            given = dict(zip(names, args, strict=True))
+            args = list({**given, "estimator": "exact", "block_weights": None}.values())
+        results = op(*args)
+        if first and self.observed is not None:
+            named = dict(zip((r.name for r in op._schema.returns), results, strict=True))
+            self.observed.setdefault(norm, Observation()).add(NormCastCall.of(op, args), named)
+        return results
+
+
+class _Watching(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, watched: WatchedModel) -> None:
+        super().__init__(gm)
+        self._watched = watched
+        self._norms = {n: module_path(n) for n in gm.graph.nodes if n.target in ops.NORM_CASTS}
+        self._first = {norm: node for node, norm in reversed(self._norms.items())}
+
+    def run_node(self, n: fx.Node) -> Any:
+        norm = self._norms.get(n)
+        if norm is None:
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        return self._watched.norm_cast(norm, n.target, args, self._first[norm] is n)
