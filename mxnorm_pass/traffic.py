@@ -94,7 +94,8 @@ class TrafficEstimate:
 
     def _read(self, node: fx.Node, source: fx.Node) -> int | None:
         size = self._extent(source)
-        if source is node.args[0] and node.target in _PICKS_ROWS:
+        # Others may have no positional arguments.
+        if node.target in _PICKS_ROWS and source is node.args[0]:
             size = _smaller(size, self._size(node))
         return size
 
