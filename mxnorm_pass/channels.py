@@ -23,7 +23,7 @@ from mxnorm_pass.channel_spaces import ChannelSpaces, Dim
 from mxnorm_pass.export import functional_program
 from mxnorm_pass.module_names import module_path
 
-__all__ = ["inverse", "permute_channels"]
+__all__ = ["inverse", "permute_channels", "stream_weights"]
 
 # float64 logits may move by that much of the largest.
 TOLERANCE = 1e-9
@@ -83,6 +83,22 @@ def permute_channels(
             f"permuting the channels of {type(model).__name__} moves its float64 outputs by "
             f"{moved:.1e} of the largest, more than {TOLERANCE:g}; the model is as it was"
         )
+
+
+def stream_weights(
+    model: nn.Module, width: int, inputs: Sequence[Any] | Mapping[str, Any] | None = None
+) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """What :func:`permute_channels` would permute: weights, and their dimensions on the stream.
+
+    Args:
+        width: channels of the residual stream.
+        inputs: see :func:`permute_channels`.
+
+    Raises:
+        ValueError: the stream cannot be followed.
+    """
+    _check_model(model)
+    return list(_Stream.of(model, width, inputs).weights)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def emulated_logits(model: nn.Module, emulation: Emulation, ids: Tensor) -> Tens
         return call(ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("dtype, gain", [(FP32, "fold"), (BF16, "fold"), (BF16, "activation")])
+@pytest.mark.parametrize("dtype, gain", [(FP32, "activation"), (BF16, "fold")])
 def test_the_emulation_has_the_bits_of_a_compile(dtype: torch.dtype, gain: str) -> None:
     """Under the exact RMS and under block weights, channels in another order included."""
     model = outlier_llama(dtype, rms_norm_eps=1e-3)

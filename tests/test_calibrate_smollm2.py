@@ -65,7 +65,7 @@ def smollm2() -> Calibrated:
     model, tokenizer = load_checkpoint(None)
     topics = python_reference()
     fitted = token_rows(tokenizer, topics[::2], 4, LENGTH)
-    unseen = token_rows(tokenizer, topics[1::2], 8, LENGTH)
+    unseen = token_rows(tokenizer, topics[1::2], 4, LENGTH)
     calibration = mxnorm_pass.calibrate(model, [{"input_ids": row[None]} for row in fitted])
     sites = find_sites(model, unseen[:1], None, torch.device("cpu"))
     runner = Runner(model, torch.device("cpu"), NoBar())

@@ -24,7 +24,7 @@ from mxnorm_pass.calibrating.runner import Runner
 from mxnorm_pass.calibrating.sites import NormSite, check_options, find_sites
 from mxnorm_pass.calibration import Calibration, architecture_hash
 from mxnorm_pass.channel_order import channel_statistics
-from mxnorm_pass.channels import permute_channels
+from mxnorm_pass.channels import stream_weights
 from mxnorm_pass.formats import MX_BLOCK_SIZE
 from mxnorm_pass.report import Site
 
@@ -144,10 +144,9 @@ def _warn_unseen(norm: str) -> None:
 
 def _stream_norms(model: nn.Module, sites: Sequence[NormSite]) -> tuple[str, ...]:
     """The sites that read the residual stream; none, with a warning, if it cannot be followed."""
-    # The first norm of a model reads the stream; others of its width do, too.
-    width = sites[0].width
     try:
-        permute_channels(model, torch.arange(width))
+        # The first norm of a model reads the stream.
+        weights = stream_weights(model, sites[0].width)
     except ValueError as error:
         warnings.warn(
             f"mxnorm: the channels keep their order, in which the estimate may be poorer: {error}",
@@ -155,7 +154,8 @@ def _stream_norms(model: nn.Module, sites: Sequence[NormSite]) -> tuple[str, ...
             stacklevel=4,
         )
         return ()
-    return tuple(site.name for site in sites if site.width == width)
+    of_inputs = {id(weight) for weight, dims in weights if weight.ndim - 1 in dims}
+    return tuple(site.name for site in sites if id(site.linears[0].module.weight) in of_inputs)
 
 
 def _channels(model: nn.Module, sites: Sequence[NormSite], fit: _Fit) -> dict[str, Tensor]:
