@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 
@@ -41,46 +42,14 @@ class Moments:
 
 
 def block_weights(moments: Moments) -> Tensor:
-    """The non-negative weights [K], float32, that minimise :meth:`Moments.error`.
-
-    Lawson & Hanson's active-set method (Solving Least Squares Problems, 1974, chapter 23) in the
-    form that needs the normal equations alone (Bro & de Jong, J. Chemometrics 11, 1997).
-    """
+    """The non-negative weights [K], float32, that minimise :meth:`Moments.error`."""
     gram, target = moments.gram.cpu(), moments.total.cpu()
     scale = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    gram, target = gram / scale / scale[:, None], target / scale
-    tolerance = 1e-10 * float(target.abs().max())
-    weights = torch.zeros_like(target)
-    free = torch.zeros_like(target, dtype=torch.bool)
-    for _ in range(3 * len(target)):
-        gradient = (target - gram @ weights).masked_fill(free, -torch.inf)
-        best = int(gradient.argmax())
-        if gradient[best] <= tolerance:
-            break
-        free[best] = True
-        weights = _to_feasible(gram, target, weights, free)
-    return (weights / scale).float()
-
-
-def _to_feasible(gram: Tensor, target: Tensor, weights: Tensor, free: Tensor) -> Tensor:
-    """Minimise over the free weights; those that would turn negative leave ``free``, in place."""
-    while True:
-        solution = _solve(gram, target, free)
-        negative = free & (solution <= 0)
-        if not negative.any():
-            return solution
-        steps = weights[negative] / (weights[negative] - solution[negative])
-        step = steps.min()
-        weights = weights + step * (solution - weights)
-        index = torch.nonzero(negative).flatten()
-        weights[index[steps <= step]] = 0.0
-        free &= weights > 0
-
-
-def _solve(gram: Tensor, target: Tensor, free: Tensor) -> Tensor:
-    index = torch.nonzero(free).flatten()
-    solution = torch.zeros_like(target)
-    # Blocks that always agree make the system singular; lstsq takes the shortest solution.
-    system = gram[index][:, index]
-    solution[index] = torch.linalg.lstsq(system, target[index, None], driver="gelsd").solution[:, 0]
-    return solution
+    values, vectors = torch.linalg.eigh(gram / scale / scale[:, None])
+    # Blocks that always agree make the system singular.
+    kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
+    # Least squares with as many rows as blocks, whose normal equations are these.
+    root, vectors = values[kept].sqrt()[:, None], vectors[:, kept].t()
+    rows, right = root * vectors, vectors @ (target / scale) / root[:, 0]
+    weights, _ = nnls(rows.numpy(), right.numpy())
+    return (torch.from_numpy(weights) / scale).float()
