@@ -61,7 +61,7 @@ def assert_same(got: Report, want: Report) -> None:
         assert (a.ops_before, a.ops_after) == (b.ops_before, b.ops_after)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Mixtral", "Gemma-3"])
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Mixtral"])
 def test_report_is_that_of_the_model_with_weights(name, tmp_path, capsys) -> None:
     model = models.build(name)
     path = save_config(model.config, tmp_path, type(model).__name__)
@@ -82,7 +82,9 @@ def test_training_report_is_that_of_the_model_with_weights(tiny, tmp_path) -> No
 
 
 def test_quantised_config_is_explained_with_its_casts(tmp_path) -> None:
-    model = AutoModelForCausalLM.from_config(models.build("Llama").config, dtype=torch.bfloat16)
+    config = models.build("Llama").config
+    config.num_hidden_layers = 1
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     how = MXDynamicActivationMXWeightConfig()
     model.config.quantization_config = TorchAoConfig(how)
     path = save_config(model.config, tmp_path, "LlamaForCausalLM")
