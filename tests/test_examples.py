@@ -76,3 +76,17 @@ def test_pass_time_saves_rows_that_grow(tmp_path: Path) -> None:
     assert one["pass_seconds"] > 0
     assert one["growth"] is None and two["growth"] > 0
     assert "share" in done.stdout
+
+
+def test_calibrate_refuses_text_that_is_not_there(tmp_path: Path) -> None:
+    missing = str(tmp_path / "book.txt")
+    done = run_example("calibrate.py", "--calibration-text", missing, "--evaluation-text", missing)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == f"calibrate.py: no such file or folder: {missing!r}"
+
+
+def test_calibrate_wants_both_texts() -> None:
+    done = run_example("calibrate.py", "--calibration-text", "book.txt")
+    assert done.returncode == 2
+    assert "give both texts or neither: they must not overlap" in done.stderr
