@@ -14,10 +14,11 @@ import torch
 from architectures import models
 from torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
 from torchao.quantization import quantize_
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import mxnorm_pass
 from mxnorm_pass import Report
+from mxnorm_pass.calibration import Calibration
 from mxnorm_pass.cli import main
 from mxnorm_pass.cli.errors import UsageError
 from mxnorm_pass.cli.text import read_rows
@@ -291,23 +292,13 @@ def test_text_that_cannot_be_read(tmp_path) -> None:
         read_rows([path], characters, tokens=1, rows=1)
 
 
-class Spy:
-    """Stands in for what ``compare`` and ``calibrate`` return, and keeps what they were given."""
+WORDS = "abcdefgh"
+# 80 words, no two rows alike.
+TEXT = [WORDS[(i * i // 3 + i) % len(WORDS)] for i in range(80)]
 
-    def __call__(self, model: Any, batches: Any, options: Any, **kwargs: Any) -> Spy:
-        self.given = (model, batches, options, kwargs)
-        return self
 
-    def __str__(self) -> str:
-        return "a table"
-
-    def to_json(self) -> str:
-        return "{}"
-
-    def plot(self, path: Path) -> None:
-        path.write_text("plot")
-
-    save = plot
+def ids_of(words: list[str]) -> list[int]:
+    return [WORDS.index(word) for word in words]
 
 
 @pytest.fixture
@@ -317,57 +308,50 @@ def checkpoint(tmp_path) -> list[str]:
     from tokenizers import models as tokenizer_models
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(tokenizer_models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, "<unk>"))
+    words = Tokenizer(tokenizer_models.WordLevel({w: i for i, w in enumerate(WORDS)}, WORDS[0]))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path / "checkpoint"
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token=WORDS[0]).save_pretrained(folder)
     models.build("Llama").save_pretrained(folder)
     text = tmp_path / "text.txt"
-    text.write_text("a b b " * 3)
-    sizes = ["--tokens", "4", "--batches", "2"]
-    return ["--model", str(folder), "--text", str(text), *sizes, "--options", '{"p": 1}']
+    text.write_text(" ".join(TEXT))
+    sizes = ["--tokens", str(TOKENS), "--batches", "2"]
+    return ["--model", str(folder), "--text", str(text), *sizes]
 
 
-ROWS = [[1, 2, 2, 1], [2, 2, 1, 2]]
-
-
-def test_compare_gets_model_batch_and_options(checkpoint, tmp_path, monkeypatch, capsys) -> None:
-    spy = Spy()
-    monkeypatch.setattr(mxnorm_pass, "compare", spy, raising=False)
-    outputs = ["--json", str(tmp_path / "c.json"), "--plot", str(tmp_path / "c.png")]
+def test_calibrate_and_compare(checkpoint, tmp_path, capsys) -> None:
+    """They say what the functions say that they stand for, given the same rows."""
+    out, table, plot = (tmp_path / name for name in ("c.safetensors", "c.json", "c.png"))
+    assert main(["calibrate", *checkpoint, "--out", str(out), "--max-loss-increase", "9"]) == 0
+    assert capsys.readouterr().out.startswith(f"{out}: 4 norms on block weights, 0 exact\n")
+    options = json.dumps({"calibration": str(out)})
+    outputs = ["--json", str(table), "--plot", str(plot), "--options", options]
     assert main(["compare", *checkpoint, *outputs]) == 0
-    model, batch, options, kwargs = spy.given
-    assert isinstance(model, LlamaForCausalLM) and not model.training
-    assert batch["input_ids"].tolist() == batch["labels"].tolist() == ROWS
-    assert (options, kwargs) == ({"p": 1}, {})
-    assert capsys.readouterr().out == "a table\n"
-    assert ((tmp_path / "c.json").read_text(), (tmp_path / "c.png").read_text()) == ("{}", "plot")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint[1])
+    rows = torch.tensor([ids_of(TEXT[i : i + TOKENS]) for i in (0, TOKENS)])
+    batches = [{"input_ids": row, "labels": row} for row in rows.split(1)]
+    calibration = mxnorm_pass.calibrate(model, batches, None, 9)
+    assert Calibration.load(out) == calibration
+    if calibration.order is not None:
+        mxnorm_pass.permute_channels(model, calibration.order)
+    batch = {"input_ids": rows, "labels": rows}
+    want = mxnorm_pass.compare(model, batch, {"calibration": calibration})
+    assert capsys.readouterr().out.endswith(f"{want}\n")
+    assert table.read_text() == want.to_json()
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_calibrate_gets_one_batch_per_row(checkpoint, tmp_path, monkeypatch) -> None:
-    spy = Spy()
-    monkeypatch.setattr(mxnorm_pass, "calibrate", spy, raising=False)
-    out = tmp_path / "calibration.safetensors"
-    args = ["--out", str(out), "--max-loss-increase", "0.1"]
-    assert main(["calibrate", *checkpoint, *args]) == 0
-    _, batches, options, kwargs = spy.given
-    assert [batch["input_ids"].tolist() for batch in batches] == [[row] for row in ROWS]
-    assert (options, kwargs) == ({"p": 1}, {"max_loss_increase": 0.1})
-    assert out.is_file()
-
-
-def test_what_compare_and_calibrate_refuse(checkpoint, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(mxnorm_pass, "compare", None, raising=False)
-    assert main(["compare", *checkpoint]) == 2
-    assert f"mxnorm_pass {mxnorm_pass.__version__} has no compare" in capsys.readouterr().err
-    monkeypatch.setattr(mxnorm_pass, "calibrate", Spy(), raising=False)
+def test_what_compare_and_calibrate_refuse(checkpoint, tmp_path, capsys) -> None:
     wrong = (
-        (["--batches", "3"], "--text has 9 tokens, 3 rows of 4 need 12"),
+        (["--batches", "9"], "--text has 80 tokens, 9 rows of 32 need 288"),
         (["--model", str(tmp_path)], "cannot load"),
         (["--model", "./nowhere"], "is no folder"),
         (["--out", "nowhere/c"], "cannot write into 'nowhere'"),
+        (["--batches", "1"], "needs at least 2"),
     )
     for args, message in wrong:
         assert main(["calibrate", *checkpoint, "--out", str(tmp_path / "c"), *args]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
+    assert main(["compare", *checkpoint, "--options", '{"modules": {"*": false}}']) == 2
+    assert "compare: error: " in capsys.readouterr().err

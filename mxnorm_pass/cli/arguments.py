@@ -74,8 +74,9 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-loss-increase",
         type=float,
+        default=0.02,
         metavar="X",
-        help="relative to the loss with the exact RMS; 0.02 by default",
+        help="relative to the loss with the exact RMS (%(default)s)",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="calibration.safetensors"

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
-import mxnorm_pass
 from mxnorm_pass.cli.config_model import looks_like_path
 from mxnorm_pass.cli.errors import UsageError, reason
 from mxnorm_pass.cli.text import read_rows
-
-
-def library_function(name: str) -> Callable[..., Any]:
-    """A public function of the package that not every version has."""
-    function: Callable[..., Any] | None = getattr(mxnorm_pass, name, None)
-    if function is None:
-        raise UsageError(f"mxnorm_pass {mxnorm_pass.__version__} has no {name}")
-    return function
 
 
 def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Tensor]:
@@ -30,6 +23,8 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Tensor]:
     Raises:
         UsageError: the checkpoint or its tokenizer cannot be loaded, or the text is too short.
     """
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = _load(AutoTokenizer, args)
     rows = read_rows(
         args.text, _ids_of(tokenizer), tokens=args.tokens, rows=args.batches, skip=args.skip
