@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mxnorm_pass.files import write_bytes
 from mxnorm_pass.module_names import clean_module_path
 
 __all__ = ["Calibration", "architecture_hash"]
@@ -127,17 +127,7 @@ class Calibration:
         if self.order is not None:
             tensors[_ORDER] = self.order
         data = save(tensors, metadata={_HEADER: json.dumps(asdict(_Header.of(self)))})
-        target = Path(path)
-        temporary = ""
-        try:
-            with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-                temporary = file.name
-                file.write(data)
-            os.replace(temporary, target)
-        except OSError:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
-            raise
+        write_bytes(path, data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Calibration:

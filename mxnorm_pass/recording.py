@@ -7,14 +7,13 @@ cache, under a key of all that decides it.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mxnorm_pass.files import write_text
 from mxnorm_pass.graph_pass import PassResult
 from mxnorm_pass.report import Report
 
@@ -67,9 +66,7 @@ def store(key: str, result: PassResult) -> None:
     entry = {"matmul_modules": result.matmul_modules, "report": report.to_json()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(entry, file)
-        os.replace(file.name, path)
+        write_text(path, json.dumps(entry))
     except OSError:
         return
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from mxnorm_pass.files import write_bytes
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,9 @@ class Comparison:
         figure = Figure(figsize=(8, 1.5 + 0.2 * len(self.sites)), layout="constrained")
         axes = figure.add_subplot()
         _draw(axes, self.sites)
-        target = Path(path)
-        draft = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            figure.savefig(draft, format="png", dpi=120)
-            os.replace(draft, target)
-        finally:
-            draft.unlink(missing_ok=True)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120)
+        write_bytes(path, picture.getvalue())
 
 
 def _draw(axes: Any, sites: tuple[SiteComparison, ...]) -> None:
