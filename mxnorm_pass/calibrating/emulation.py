@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mxnorm_pass import functional
 from mxnorm_pass.calibrating.probe import NormConstants, probe
 from mxnorm_pass.calibrating.sites import Linear, NormSite
+from mxnorm_pass.channels import in_eval_mode
 from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat
 
 Observer = Callable[[str, Tensor], None]
@@ -58,7 +59,7 @@ class Emulation:
         """Yields what to call; ``model`` itself is as before when the block ends."""
         with ExitStack() as stack:
             stack.enter_context(_uncompiled(model))
-            stack.enter_context(_in_eval_mode(model))
+            stack.enter_context(in_eval_mode(model))
             for site in self._emulated:
                 site.enter(stack)
             stack.enter_context(torch.no_grad())
@@ -225,14 +226,3 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
     finally:
         for module, implementation in compiled.items():
             module._compiled_call_impl = implementation
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
