@@ -76,7 +76,7 @@ def follow_output(normalized: fx.Node, width: object, gain: fx.Node | None) -> T
             break
         nodes.append(user)
         node = user
-    rounding = _rounding(normalized, before, at_gain, after)
+    rounding = _rounding(normalized, before, at_gain, after, node)
     return Tail(node, gain, rounding, tuple(nodes), problem)
 
 
@@ -92,7 +92,11 @@ def _odd_gain(factor: object, user: fx.Node, node: fx.Node, width: object) -> Sk
 
 
 def _rounding(
-    normalized: fx.Node, before: list[fx.Node], at_gain: fx.Node | None, after: list[fx.Node]
+    normalized: fx.Node,
+    before: list[fx.Node],
+    at_gain: fx.Node | None,
+    after: list[fx.Node],
+    output: fx.Node,
 ) -> Rounding | Skip:
     """Which one dtype the casts before the gain round to, and which one those after it."""
     if dtype_of(normalized) != torch.float32:
@@ -107,7 +111,8 @@ def _rounding(
             return rounding_skip(node, "a single rounding after the gain")
     if at_gain is not None and dtype_of(at_gain) != (norm_dtype or torch.float32):
         return rounding_skip(at_gain, f"a product with the gain in {norm_dtype}")
-    return Rounding(norm_dtype, dtype_of((normalized, *before, *after)[-1]))
+    # A gain in float32 widens what was rounded before it.
+    return Rounding(norm_dtype, dtype_of(output))
 
 
 def rounding_skip(node: fx.Node, expected: str) -> Skip:
