@@ -99,7 +99,7 @@ class Loss:
 
     @property
     def mean(self) -> float:
-        return self.total / self.tokens
+        return self.total / self.tokens if self.tokens else math.nan
 
     def __add__(self, other: Loss) -> Loss:
         return Loss(self.total + other.total, self.tokens + other.tokens)

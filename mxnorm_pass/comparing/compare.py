@@ -126,8 +126,8 @@ def _rows(batch: Batch) -> Iterator[Batch]:
 
 def _length(row: Batch) -> int:
     """Tokens of a row."""
-    ids = row if isinstance(row, Tensor) else next(v for v in row.values() if v.ndim > 1)
-    return int(ids.shape[1]) if ids.ndim > 1 else 1
+    values = [row] if isinstance(row, Tensor) else list(row.values())
+    return next((int(v.shape[1]) for v in values if isinstance(v, Tensor) and v.ndim > 1), 1)
 
 
 def _check_fused(watched: WatchedModel) -> None:
