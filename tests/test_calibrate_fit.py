@@ -252,3 +252,7 @@ def test_a_ranking_takes_the_first_rows() -> None:
     assert few["input_ids"].shape == few["attention_mask"].shape == (1, 300)
     assert few["use_cache"] is False
     assert few_rows(ids[:, :100]).shape == (4, 100)
+
+
+def test_no_tokens_have_no_mean_loss() -> None:
+    assert math.isnan(Loss().mean)

@@ -186,3 +186,11 @@ def test_models_that_compare_refuses(model: nn.Module) -> None:
     nn.init.constant_(broken.lm_head.weight, float("inf"))
     with pytest.raises(ValueError, match="outputs on row 0 hold NaN"):
         mxnorm_pass.compare(broken, ROWS)
+
+
+def test_flags_in_a_batch_do_no_harm(model: nn.Module) -> None:
+    plain = mxnorm_pass.compare(model, {"input_ids": ROWS[:1]})
+    flagged = mxnorm_pass.compare(model, {"use_cache": False, "input_ids": ROWS[:1]})
+    assert flagged.loss == plain.loss
+    tokens = [site.ratio.token for site in plain.sites]
+    assert [site.ratio.token for site in flagged.sites] == tokens
