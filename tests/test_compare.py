@@ -194,3 +194,26 @@ def test_flags_in_a_batch_do_no_harm(model: nn.Module) -> None:
     assert flagged.loss == plain.loss
     tokens = [site.ratio.token for site in plain.sites]
     assert [site.ratio.token for site in flagged.sites] == tokens
+
+
+def test_padding_does_not_count(model: nn.Module) -> None:
+    padded = torch.cat([torch.zeros(2, 4, dtype=torch.int64), ROWS], 1)
+    mask = (torch.arange(20) >= 4).long().expand(2, 20)
+    positions = (torch.arange(20) - 4).clamp(min=0).expand(2, 20)
+    batch = {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
+    plain, found = mxnorm_pass.compare(model, ROWS), mxnorm_pass.compare(model, batch)
+    assert found.tokens == plain.tokens == ROWS.numel()
+    assert found.from_exact.kl == pytest.approx(plain.from_exact.kl, rel=1e-3)
+    assert found.from_as_is.top1 == plain.from_as_is.top1
+    assert found.loss == pytest.approx(plain.loss, rel=1e-3)
+    for a, b in zip(found.sites, plain.sites, strict=True):
+        assert (a.ratio.median, a.input_error) == pytest.approx(
+            (b.ratio.median, b.input_error), rel=1e-3
+        )
+        row, position = b.ratio.token
+        assert a.ratio.token == (row, position + 4)
+
+
+def test_a_batch_of_padding_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="all padding"):
+        mxnorm_pass.compare(model, {"input_ids": ROWS, "attention_mask": torch.zeros_like(ROWS)})

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mxnorm_pass.backend import parse
-from mxnorm_pass.calibrating.batches import Batch, Loss, check_batch, logits_of, loss_of, run
+from mxnorm_pass.calibrating.batches import (
+    Batch,
+    Loss,
+    check_batch,
+    logits_of,
+    loss_of,
+    run,
+    token_rows,
+)
 from mxnorm_pass.channels import in_eval_mode
 from mxnorm_pass.comparing.comparison import Comparison, Divergence, Ratio, SiteComparison, Step
 from mxnorm_pass.comparing.watch import Observation, WatchedModel
@@ -30,17 +38,17 @@ def compare(model: nn.Module, batch: Batch, options: Mapping[str, Any] | None = 
 
     The model runs as it is, with the exact RMS and MX casts, and with the options, through the
     graphs that the backend rewrites, interpreted node by node: nothing is compiled to code. Rows
-    of the batch run one by one, and no activations are kept. To say which norms hurt, the first
-    row then runs once for each norm with that norm exact, and the whole batch with the worst
-    norms exact together.
+    of the batch run one by one, and no activations are kept; padding, by ``attention_mask``, does
+    not count. To say which norms hurt, the first row then runs once for each norm with that norm
+    exact, and the whole batch with the worst norms exact together.
 
     Args:
         batch: the model's inputs as a dict (input_ids, attention_mask, labels) or one tensor.
         options: as for ``torch.compile``.
 
     Raises:
-        ValueError: the batch is empty or holds NaN or infinite numbers, the model's outputs do,
-            no norm is fused, or an option is wrong.
+        ValueError: the batch is empty, all padding, or holds NaN or infinite numbers, the model's
+            outputs do, no norm is fused, or an option is wrong.
     """
     check_batch(batch, 0)
     given = dict(options or {})
@@ -55,9 +63,11 @@ def compare(model: nn.Module, batch: Batch, options: Mapping[str, Any] | None = 
         exact.observed, estimated.observed = {}, {}
         whole = _Whole()
         for i, row in enumerate(rows):
+            exact.batch = estimated.batch = row
             outputs = tuple(runs(which, row) for which in (model, exact, estimated))
             whole.add(row, outputs, f"row {i}")
         _check_fused(estimated)
+        whole.check()
         observed, estimated.observed, exact_observed = estimated.observed, None, exact.observed
         costs = _costs(runs, estimated, rows[0])
         steps = _steps(runs, estimated, rows, costs)
@@ -146,7 +156,7 @@ class _Whole:
 
     def add(self, row: Batch, outputs: tuple[Any, ...], name: str) -> None:
         """Outputs as it is, with exact RMS, and with the options."""
-        logits = [logits_of(output).float().flatten(0, -2) for output in outputs]
+        logits = [token_rows(row, logits_of(output)).float() for output in outputs]
         if not logits[0].isfinite().all():
             raise ValueError(f"the model's outputs on {name} hold NaN or infinite numbers")
         self._add_losses(row, outputs)
@@ -155,6 +165,10 @@ class _Whole:
         for i, reference in enumerate(references):
             self.kl[i] += float((reference.exp() * (reference - last)).sum())
             self.same[i] += int((reference.argmax(-1) == last.argmax(-1)).sum())
+
+    def check(self) -> None:
+        if not self.tokens:
+            raise ValueError("the batch is all padding: its attention_mask keeps no token")
 
     def _add_losses(self, row: Batch, outputs: Sequence[Any]) -> None:
         if self.losses is None:
@@ -214,15 +228,16 @@ def _site(
         norm=site.norm,
         consumers=site.consumers,
         how=site.how,
-        ratio=_ratio(torch.cat(seen.ratios), length),
+        ratio=_ratio(seen, length),
         input_error=seen.relative_error,
         cast_error=exact.relative_error if exact is not None else float("nan"),
         loss_increase=costs.get(site.norm),
     )
 
 
-def _ratio(ratios: Tensor, length: int) -> Ratio:
+def _ratio(seen: Observation, length: int) -> Ratio:
+    ratios = torch.cat(seen.ratios)
     low, median, high = ratios.quantile(torch.tensor([0.01, 0.5, 0.99])).tolist()
-    index = int(ratios.log().abs().argmax())
-    token = divmod(index, length)
-    return Ratio(median, low, high, float(ratios[index]), token)
+    worst = int(ratios.log().abs().argmax())
+    token = divmod(int(torch.cat(seen.places)[worst]), length)
+    return Ratio(median, low, high, float(ratios[worst]), token)

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from mxnorm_pass import functional, ops
 from mxnorm_pass.backend import CompileJob, compile_with_interpreter, parse
+from mxnorm_pass.calibrating.batches import Batch, token_rows
 from mxnorm_pass.dispatch import NormCastCall
 from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import Report, Site
@@ -19,24 +20,31 @@ from mxnorm_pass.report import Report, Site
 
 @dataclass
 class Observation:
-    """What one norm's op returned, summed up over tokens.
+    """What one norm's op returned, summed up over tokens that are no padding.
 
     Attributes:
-        ratios: rho~ / rho of each token, in order, one tensor [T] for each call.
+        ratios: rho~ / rho of these tokens, in order, one tensor [T] for each call.
+        places: their numbers among all tokens, padding included, alike.
     """
 
     ratios: list[Tensor] = field(default_factory=list)
+    places: list[Tensor] = field(default_factory=list)
     error: float = 0.0
     power: float = 0.0
+    _tokens: int = 0
 
-    def add(self, call: NormCastCall, results: Mapping[str, Tensor]) -> None:
+    def add(self, call: NormCastCall, results: Mapping[str, Tensor], batch: Batch) -> None:
         x = results.get("total", call.x).to(torch.float32)
         rho = torch.rsqrt(x.square().mean(-1, keepdim=True) + call.spec.eps)
-        self.ratios.append((results["rho"] / rho).flatten().cpu())
+        places = torch.arange(rho.numel(), device=x.device).reshape(rho.shape)
+        self.ratios.append(token_rows(batch, results["rho"] / rho).flatten().cpu())
+        self.places.append(token_rows(batch, places).flatten().cpu() + self._tokens)
+        self._tokens += rho.numel()
         with_gain = call.weight is not None and call.gain_in_rows is not False
         y = x * rho * call.weight.to(torch.float32) if with_gain else x * rho  # type: ignore[union-attr]
-        self.error += float((_dequantized(call, x, results) - y).square().sum())
-        self.power += float(y.square().sum())
+        error = _dequantized(call, x, results) - y
+        self.error += float(token_rows(batch, error).square().sum())
+        self.power += float(token_rows(batch, y).square().sum())
 
     @property
     def relative_error(self) -> float:
@@ -64,12 +72,14 @@ class WatchedModel:
     Attributes:
         exact: names of the norms that now run with ``estimator="exact"`` in the same graph.
         observed: what the ops returned, by norm name; None: nobody looks.
+        batch: the inputs of the run, which say what is padding.
         report: what the backend did.
     """
 
     def __init__(self, model: nn.Module, options: Mapping[str, Any]) -> None:
         self.exact: frozenset[str] = frozenset()
         self.observed: dict[str, Observation] | None = None
+        self.batch: Batch = {}
         self.report = Report()
         self._parsed = parse({**options, "inner": "eager"})
         self._run = torch.compile(model, backend=self._backend)
@@ -99,7 +109,8 @@ class WatchedModel:
         results = op(*args)
         if first and self.observed is not None:
             named = dict(zip((r.name for r in op._schema.returns), results, strict=True))
-            self.observed.setdefault(norm, Observation()).add(NormCastCall.of(op, args), named)
+            observation = self.observed.setdefault(norm, Observation())
+            observation.add(NormCastCall.of(op, args), named, self.batch)
         return results
 
 
