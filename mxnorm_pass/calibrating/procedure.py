@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mxnorm_pass.announce import MXNormWarning
-from mxnorm_pass.calibrating.batches import Batch, Loss, Split, check_finite, split_batches
+from mxnorm_pass.calibrating.batches import (
+    Batch,
+    Loss,
+    Split,
+    check_finite,
+    split_batches,
+    token_rows,
+)
 from mxnorm_pass.calibrating.emulation import Emulation, Estimate
 from mxnorm_pass.calibrating.fallback import Estimates, exact_norms, few_rows, rank_by_cost
 from mxnorm_pass.calibrating.fit import block_weights
@@ -178,7 +185,9 @@ def _fall_back(
     def rank() -> list[str]:
         runner.bar.total += len(estimates)
         batch = few_rows(split.fitted[0])
-        return rank_by_cost(estimates, lambda e: runner.logits(emulation, e, batch))
+        return rank_by_cost(
+            estimates, lambda e: token_rows(batch, runner.logits(emulation, e, batch))
+        )
 
     def loss(under: Estimates) -> float:
         return runner.loss(emulation, under, split.held_out)
