@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,6 +17,21 @@ from mxnorm_pass import announce
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers already fill the cores.
     torch.set_num_threads(1)
+
+# PyTorch writes its structured trace as soon as this logger has a handler, and pytest gives one to
+# each logger that does not propagate.
+logging.getLogger("torch.__trace").propagate = True
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections leave out what was imported, and come less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5000, 10, 20)
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
