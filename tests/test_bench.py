@@ -19,7 +19,7 @@ from bench_contestants import VARIANTS, Inputs
 from bench_kernels import Case, grid
 from bench_report import Measured, Verdict
 from benchlib import Timing, interleaved, save_json
-from test_examples import run_example
+from test_examples import run_example, run_example_here
 from torch import Tensor
 
 TOKENS, WIDTH = 64, 128
@@ -300,7 +300,7 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    done = run_example("bench_kernels.py", "--quick", "--json", str(tmp_path / "x.json"))
+    done = run_example_here("bench_kernels.py", "--quick", "--json", str(tmp_path / "x.json"))
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("bench_kernels.py: no CUDA GPU here")
@@ -324,7 +324,7 @@ def test_on_a_gpu_our_kernels_are_right(tmp_path: Path) -> None:
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
     path.write_text('{"cases": [{}]}')
-    done = run_example("bench_kernels.py", "--plot-only", str(path))
+    done = run_example_here("bench_kernels.py", "--plot-only", str(path))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"bench_kernels.py: cannot read {path}")
 
@@ -371,6 +371,6 @@ def test_layers_are_measured_on_a_cpu_too(tmp_path: Path) -> None:
 
 
 def test_layers_refuse_a_wrong_shape() -> None:
-    done = run_example("bench_layer.py", "--hidden", "100")
+    done = run_example_here("bench_layer.py", "--hidden", "100")
     assert done.returncode == 2
     assert "--hidden must be a multiple of 128" in done.stderr

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 LAYERS = 2
@@ -19,6 +24,23 @@ def run_example(script: str, *args: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
     command = [sys.executable, str(EXAMPLES / script), *args]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+def run_example_here(script: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """The same within this process, which has imported torch already."""
+    command, code = [str(EXAMPLES / script), *args], 0
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", command),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def losses_of(arm: str, output: str) -> list[float]:
@@ -47,7 +69,7 @@ def test_llama_reports_errors_times_and_losses() -> None:
 
 def test_llama_refuses_a_wrong_model_path(tmp_path: Path) -> None:
     missing = str(tmp_path / "no_such_checkpoint")
-    done = run_example("llama.py", "--model", missing)
+    done = run_example_here("llama.py", "--model", missing)
     assert done.returncode == 2
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -55,7 +77,7 @@ def test_llama_refuses_a_wrong_model_path(tmp_path: Path) -> None:
 
 
 def test_llama_refuses_a_wrong_option() -> None:
-    done = run_example("llama.py", "--p", "-1")
+    done = run_example_here("llama.py", "--p", "-1")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("llama.py: ")
@@ -87,6 +109,6 @@ def test_calibrate_refuses_text_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_calibrate_wants_both_texts() -> None:
-    done = run_example("calibrate.py", "--calibration-text", "book.txt")
+    done = run_example_here("calibrate.py", "--calibration-text", "book.txt")
     assert done.returncode == 2
     assert "give both texts or neither: they must not overlap" in done.stderr
