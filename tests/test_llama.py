@@ -56,14 +56,19 @@ MODELS = {
 }
 
 
+USES = [
+    pytest.param(kind, dtype, training, id=f"{kind}-{dtype}-{name}")
+    for kind in MODELS
+    for dtype in DTYPES
+    for training, name in ((False, "inference"), (True, "training"))
+    # torchao's inference weights take no gradient and no dtype but bf16.
+    if kind != "torchao" or (dtype == torch.bfloat16 and not training)
+]
+
+
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind, dtype, training", USES)
 def test_two_norms_per_layer_are_fused(kind, dtype, training, layers) -> None:
-    if kind == "torchao" and (training or dtype != torch.bfloat16):
-        # torchao's inference weights take no gradient and no dtype but bf16.
-        training, dtype = False, torch.bfloat16
     model = MODELS[kind](build_llama(dtype, layers=layers))
     with torch.set_grad_enabled(training):
         labels = {"labels": IDS} if training else {}
