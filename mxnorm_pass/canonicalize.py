@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import fx
 
 
@@ -32,9 +33,17 @@ def remove_dead(graph: fx.Graph) -> None:
     ``Graph.eliminate_dead_code`` asks every node for side effects, which on a graph of some ten
     thousand nodes takes longer than the rest of the pass.
     """
+    impure: dict[Any, bool] = {}
     for node in reversed(graph.nodes):
-        if not node.users and node.op in ("call_function", "get_attr") and not node.is_impure():
-            graph.erase_node(node)
+        if not node.users and node.op in ("call_function", "get_attr"):
+            if not isinstance(node.target, torch._ops.OpOverload):
+                is_impure = node.is_impure()
+            elif (known := impure.get(node.target)) is not None:
+                is_impure = known
+            else:
+                is_impure = impure[node.target] = node.is_impure()
+            if not is_impure:
+                graph.erase_node(node)
 
 
 def _hashable(value: Any) -> Any:
