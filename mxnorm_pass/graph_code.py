@@ -1,59 +1,37 @@
-"""Print a graph as code for people: one call per line, typed, under the module that made it."""
+"""Print nodes as code for people: one typed call per line."""
 
 from __future__ import annotations
 
-from functools import cache
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._dtype_abbrs import dtype_abbrs
 
-from mxnorm_pass.graph_utils import is_backward
-from mxnorm_pass.module_names import module_path
 
+def statement(node: fx.Node, op: str, kind: str) -> str:
+    """The node as Python, such as ``rsqrt: "f32[2, 16, 1]" = torch.ops.aten.rsqrt.default(add)``.
 
-def graph_code(graph: fx.Graph) -> str:
-    """The graph as Python, such as ``rsqrt: "f32[2, 16, 1]" = torch.ops.aten.rsqrt.default(add)``.
-
-    A comment names the module, and the pass (forward or backward), of the lines below it.
+    Args:
+        op: its :func:`op_name`.
+        kind: its :func:`type_name`.
     """
-    inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
-    lines = [f"def forward({', '.join(inputs)}):"]
-    origin = ""
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            lines.append(f"    # {node.name}: {type_name(node)}")
-            continue
-        if node.op != "output":
-            new_origin = f"{module_path(node)}{' (backward)' if is_backward(node) else ''}"
-            if new_origin != origin:
-                origin = new_origin
-                lines.append(f"    # {origin or '-'}")
-        lines.append(f"    {_statement(node)}")
-    return "\n".join(lines) + "\n"
-
-
-def _statement(node: fx.Node) -> str:
+    if node.op == "placeholder":
+        return f"# {node.name}: {kind}"
     if node.op == "output":
         return f"return {_text(node.args[0])}"
+    name = f'{node.name}: "{kind}"' if kind else node.name
     if node.op == "get_attr":
-        return f"{node.name}{_annotation(node)} = self.{node.target}"
-    arguments = [_text(a) for a in node.args]
-    arguments += [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
-    return f"{node.name}{_annotation(node)} = {_target(node.target)}({', '.join(arguments)})"
-
-
-@cache
-def _target(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return f"torch.ops.{target}"
-    return str(getattr(target, "__name__", target))
-
-
-def _annotation(node: fx.Node) -> str:
-    kind = type_name(node)
-    return f': "{kind}"' if kind else ""
+        return f"{name} = self.{node.target}"
+    function = f"torch.ops.{op}" if isinstance(node.target, torch._ops.OpOverload) else op
+    arguments = [a.name if isinstance(a, fx.Node) else _text(a) for a in node.args]
+    if node.kwargs:
+        arguments += [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
+    return f"{name} = {function}({', '.join(arguments)})"
 
 
 def op_name(node: fx.Node) -> str:
@@ -74,10 +52,49 @@ def call_text(node: fx.Node) -> str:
 
 def type_name(node: fx.Node) -> str:
     """ "bf16[2, 16, 64]"; "" where the value is no single tensor."""
-    value = node.meta.get("val")
+    return value_type(node.meta.get("val")).name
+
+
+@dataclass(frozen=True)
+class ValueType:
+    """Attributes:
+    name: "bf16[2, 16, 64]"; "" where the value is no single tensor.
+    bytes: of all its tensors; None where a size is symbolic and has no hint.
+    """
+
+    name: str
+    bytes: int | None
+
+
+def value_type(value: Any) -> ValueType:
+    """What is said of the value of a node, its ``meta["val"]``."""
     if isinstance(value, Tensor):
-        return f"{dtype_abbrs[value.dtype]}{list(value.shape)}"
-    return ""
+        try:
+            return _tensor_type(value.dtype, value.shape)
+        except TypeError:  # Symbolic sizes have no hash.
+            return _tensor_type.__wrapped__(value.dtype, value.shape)
+    if isinstance(value, (tuple, list)):
+        return ValueType("", add_bytes([value_type(item).bytes for item in value]))
+    return ValueType("", 0)
+
+
+@lru_cache(maxsize=4096)
+def _tensor_type(dtype: torch.dtype, shape: torch.Size) -> ValueType:
+    name = f"{dtype_abbrs[dtype]}{list(shape)}"
+    sizes = [size if isinstance(size, int) else _hint(size) for size in shape]
+    return ValueType(name, None if None in sizes else math.prod(sizes, start=dtype.itemsize))
+
+
+def _hint(size: Any) -> int | None:
+    """The size with which the graph was traced; asking for it adds no guard."""
+    hint = getattr(getattr(size, "node", None), "hint", None)
+    return hint if isinstance(hint, int) else None
+
+
+def add_bytes(terms: Iterable[int | None]) -> int | None:
+    """The sum; None where a term is None, that is unknown."""
+    known = list(terms)
+    return None if None in known else sum(known)  # type: ignore[arg-type]
 
 
 def _text(value: Any) -> str:

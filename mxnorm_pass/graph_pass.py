@@ -21,8 +21,7 @@ from mxnorm_pass.calibration import Calibration
 from mxnorm_pass.canonicalize import remove_dead
 from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.errors import InvalidOptionsError
-from mxnorm_pass.graph_code import graph_code, op_name
-from mxnorm_pass.graph_utils import SubgraphCache, input_position, is_backward
+from mxnorm_pass.graph_utils import SubgraphCache, created_nodes, input_position, is_backward
 from mxnorm_pass.insert import insert_casts
 from mxnorm_pass.match import Fusion, find_sites
 from mxnorm_pass.match.linear import is_matmul, mark_parameters
@@ -31,6 +30,8 @@ from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import Graph, Site, SkipReason, count_ops
 from mxnorm_pass.rewrite import rewrite
 from mxnorm_pass.site_graphs import SiteGraphs
+from mxnorm_pass.snapshot import Snapshot
+from mxnorm_pass.traffic import TrafficEstimate
 
 log = logging.getLogger(__name__)
 
@@ -74,41 +75,48 @@ def run_pass(
         decompositions: for traced replacements; those that the graph itself was traced with.
     """
     start = time.perf_counter()
-    before, ops_before = graph_code(graph), _op_counts(graph)
-    site_graphs = SiteGraphs(graph)
-    traffic_before = site_graphs.estimate.total
+    before = Snapshot(graph)
     modules = _matmul_modules(graph)
     mark_parameters(graph, parameters)
     norms = find_norms(graph)
     inserted = insert_casts(graph, norms, config) if tensor_subclass is None else 0
     found = find_sites(graph, norms, config, tensor_subclass)
-    site_graphs.match(found, norms)
+    site_graphs = SiteGraphs(before, found, norms)
     fusions = [site for site in found if isinstance(site, Fusion)]
     _check_calibration(fusions, config.calibration)
     subgraphs = SubgraphCache(decompositions)
     for fusion in fusions:
-        with site_graphs.rewriting(fusion):
+        with created_nodes(graph) as created:
             rewrite(graph, fusion, subgraphs)
+        site_graphs.add(fusion, created)
     changed = bool(fusions) or inserted > 0
     if changed:
         remove_dead(graph)
         graph.lint()
-    result = Graph(
-        name="training" if any(map(is_backward, graph.nodes)) else "inference",
-        before=before,
-        after=graph_code(graph) if changed else before,
-        ops_before=ops_before,
-        ops_after=_op_counts(graph) if changed else ops_before,
-        sites=site_graphs.sites(),
-        traffic_before=traffic_before,
-        traffic_after=site_graphs.estimate.total,
-    )
+    result = _report(before, Snapshot(graph, before) if changed else before, site_graphs)
     eps_inputs = map(_eps_position, norms)
     return PassResult(
         result,
         modules,
         time.perf_counter() - start,
         tuple(dict.fromkeys(i for i in eps_inputs if i is not None)),
+    )
+
+
+def _report(before: Snapshot, after: Snapshot, site_graphs: SiteGraphs) -> Graph:
+    traffic_before = TrafficEstimate(before)
+    traffic_after = (
+        TrafficEstimate(after, traffic_before) if after is not before else traffic_before
+    )
+    return Graph(
+        name="training" if any(s.backward for s in after.states.values()) else "inference",
+        before=before.code(),
+        after=after.code(),
+        ops_before=_op_counts(before),
+        ops_after=_op_counts(after),
+        sites=site_graphs.sites(traffic_before, traffic_after),
+        traffic_before=traffic_before.total,
+        traffic_after=traffic_after.total,
     )
 
 
@@ -150,8 +158,8 @@ def _eps_position(norm: Norm) -> int | None:
     return input_position(norm.eps_input) if norm.eps_input is not None else None
 
 
-def _op_counts(graph: fx.Graph) -> dict[str, int]:
-    return count_ops([op_name(node) for node in graph.nodes if node.op == "call_function"])
+def _op_counts(snapshot: Snapshot) -> dict[str, int]:
+    return count_ops([state.op for _, state in snapshot.calls()])
 
 
 def _matmul_modules(graph: fx.Graph) -> tuple[str, ...]:

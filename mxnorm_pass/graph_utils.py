@@ -215,6 +215,26 @@ def call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
     return node
 
 
+@contextmanager
+def created_nodes(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """A list that fills with the nodes that are added to the graph meanwhile."""
+    owner = owner_of(graph)
+    created: list[fx.Node] = []
+    hook = created.append
+    owner._register_create_node_hook(hook)
+    try:
+        yield created
+    finally:
+        owner._unregister_create_node_hook(hook)
+
+
+def owner_of(graph: fx.Graph) -> fx.GraphModule:
+    """The module whose graph it is."""
+    owner = graph.owning_module
+    assert owner is not None, "the graph belongs to no module"
+    return owner
+
+
 def outputs_of(graph: fx.Graph, like: fx.Node, node: fx.Node) -> tuple[fx.Node, ...]:
     """One getitem node per output of a multi-output call."""
     return tuple(call(graph, like, operator.getitem, node, i) for i in range(len(node.meta["val"])))
@@ -232,8 +252,7 @@ def constant(graph: fx.Graph, like: fx.Node, value: Tensor) -> fx.Node:
     compiles or exports the graph calls :func:`unwrap_constants`.
     """
     device = like.meta["val"].device
-    owner = graph.owning_module
-    assert owner is not None, "a graph without a module cannot hold constants"
+    owner = owner_of(graph)
     with real_tensors():
         content = value.cpu().contiguous().numpy().tobytes()
         signature = repr((value.dtype, tuple(value.shape), device)).encode()

@@ -9,20 +9,19 @@ time is linear in the graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from torch import fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.graph_code import op_name, type_name
 from mxnorm_pass.graph_utils import forward_users, is_backward
 from mxnorm_pass.match import Fusion, Refusal
-from mxnorm_pass.match.linear import CastIndex, is_matmul, readers
+from mxnorm_pass.match.linear import CastIndex, readers
 from mxnorm_pass.match.norm import Norm
 from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import Site
+from mxnorm_pass.snapshot import NodeState, Snapshot
 from mxnorm_pass.subgraph import Change, Subgraph, SubgraphNode, Traffic
 from mxnorm_pass.traffic import TrafficEstimate, is_free
 
@@ -33,178 +32,127 @@ _FUSED_OPS = frozenset(
 _MAX_WEIGHT_NODES = 64
 _MAX_MODULE_NODES = 64
 
-
-Inputs = Callable[[fx.Node], Sequence[fx.Node]]
-
-
-@dataclass(frozen=True)
-class _Node:
-    """A node as it stood: a rewrite changes its op and its inputs."""
-
-    node: fx.Node
-    part: str
-    op: str
-    inputs: tuple[fx.Node, ...]
-    bytes: int | None
-
-    def is_same(self, other: _Node | None) -> bool:
-        return other is None or (self.op == other.op and self.inputs == other.inputs)
-
-    def public(self, change: Change, shown: Container[fx.Node]) -> SubgraphNode:
-        return SubgraphNode(
-            name=self.node.name,
-            op=self.op,
-            # The graph's output reads far more than the site.
-            inputs=tuple(n.name for n in self.inputs if n in shown),
-            type=type_name(self.node),
-            module=module_path(self.node),
-            part=self.part,
-            change=change,
-            backward=is_backward(self.node),
-            bytes=self.bytes,
-        )
+Users = Mapping[fx.Node, Sequence[fx.Node]]
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """What stood at and around a site."""
+    """What stands at and around a site at one time.
 
-    nodes: Mapping[fx.Node, _Node]
-    traffic: Traffic
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A site between its two cuts; ``parts`` also takes what the rewrite creates."""
-
-    found: Fusion | Refusal
-    parts: dict[fx.Node, str]
-    before: _Cut
-
-
-@dataclass
-class SiteGraphs:
-    """Draws the sites of a graph while the pass works on it.
-
-    Made before anything is changed; then :meth:`match` once the sites are known,
-    :meth:`rewriting` around each rewrite, :meth:`sites` in the end.
+    Attributes:
+        parts: what each node belongs to, in graph order, the nodes around the site included.
     """
 
-    graph: fx.Graph
-    estimate: TrafficEstimate = field(init=False)
-    _original: frozenset[fx.Node] = field(init=False)
-    _matmul_inputs: dict[fx.Node, list[fx.Node]] = field(init=False)
-    _drafts: list[_Draft] = field(default_factory=list)
+    estimate: TrafficEstimate
+    parts: Mapping[fx.Node, str]
+    traffic: Traffic
 
-    def __post_init__(self) -> None:
-        self.estimate = TrafficEstimate(self.graph)
-        self._original = frozenset(self.graph.nodes)
-        matmuls = filter(is_matmul, self.graph.nodes)
-        self._matmul_inputs = {matmul: matmul.all_input_nodes for matmul in matmuls}
-
-    def match(self, found: Sequence[Fusion | Refusal], norms: Iterable[Norm]) -> None:
-        """Cut the sites out of the graph that came in, seeing through inserted casts."""
-        by_anchor = {norm.anchor: norm for norm in norms}
-        for site in found:
-            if isinstance(site, Fusion):
-                parts = dict(_parts_of_fusion(site, self._original_inputs))
-            else:
-                parts = dict(_parts_of_refusal(site, by_anchor.get(site.anchor)))
-            own = {node: part for node, part in parts.items() if node in self._original}
-            cut = self._cut(own, self._original_inputs, self._original_users)
-            self._drafts.append(_Draft(site, parts, cut))
-
-    @contextmanager
-    def rewriting(self, fusion: Fusion) -> Iterator[None]:
-        """Note the nodes that are created meanwhile as parts of the fusion."""
-        draft = next(draft for draft in self._drafts if draft.found is fusion)
-        create_node = self.graph.create_node
-
-        def create_and_note(*args: Any, **kwargs: Any) -> fx.Node:
-            node = create_node(*args, **kwargs)
-            draft.parts[node] = ""
-            return node
-
-        vars(self.graph)["create_node"] = create_and_note
-        try:
-            yield
-        finally:
-            del vars(self.graph)["create_node"]
-
-    def sites(self) -> tuple[Site, ...]:
-        """The sites with both cuts; a skipped one has only the first."""
-        self.estimate = TrafficEstimate(self.graph, self.estimate.sizes)
-        alive = frozenset(self.graph.nodes)
-        return tuple(self._site(draft, alive) for draft in self._drafts)
-
-    def _site(self, draft: _Draft, alive: frozenset[fx.Node]) -> Site:
-        site, before = draft.found.site(), draft.before
-        if isinstance(draft.found, Refusal):
-            return replace(site, before=_public(before, lambda node: ""))
-        own = {
-            node: part or _part_of_created(node, draft.found)
-            for node, part in draft.parts.items()
-            if node in alive
-        }
-        after = self._cut(own, lambda n: n.all_input_nodes, lambda n: n.users)
-
-        def change_before(node: _Node) -> Change:
-            if node.node not in alive:
-                return "removed"
-            return "" if node.is_same(after.nodes.get(node.node)) else "rewired"
-
-        def change_after(node: _Node) -> Change:
-            if node.node not in self._original:
-                return "added"
-            reads_new = any(source not in self._original for source in node.inputs)
-            same = node.is_same(before.nodes.get(node.node)) and not reads_new
-            return "" if same else "rewired"
-
-        return replace(
-            site, before=_public(before, change_before), after=_public(after, change_after)
-        )
-
-    def _cut(
-        self,
-        parts: Mapping[fx.Node, str],
-        inputs: Inputs,
-        users: Callable[[fx.Node], Iterable[fx.Node]],
-    ) -> _Cut:
-        context: dict[fx.Node, str] = {}
+    @classmethod
+    def of(cls, own: Mapping[fx.Node, str], users: Users, estimate: TrafficEstimate) -> _Cut:
+        """The nodes of a site with their parts, and those that they read and that read them."""
+        snapshot = estimate.snapshot
+        parts = dict(own)
         read_outside = []
-        for node in parts:
-            outside = [user for user in users(node) if user not in parts]
+        for node in own:
+            outside = [user for user in users[node] if user not in own]
             if outside:
                 read_outside.append(node)
-            context |= dict.fromkeys(outside, "reader")
-        for node in parts:
-            context |= dict.fromkeys((n for n in inputs(node) if n not in parts), "input")
-        nodes = {}
-        for node in sorted({**parts, **context}):
-            part = parts.get(node) or context[node]
-            moved = self.estimate.of_op(node)
-            nodes[node] = _Node(node, part, op_name(node), tuple(inputs(node)), moved)
-        own = [node for node in nodes if node in parts]
-        return _Cut(nodes, self.estimate.of(own, read_outside))
+            parts |= dict.fromkeys(outside, "reader")
+        for node in own:
+            sources = snapshot.states[node].inputs
+            parts |= dict.fromkeys((n for n in sources if n not in own), "input")
+        nodes = sorted(parts, key=snapshot.positions.__getitem__)
+        traffic = estimate.of([node for node in nodes if node in own], read_outside)
+        return cls(estimate, {node: parts[node] for node in nodes}, traffic)
 
-    def _original_inputs(self, node: fx.Node) -> Sequence[fx.Node]:
-        """What the node read when it came in: inserted casts stand in front of matmuls."""
-        return self._matmul_inputs.get(node) or node.all_input_nodes
+    def state(self, node: fx.Node) -> NodeState | None:
+        return self.estimate.snapshot.states[node] if node in self.parts else None
 
-    def _original_users(self, node: fx.Node) -> Iterator[fx.Node]:
-        for user in node.users:
-            if user in self._original:
-                yield user
-            else:
-                yield from self._original_users(user)
+    def subgraph(self, change: Callable[[fx.Node, NodeState], Change]) -> Subgraph:
+        states = self.estimate.snapshot.states
+        nodes = (self._node(n, states[n], change(n, states[n])) for n in self.parts)
+        return Subgraph(tuple(nodes), self.traffic)
+
+    def _node(self, node: fx.Node, state: NodeState, change: Change) -> SubgraphNode:
+        return SubgraphNode(
+            name=node.name,
+            op=state.op,
+            # The graph's output reads far more than the site.
+            inputs=tuple([n.name for n in state.inputs if n in self.parts]),
+            type=state.type.name,
+            module=state.module,
+            part=self.parts[node],
+            change=change,
+            backward=state.backward,
+            bytes=self.estimate.of_op(node),
+        )
 
 
-def _public(cut: _Cut, change: Callable[[_Node], Change]) -> Subgraph:
-    nodes = (node.public(change(node), cut.nodes) for node in cut.nodes.values())
-    return Subgraph(tuple(nodes), cut.traffic)
+class SiteGraphs:
+    """Draws the sites of a graph as it stood before and after the pass.
+
+    Made once the sites are known and nothing is rewritten, as what belongs to a site is read off
+    the graph with its inserted casts.
+
+    Args:
+        before: the graph as it came in.
+    """
+
+    def __init__(
+        self, before: Snapshot, found: Sequence[Fusion | Refusal], norms: Iterable[Norm]
+    ) -> None:
+        by_anchor = {norm.anchor: norm for norm in norms}
+        self._sites = list(found)
+        self._parts = [
+            dict(
+                _parts_of_fusion(site, before)
+                if isinstance(site, Fusion)
+                else _parts_of_refusal(site, by_anchor.get(site.anchor))
+            )
+            for site in found
+        ]
+
+    def add(self, fusion: Fusion, created: Iterable[fx.Node]) -> None:
+        """Say which nodes the fusion's rewrite has put into the graph."""
+        index = next(i for i, site in enumerate(self._sites) if site is fusion)
+        self._parts[index] |= {node: _part_of_created(node, fusion) for node in created}
+
+    def sites(self, before: TrafficEstimate, after: TrafficEstimate) -> tuple[Site, ...]:
+        """The sites with both subgraphs; a skipped one has only the first."""
+        cuts = self._cuts(before), self._cuts(after)
+        drawn = zip(self._sites, *cuts, strict=True)
+        return tuple(_drawn(site, cut, new_cut) for site, cut, new_cut in drawn)
+
+    def _cuts(self, estimate: TrafficEstimate) -> list[_Cut]:
+        """One per site, of the nodes that stand in the estimated graph."""
+        states = estimate.snapshot.states
+        own = [{n: part for n, part in parts.items() if n in states} for parts in self._parts]
+        users = estimate.snapshot.users_of(chain.from_iterable(own))
+        return [_Cut.of(parts, users, estimate) for parts in own]
 
 
-def _parts_of_fusion(fusion: Fusion, inputs: Inputs) -> Iterator[tuple[fx.Node, str]]:
+def _drawn(found: Fusion | Refusal, cut: _Cut, new_cut: _Cut) -> Site:
+    if isinstance(found, Refusal):
+        return replace(found.site(), before=cut.subgraph(lambda node, state: ""))
+    original, final = cut.estimate.snapshot.states, new_cut.estimate.snapshot.states
+
+    def change_before(node: fx.Node, state: NodeState) -> Change:
+        if node not in final:
+            return "removed"
+        return "" if state.reads_as(new_cut.state(node)) else "rewired"
+
+    def change_after(node: fx.Node, state: NodeState) -> Change:
+        if node not in original:
+            return "added"
+        reads_new = any(source not in original for source in state.inputs)
+        return "" if state.reads_as(cut.state(node)) and not reads_new else "rewired"
+
+    return replace(
+        found.site(), before=cut.subgraph(change_before), after=new_cut.subgraph(change_after)
+    )
+
+
+def _parts_of_fusion(fusion: Fusion, before: Snapshot) -> Iterator[tuple[fx.Node, str]]:
     """The nodes of the site with the part that each belongs to; what comes last holds."""
     if fusion.backward is not None:
         yield from _as("norm backward", fusion.backward.nodes)
@@ -213,7 +161,7 @@ def _parts_of_fusion(fusion: Fusion, inputs: Inputs) -> Iterator[tuple[fx.Node, 
     activations = {n for c in fusion.consumers for n in (*c.nodes, *c.cast.nodes)}
     for consumer in fusion.consumers:
         weight = "weight" if consumer.weight is None else "weight cast"
-        yield from _as(weight, _weight_nodes(consumer.linear.matmul, activations, inputs))
+        yield from _as(weight, _weight_nodes(consumer.linear.matmul, activations, before))
         yield from _as("dequantize", consumer.linear.slice)
         yield from _as("cast", (*consumer.reader.path, *consumer.cast.nodes))
     yield from _as("linear", (consumer.linear.matmul for consumer in fusion.consumers))
@@ -248,10 +196,13 @@ def _part_of_created(node: fx.Node, fusion: Fusion) -> str:
     return "norm" if module_path(node) == fusion.norm.name else "weight cast"
 
 
-def _weight_nodes(matmul: fx.Node, stop: Container[fx.Node], inputs: Inputs) -> set[fx.Node]:
-    """What is computed for the other operand of a linear, back to the inputs of the graph."""
+def _weight_nodes(matmul: fx.Node, stop: Container[fx.Node], before: Snapshot) -> set[fx.Node]:
+    """What is computed for the other operand of a linear, back to the inputs of the graph.
+
+    Casts may have been inserted in front of the linear since it came in.
+    """
     found: set[fx.Node] = set()
-    pending = [*inputs(matmul), *matmul.all_input_nodes]
+    pending = [*before.states[matmul].inputs, *matmul.all_input_nodes]
     while pending and len(found) < _MAX_WEIGHT_NODES:
         node = pending.pop()
         if node.op == "call_function" and node not in stop and node not in found:

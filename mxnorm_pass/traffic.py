@@ -16,16 +16,19 @@ A symbolic size counts with its hint, the size that the graph was traced with.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from mxnorm_pass.graph_utils import aten, is_backward
+from mxnorm_pass.graph_code import add_bytes
+from mxnorm_pass.graph_utils import aten
 from mxnorm_pass.ops import NAMESPACE
+from mxnorm_pass.snapshot import NodeState, Snapshot
 from mxnorm_pass.subgraph import Traffic
 
 _PICKS_ROWS = frozenset(
@@ -46,58 +49,90 @@ class _Kind(Enum):
     NUMBER = auto()  # a size and what is computed from sizes
     FUSIBLE = auto()
     CALL = auto()
+    ROWS = auto()  # a call that picks rows of its first input
+
+
+_MOVING = (_Kind.FUSIBLE, _Kind.CALL, _Kind.ROWS)
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """What a call does with memory.
+
+    Attributes:
+        stored: the node whose memory holds the value: what a view looks at, else the node itself.
+        extent: bytes of memory behind the value.
+        reads: the memory that it reads, and how much of it; None where it moves nothing.
+        bytes: that it moves as a kernel of its own.
+        fusible: runs in one kernel with others.
+    """
+
+    state: NodeState
+    stored: fx.Node
+    extent: int | None
+    reads: Mapping[fx.Node, int | None] | None = None
+    bytes: int | None = 0
+    fusible: bool = False
 
 
 class TrafficEstimate:
-    """What each node of a graph moves, as the graph stands when this is made.
+    """What each node of a graph moves, as the graph stood in a snapshot.
 
     Args:
-        sizes: those known from an earlier estimate; the values of nodes do not change.
+        earlier: of an earlier snapshot; what it knows of nodes that stayed as they were holds.
+
+    Attributes:
+        total: of the whole graph.
     """
 
-    def __init__(self, graph: fx.Graph, sizes: dict[fx.Node, int | None] | None = None) -> None:
-        self.sizes = {} if sizes is None else sizes
-        self._stored: dict[fx.Node, fx.Node] = {}
-        # Of views: the bytes of memory behind them.
-        self._extents: dict[fx.Node, int | None] = {}
-        # Per op that moves something: the memory that it reads, and how much of it.
-        self._reads: dict[fx.Node, list[tuple[fx.Node, int | None]]] = {}
-        for node in graph.nodes:
-            if node.op == "call_function":
-                self._add(node)
-        returned = {self._stored.get(n, n) for n in graph.output_node().all_input_nodes}
-        self.total = self.of(list(self._stored), returned)
+    def __init__(self, snapshot: Snapshot, earlier: TrafficEstimate | None = None) -> None:
+        self.snapshot = snapshot
+        self._calls: dict[fx.Node, _Call] = {}
+        known = earlier._calls if earlier is not None else {}
+        moved: set[fx.Node] = set()
+        for node, state in snapshot.calls():
+            call = known.get(node)
+            if call is None or call.state is not state or not moved.isdisjoint(state.inputs):
+                old, call = call, self._call(node, state)
+                if old is None or (old.stored, old.extent) != (call.stored, call.extent):
+                    moved.add(node)
+            self._calls[node] = call
+        returned = {self._memory(node)[0] for node in snapshot.output.inputs}
+        self.total = self.of(list(self._calls), returned)
 
     def of(self, nodes: Sequence[fx.Node], read_outside: Collection[fx.Node]) -> Traffic:
         """Some nodes in graph order; ``read_outside`` are those whose values others read, too."""
-        unfused = _sum(map(self.of_op, nodes))
-        fused = _sum(self._crossings(nodes, read_outside)) if unfused is not None else None
+        unfused = add_bytes(map(self.of_op, nodes))
+        fused = add_bytes(self._crossings(nodes, read_outside)) if unfused is not None else None
         return Traffic(unfused, fused)
 
     def of_op(self, node: fx.Node) -> int | None:
         """Bytes that the op moves as a kernel of its own; 0 for views; None where unknown."""
-        reads = self._reads.get(node)
-        if reads is None:
-            return 0
-        return _sum((self._size(node), *(size for _, size in reads)))
+        call = self._calls.get(node)
+        return 0 if call is None else call.bytes
 
-    def _add(self, node: fx.Node) -> None:
-        kind = _kind(node.target)
-        inputs = node.all_input_nodes
-        if kind is _Kind.VIEW and inputs:
-            self._stored[node] = self._stored.get(inputs[0], inputs[0])
-            self._extents[node] = _smaller(self._size(node), self._extent(inputs[0]))
-            return
-        self._stored[node] = node
-        if kind in (_Kind.FUSIBLE, _Kind.CALL):
-            self._reads[node] = [(self._stored.get(s, s), self._read(node, s)) for s in inputs]
+    def _call(self, node: fx.Node, state: NodeState) -> _Call:
+        kind = _kind(state.target)
+        if kind is _Kind.VIEW and state.inputs:
+            stored, extent = self._memory(state.inputs[0])
+            return _Call(state, stored, _smaller(state.type.bytes, extent))
+        if kind not in _MOVING:
+            return _Call(state, node, state.type.bytes)
+        read = [self._memory(source) for source in state.inputs]
+        if kind is _Kind.ROWS:
+            stored, extent = read[0]
+            read[0] = stored, _smaller(extent, state.type.bytes)
+        moved = add_bytes([state.type.bytes, *[size for _, size in read]])
+        # Of what is read through several views, the first counts.
+        reads = dict(reversed(read))
+        return _Call(state, node, state.type.bytes, reads, moved, kind is _Kind.FUSIBLE)
 
-    def _read(self, node: fx.Node, source: fx.Node) -> int | None:
-        size = self._extent(source)
-        # Others may have no positional arguments.
-        if node.target in _PICKS_ROWS and source is node.args[0]:
-            size = _smaller(size, self._size(node))
-        return size
+    def _memory(self, node: fx.Node) -> tuple[fx.Node, int | None]:
+        """The node whose memory holds the value, and how much of it is behind the value."""
+        call = self._calls.get(node)
+        if call is None:
+            return node, self.snapshot.states[node].type.bytes
+        return call.stored, call.extent
 
     def _crossings(
         self, nodes: Sequence[fx.Node], read_outside: Collection[fx.Node]
@@ -107,40 +142,34 @@ class TrafficEstimate:
         A kernel is the fusible nodes after the same number of library calls, or one such call.
         """
         depth: dict[fx.Node, int] = {}
-        kernels: dict[fx.Node, object] = {}
-        read: set[tuple[fx.Node, object]] = set()
-        written = {self._stored.get(node, node) for node in read_outside}
+        # Numbered: of fusible nodes from 0 on, of library calls below.
+        kernels: dict[fx.Node, int | None] = {}
+        read: set[tuple[fx.Node, int]] = set()
+        written = {self._memory(node)[0] for node in read_outside}
         for node in nodes:
-            reads = self._reads.get(node)
-            if reads is None:
-                source = node.all_input_nodes[0] if node.all_input_nodes else node
-                depth[node] = depth.get(self._stored.get(source, source), 0)
-                kernels[node] = kernels.get(self._stored.get(source, source))
+            call = self._calls.get(node)
+            if call is None:
                 continue
-            calls = max((depth.get(stored, 0) for stored, _ in reads), default=0)
-            fusible = _kind(node.target) is _Kind.FUSIBLE
-            depth[node] = calls if fusible else calls + 1
-            kernel: object = (calls, is_backward(node)) if fusible else node
-            kernels[node] = kernel
-            for stored, size in reads:
-                if kernels.get(stored) != kernel and (stored, kernel) not in read:
-                    read.add((stored, kernel))
-                    written.add(stored)
+            if call.reads is None:
+                for source in call.state.inputs[:1]:
+                    stored, _ = self._memory(source)
+                    depth[node], kernels[node] = depth.get(stored, 0), kernels.get(stored)
+                continue
+            calls = max([depth.get(source, 0) for source in call.reads], default=0)
+            kernel = 2 * calls + call.state.backward if call.fusible else ~len(depth)
+            kernels[node], depth[node] = kernel, calls if call.fusible else calls + 1
+            for source, size in call.reads.items():
+                if kernels.get(source) != kernel and (source, kernel) not in read:
+                    read.add((source, kernel))
+                    written.add(source)
                     yield size
-        yield from (self._size(node) for node in written if kernels.get(node) is not None)
-
-    def _extent(self, node: fx.Node) -> int | None:
-        return self._extents[node] if node in self._extents else self._size(node)
-
-    def _size(self, node: fx.Node) -> int | None:
-        if node not in self.sizes:
-            self.sizes[node] = _bytes(node.meta.get("val"))
-        return self.sizes[node]
+        states = self.snapshot.states
+        yield from (states[node].type.bytes for node in written if kernels.get(node) is not None)
 
 
 def is_free(node: fx.Node) -> bool:
     """Is the node a view, a size or one of several results, which move no bytes?"""
-    return node.op == "call_function" and _kind(node.target) not in (_Kind.FUSIBLE, _Kind.CALL)
+    return node.op == "call_function" and _kind(node.target) not in _MOVING
 
 
 @cache
@@ -153,6 +182,8 @@ def _kind(target: Any) -> _Kind:
         return _Kind.CALL if is_kernel else _Kind.NUMBER
     if target is aten.sym_size.int:
         return _Kind.NUMBER
+    if target in _PICKS_ROWS:
+        return _Kind.ROWS
     aliases = [r.alias_info for r in target._schema.returns]
     if target is aten._unsafe_view.default or any(a and not a.is_write for a in aliases):
         return _Kind.VIEW
@@ -163,34 +194,5 @@ def _kind(target: Any) -> _Kind:
     return _Kind.CALL
 
 
-def _bytes(value: Any) -> int | None:
-    if isinstance(value, (tuple, list)):
-        return _sum(map(_bytes, value))
-    if not isinstance(value, Tensor):
-        return 0
-    total = value.dtype.itemsize
-    for size in value.shape:
-        hint = size if isinstance(size, int) else _hint(size)
-        if hint is None:
-            return None
-        total *= hint
-    return total
-
-
-def _hint(size: Any) -> int | None:
-    """The size with which the graph was traced; asking for it adds no guard."""
-    hint = getattr(getattr(size, "node", None), "hint", None)
-    return hint if isinstance(hint, int) else None
-
-
 def _smaller(a: int | None, b: int | None) -> int | None:
     return None if a is None or b is None else min(a, b)
-
-
-def _sum(terms: Iterable[int | None]) -> int | None:
-    total = 0
-    for term in terms:
-        if term is None:
-            return None
-        total += term
-    return total
