@@ -15,7 +15,8 @@ from pathlib import Path
 
 from mxnorm_pass.files import write_text
 from mxnorm_pass.graph_pass import PassResult
-from mxnorm_pass.report import Report
+from mxnorm_pass.report import Graph, Report
+from mxnorm_pass.serialize import json_value
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +63,10 @@ def publish(result: PassResult) -> None:
 def store(key: str, result: PassResult) -> None:
     """Keep the result for compiles that find a warm cache; losing it costs only a retrace."""
     path = _path(key)
-    report = Report([result.graph])
-    entry = {"matmul_modules": result.matmul_modules, "report": report.to_json()}
+    entry = {"matmul_modules": result.matmul_modules, "graph": result.graph}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(entry))
+        write_text(path, json.dumps(entry, default=json_value))
     except OSError:
         return
 
@@ -75,9 +75,9 @@ def load(key: str) -> PassResult | None:
     """The result that an earlier compile stored, None if there is none that can be read."""
     try:
         entry = json.loads(_path(key).read_text())
-        graph = Report.from_json(entry["report"]).graphs[0]
+        graph = Graph.from_dict(entry["graph"])
         return PassResult(graph, tuple(entry["matmul_modules"]), seconds=0.0)
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from textwrap import indent
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from mxnorm_pass.files import write_text
 from mxnorm_pass.page import render
 from mxnorm_pass.report_diff import ReportDiff, diff
 from mxnorm_pass.report_table import render_table
+from mxnorm_pass.serialize import json_value
 from mxnorm_pass.skip_reason import SkipReason as SkipReason
 from mxnorm_pass.subgraph import Subgraph, Traffic
 
@@ -121,6 +122,13 @@ class Graph:
     traffic_before: Traffic | None = None
     traffic_after: Traffic | None = None
 
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Graph:
+        """Read back what :func:`json_value` and JSON have made of one."""
+        sites = tuple(map(_site_from_dict, entry["sites"]))
+        traffic = _parsed(entry, ("traffic_before", "traffic_after"), Traffic.from_dict)
+        return cls(**{**entry, "sites": sites, **traffic})
+
 
 @dataclass
 class Report:
@@ -171,11 +179,11 @@ class Report:
 
     def to_json(self) -> str:
         """The whole report as JSON; :meth:`from_json` reads it back."""
-        return json.dumps([_graph_to_dict(graph) for graph in self.graphs], indent=1)
+        return json.dumps(self.graphs, default=json_value, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        return cls([_graph_from_dict(entry) for entry in json.loads(text)])
+        return cls(list(map(Graph.from_dict, json.loads(text))))
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report as one self-contained HTML page, for any browser, without a network.
@@ -195,19 +203,6 @@ def _op_changes(graph: Graph) -> str:
     return ", ".join(f"{name} {change:+d}" for name, change in changes.items() if change)
 
 
-def _graph_to_dict(graph: Graph) -> dict[str, Any]:
-    entry = asdict(graph)
-    for site in entry["sites"]:
-        site["reason"] = site["reason"].name if site["reason"] else None
-    return entry
-
-
-def _graph_from_dict(entry: dict[str, Any]) -> Graph:
-    sites = tuple(map(_site_from_dict, entry["sites"]))
-    traffic = _parsed(entry, ("traffic_before", "traffic_after"), Traffic.from_dict)
-    return Graph(**{**entry, "sites": sites, **traffic})
-
-
 def _site_from_dict(entry: dict[str, Any]) -> Site:
     converted = {
         "consumers": tuple(entry["consumers"]),
@@ -219,7 +214,7 @@ def _site_from_dict(entry: dict[str, Any]) -> Site:
 
 
 def _parsed(
-    entry: dict[str, Any], keys: tuple[str, ...], parse: Callable[[dict[str, Any]], Any]
+    entry: Mapping[str, Any], keys: tuple[str, ...], parse: Callable[[dict[str, Any]], Any]
 ) -> dict[str, Any]:
     """Parse the keys that the entry has; reports of older versions lack some."""
     return {key: parse(entry[key]) for key in keys if entry.get(key) is not None}

@@ -73,7 +73,7 @@ class Subgraph:
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Subgraph:
-        """Read back what ``dataclasses.asdict`` and JSON have made of one."""
+        """Read back what :func:`json_value` and JSON have made of one."""
         nodes = (
             SubgraphNode(**{**node, "inputs": tuple(node["inputs"])}) for node in entry["nodes"]
         )

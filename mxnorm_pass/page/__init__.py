@@ -12,14 +12,14 @@ import gzip
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
-from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
+
+from mxnorm_pass.serialize import json_value
 
 _FOLDER = Path(__file__).parent
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
@@ -42,7 +42,7 @@ def render(graphs: Sequence[Any]) -> str:
         sites=[site for graph in graphs for site in graph.sites],
         css=Markup(_read("page.css")),
         script=Markup(_read("diagram.js") + _read("page.js")),
-        data=_compressed(json.dumps(_data(graphs), default=_plain).encode()),
+        data=_compressed(json.dumps(_data(graphs), default=json_value).encode()),
         library=_library(),
     )
 
@@ -51,7 +51,7 @@ def _data(graphs: Sequence[Any]) -> dict[str, Any]:
     """What the scripts read: the graphs, and what the reasons in them mean."""
     reasons = {site.reason for graph in graphs for site in graph.sites if site.reason}
     texts = {r.name: {"sentence": r.value, "cause": r.cause, "cure": r.cure} for r in reasons}
-    return {"graphs": [asdict(graph) for graph in graphs], "reasons": dict(sorted(texts.items()))}
+    return {"graphs": graphs, "reasons": dict(sorted(texts.items()))}
 
 
 def bytes_text(count: int | None) -> str:
@@ -96,12 +96,6 @@ def _relative(name: str, norm: str) -> str:
 def _breakable(name: str) -> Markup:
     """The name with places where a narrow column may break it."""
     return Markup(".<wbr>").join(name.split("."))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.name
-    raise TypeError(f"{type(value).__name__} cannot be written into a report page")
 
 
 @cache
