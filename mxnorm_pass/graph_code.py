@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -98,14 +98,19 @@ def add_bytes(terms: Iterable[int | None]) -> int | None:
 
 
 def _text(value: Any) -> str:
+    plain = _PLAIN.get(type(value))
+    if plain is not None:
+        return plain(value)
     if isinstance(value, fx.Node):
         return value.name
-    if isinstance(value, (int, float, str)):
-        return repr(value)
     if isinstance(value, list):
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, tuple):
         return f"({', '.join(map(_text, value))}{',' if len(value) == 1 else ''})"
-    if isinstance(value, (torch.dtype, torch.device)) or value is None:
-        return str(value)
     return repr(value)
+
+
+_PLAIN: dict[type, Callable[[Any], str]] = {
+    **dict.fromkeys((int, float, str, bool), repr),
+    **dict.fromkeys((torch.dtype, torch.device, type(None)), str),
+}

@@ -141,13 +141,14 @@ class TrafficEstimate:
 
         A kernel is the fusible nodes after the same number of library calls, or one such call.
         """
+        known = self._calls
         depth: dict[fx.Node, int] = {}
         # Numbered: of fusible nodes from 0 on, of library calls below.
         kernels: dict[fx.Node, int | None] = {}
         read: set[tuple[fx.Node, int]] = set()
         written = {self._memory(node)[0] for node in read_outside}
         for node in nodes:
-            call = self._calls.get(node)
+            call = known.get(node)
             if call is None:
                 continue
             if call.reads is None:
