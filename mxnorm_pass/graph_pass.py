@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mxnorm_pass import lowering
 from mxnorm_pass.calibration import Calibration
 from mxnorm_pass.canonicalize import remove_dead
+from mxnorm_pass.collector import collector_paused
 from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.graph_utils import SubgraphCache, created_nodes, input_position, is_backward
@@ -57,6 +58,7 @@ class PassResult:
         return self.graph.sites
 
 
+@collector_paused()
 def run_pass(
     graph: fx.Graph,
     config: MXNormConfig,

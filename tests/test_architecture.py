@@ -66,7 +66,7 @@ LAYERS = [
     {"files", "formats", "inductor_options", "module_names", "name_patterns", "errors"},
     {"subgraph", "skip_reason"},
     {"report_diff", "page", "report_table"},
-    {"serialize"},
+    {"serialize", "collector"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 
