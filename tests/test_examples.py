@@ -100,6 +100,27 @@ def test_pass_time_saves_rows_that_grow(tmp_path: Path) -> None:
     assert "share" in done.stdout
 
 
+def test_explain_cost_saves_what_both_runs_take(tmp_path: Path) -> None:
+    config, path = tmp_path / "tiny.json", tmp_path / "rows.json"
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
+    config.write_text(json.dumps({"model_type": "llama", **sizes, **heads}))
+    done = run_example("explain_cost.py", "--model", str(config), "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["config"], row["training"]) for row in rows] == [("tiny", False), ("tiny", True)]
+    # Importing torch alone takes that much.
+    assert all(row["cpu_seconds"] > 1 and 100 < row["peak_memory"] < 4096 for row in rows)
+
+
+def test_explain_cost_tells_of_a_run_that_fails(tmp_path: Path) -> None:
+    config, path = tmp_path / "broken.json", tmp_path / "rows.json"
+    config.write_text("{}")
+    done = run_example("explain_cost.py", "--model", str(config), "--json", str(path))
+    assert done.returncode == 1 and not path.exists()
+    assert "broken.json" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_calibrate_refuses_text_that_is_not_there(tmp_path: Path) -> None:
     missing = str(tmp_path / "book.txt")
     done = run_example("calibrate.py", "--calibration-text", missing, "--evaluation-text", missing)
