@@ -35,15 +35,18 @@ def remove_dead(graph: fx.Graph) -> None:
     """
     impure: dict[Any, bool] = {}
     for node in reversed(graph.nodes):
-        if not node.users and node.op in ("call_function", "get_attr"):
-            if not isinstance(node.target, torch._ops.OpOverload):
-                is_impure = node.is_impure()
-            elif (known := impure.get(node.target)) is not None:
-                is_impure = known
-            else:
-                is_impure = impure[node.target] = node.is_impure()
-            if not is_impure:
-                graph.erase_node(node)
+        removable = not node.users and node.op in ("call_function", "get_attr")
+        if removable and not _is_impure(node, impure):
+            graph.erase_node(node)
+
+
+def _is_impure(node: fx.Node, known: dict[Any, bool]) -> bool:
+    """Whether it has side effects, which for an op its schema says: ``known``, by op."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.is_impure()
+    if node.target not in known:
+        known[node.target] = node.is_impure()
+    return known[node.target]
 
 
 def _hashable(value: Any) -> Any:

@@ -57,9 +57,11 @@ def type_name(node: fx.Node) -> str:
 
 @dataclass(frozen=True)
 class ValueType:
-    """Attributes:
-    name: "bf16[2, 16, 64]"; "" where the value is no single tensor.
-    bytes: of all its tensors; None where a size is symbolic and has no hint.
+    """What is said of a value.
+
+    Attributes:
+        name: "bf16[2, 16, 64]"; "" where the value is no single tensor.
+        bytes: of all its tensors; None where a size is symbolic and has no hint.
     """
 
     name: str
@@ -67,7 +69,7 @@ class ValueType:
 
 
 def value_type(value: Any) -> ValueType:
-    """What is said of the value of a node, its ``meta["val"]``."""
+    """Of the value of a node, its ``meta["val"]``."""
     if isinstance(value, Tensor):
         try:
             return _tensor_type(value.dtype, value.shape)
