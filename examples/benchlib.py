@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: interleaved timing, and JSON that says on what it was measured."""
+"""Shared by the examples: interleaved timing, and JSON that says on what it was measured."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from mxnorm_pass.files import write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -103,6 +105,4 @@ def invocation() -> dict[str, str]:
 def save_json(path: Path, content: Any) -> None:
     """Write all of it or, when interrupted, nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")

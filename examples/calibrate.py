@@ -16,7 +16,6 @@ order in which linears that stay plain sum up reordered channels.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchlib import save_json
 from checkpointlib import BadInput, documents, load_checkpoint, python_reference, token_rows
 from rich import box
 from rich.console import Console
@@ -252,7 +252,7 @@ def main(argv: list[str]) -> int:
         return 2
     console.print(table(results))
     if args.json is not None:
-        args.json.write_text(json.dumps(asdict(results), indent=1) + "\n")
+        save_json(args.json, asdict(results))
     if args.plot is not None:
         plot(results, args.plot)
     return 0

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from benchlib import save_json
 from rich.console import Console
 from rich.table import Table
 
@@ -92,7 +93,7 @@ def save(path: Path, rows: list[Row]) -> None:
         "units": {"cpu_seconds": "s", "peak_memory": "MiB"},
         "rows": [asdict(row) for row in rows],
     }
-    path.write_text(json.dumps(entry, indent=1) + "\n")
+    save_json(path, entry)
 
 
 def main(argv: list[str]) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchlib import save_json
 from checkpointlib import BadInput, documents, load_checkpoint, python_reference, token_rows
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -188,7 +188,7 @@ def main(argv: list[str]) -> int:
         return 2
     print(show(results.arms))
     if args.json is not None:
-        args.json.write_text(json.dumps(asdict(results), indent=1) + "\n")
+        save_json(args.json, asdict(results))
     return 0
 
 

@@ -12,7 +12,6 @@ between the markers of a Markdown file, `--check` fails where that table is out 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import warnings
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from benchlib import save_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -265,7 +265,7 @@ def main(argv: list[str]) -> int:
     if args.json:
         entry = {"torch": torch.__version__, "transformers": transformers.__version__}
         saved = {**entry, "training": args.training, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(saved, indent=1) + "\n")
+        save_json(args.json, saved)
     if args.write:
         args.write.write_text(with_table(args.write.read_text(), table))
     if args.check and table_in(args.check.read_text()) != table:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import logging
 import platform
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchlib import save_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -213,7 +213,7 @@ def save(path: Path, rows: list[Row], args: argparse.Namespace) -> None:
         "converted": args.converted,
         "rows": [{**asdict(row), "share": row.share} for row in rows],
     }
-    path.write_text(json.dumps(entry, indent=1) + "\n")
+    save_json(path, entry)
 
 
 def main(argv: list[str]) -> int:
