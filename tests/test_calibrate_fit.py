@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 from torch import Tensor
 
-from mxnorm_pass.calibrating.batches import Loss, loss_of, split_batches, token_rows
+from mxnorm_pass.calibrating.batches import (
+    Loss,
+    has_tokens,
+    loss_of,
+    split_batches,
+    token_rows,
+)
 from mxnorm_pass.calibrating.emulation import Estimate
 from mxnorm_pass.calibrating.fallback import divergence, exact_norms, few_rows, rank_by_cost
 from mxnorm_pass.calibrating.fit import Moments, block_weights
@@ -140,6 +146,8 @@ def test_padding_and_zero_rows_do_not_count() -> None:
     assert a.count == b.count == 19
     torch.testing.assert_close(a.gram, b.gram)
     assert token_rows({"attention_mask": mask}, x).shape == (20, 64)
+    flat = token_rows({"attention_mask": mask}, x.flatten(0, 1))
+    assert torch.equal(flat, token_rows({"attention_mask": mask}, x))
 
 
 def test_a_norm_without_tokens_has_no_moments() -> None:
@@ -168,6 +176,16 @@ def test_labels_make_the_models_own_loss_count() -> None:
     output = SimpleNamespace(loss=torch.tensor(1.5), logits=torch.zeros(1, 4, 5))
     assert loss_of(output, {"input_ids": IDS, "labels": labels}) == Loss(3.0, 2)
     assert (Loss(3.0, 2) + Loss(1.0, 2)).mean == 1.0
+
+
+def test_labels_that_are_all_ignored_add_nothing() -> None:
+    labels = torch.full((1, 4), -100)
+    output = SimpleNamespace(loss=torch.tensor(math.nan), logits=torch.zeros(1, 4, 5))
+    batch = {"input_ids": IDS, "labels": labels}
+    assert loss_of(output, batch) == Loss() and not has_tokens(batch)
+    labels[0, 1] = 2
+    assert has_tokens(batch) and has_tokens(IDS)
+    assert not has_tokens({"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)})
 
 
 def test_a_loss_that_is_not_defined() -> None:

@@ -84,10 +84,18 @@ def attention_mask(batch: Batch) -> Tensor | None:
 
 def token_rows(batch: Batch, rows: Tensor) -> Tensor:
     """[..., D] -> [T, D] without the rows of padding."""
+    mask, flat = attention_mask(batch), rows.reshape(-1, rows.shape[-1])
+    if mask is not None and rows.shape[:-1] in (mask.shape, (mask.numel(),)):
+        return flat[mask.flatten().to(rows.device)]
+    return flat
+
+
+def has_tokens(batch: Batch) -> bool:
+    """Does anything of the batch count: is it not all padding, are its labels not all ignored?"""
     mask = attention_mask(batch)
-    if mask is not None and mask.shape == rows.shape[:-1]:
-        return rows[mask.to(rows.device)]
-    return rows.reshape(-1, rows.shape[-1])
+    labels = None if isinstance(batch, Tensor) else batch.get("labels")
+    unmasked = mask is None or bool(mask.any())
+    return unmasked and (not isinstance(labels, Tensor) or bool((labels != _IGNORED).any()))
 
 
 @dataclass(frozen=True)
@@ -114,8 +122,9 @@ def loss_of(output: Any, batch: Batch) -> Loss:
     labels = None if isinstance(batch, Tensor) else batch.get("labels")
     own = getattr(output, "loss", None)
     if isinstance(own, Tensor) and isinstance(labels, Tensor):
-        tokens = max(1, int((labels != _IGNORED).sum()))
-        return Loss(float(own) * tokens, tokens)
+        tokens = int((labels != _IGNORED).sum())
+        # The mean of no losses is NaN.
+        return Loss(float(own) * tokens, tokens) if tokens else Loss()
     logits = logits_of(output)
     ids = batch if isinstance(batch, Tensor) else batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.shape != logits.shape[:-1] or ids.is_floating_point():

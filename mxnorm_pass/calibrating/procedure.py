@@ -19,6 +19,7 @@ from mxnorm_pass.calibrating.batches import (
     Loss,
     Split,
     check_finite,
+    has_tokens,
     split_batches,
     token_rows,
 )
@@ -184,7 +185,8 @@ def _fall_back(
 
     def rank() -> list[str]:
         runner.bar.total += len(estimates)
-        batch = few_rows(split.fitted[0])
+        few = few_rows(split.fitted[0])
+        batch = few if has_tokens(few) else split.fitted[0]
         return rank_by_cost(
             estimates, lambda e: token_rows(batch, runner.logits(emulation, e, batch))
         )

@@ -18,6 +18,7 @@ from mxnorm_pass.calibrating.batches import (
     Batch,
     Loss,
     check_batch,
+    has_tokens,
     logits_of,
     loss_of,
     run,
@@ -39,8 +40,8 @@ def compare(model: nn.Module, batch: Batch, options: Mapping[str, Any] | None = 
     The model runs as it is, with the exact RMS and MX casts, and with the options, through the
     graphs that the backend rewrites, interpreted node by node: nothing is compiled to code. Rows
     of the batch run one by one, and no activations are kept; padding, by ``attention_mask``, does
-    not count. To say which norms hurt, the first row then runs once for each norm with that norm
-    exact, and the whole batch with the worst norms exact together.
+    not count. To say which norms hurt, the first row with tokens then runs once for each norm with
+    that norm exact, and the whole batch with the worst norms exact together.
 
     Args:
         batch: the model's inputs as a dict (input_ids, attention_mask, labels) or one tensor.
@@ -69,7 +70,7 @@ def compare(model: nn.Module, batch: Batch, options: Mapping[str, Any] | None = 
         _check_fused(estimated)
         whole.check()
         observed, estimated.observed, exact_observed = estimated.observed, None, exact.observed
-        costs = _costs(runs, estimated, rows[0])
+        costs = _costs(runs, estimated, next(filter(has_tokens, rows), rows[0]))
         steps = _steps(runs, estimated, rows, costs)
     length = _length(rows[0])
     sites = [

@@ -36,7 +36,7 @@ class SiteComparison:
         input_error: relative error of what its linears read, cast included.
         cast_error: the same with the exact RMS: what the cast alone costs.
         loss_increase: by how much the loss falls, in nats, if this norm alone gets the exact
-            RMS, on the first row of the batch; None where it is exact or there is no loss.
+            RMS, on the first row with tokens; None where it is exact or there is no loss.
     """
 
     norm: str
