@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,8 +32,10 @@ class Configuration:
 
 def configuration(width: int) -> Configuration:
     """For rows of ``width`` elements, whatever their number."""
+    # More warps would let a tile of columns have too little for each thread.
+    rows = replace(row_config(width), warps=4 if width <= 8192 else 8)
     # 8 MiB of bfloat16 stay in the L2 cache.
-    return Configuration(row_config(width), columns=64, lag=max(1, 2**15 // width))
+    return Configuration(rows, columns=64, lag=max(1, 2**15 // width))
 
 
 def norm_cast_both(
@@ -69,7 +71,7 @@ def norm_cast_both(
         *rows.pointers,
         values_t,
         scales_t,
-        x.new_zeros((32 + groups * config.height,), dtype=torch.int32),
+        x.new_zeros((groups * config.height,), dtype=torch.int32),
         rows.count // 32,
         *rows.strides,
         **rows.constants,
