@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -209,7 +210,10 @@ def test_vision_and_encoder_decoder_models(tmp_path, capsys) -> None:
         model = models.build(name)
         path = save_config(model.config, tmp_path, type(model).__name__)
         assert explain(path, "--layers", "1") == 0
-        assert f" {norms} norms, {norms - 1} fused" in capsys.readouterr().out
+        # A graph for each piece where Dynamo breaks (2.11 in T5); no linear reads its last norm.
+        counts = re.findall(r": ([1-9]\d*) norms, (\d+) fused", capsys.readouterr().out)
+        assert sum(int(n) for n, _ in counts) == norms
+        assert sum(int(fused) for _, fused in counts) == norms - len(counts)
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:

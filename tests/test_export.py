@@ -58,6 +58,9 @@ from transformers.integrations.executorch import (
 import mxnorm_pass
 from mxnorm_pass import MXNormConfig, SkipReason, functional
 
+# float8_e4m3fn does since torch 2.13.
+SATURATES = not torch.tensor(1000.0).to(torch.float8_e4m3fn).float().isnan()
+
 pytestmark = [
     expected_warnings,
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
@@ -129,6 +132,10 @@ def test_torchao_inference() -> None:
     want = logits(reference_of(model, recipe))
     given = export_llama(quantize_with_torchao(model, mode))
     program, report = apply(given)
+    if not SATURATES:
+        # torchao leaves the clamp out of what it exports, which then overflows to NaN.
+        assert {s.reason for s in report.sites[:2]} == {SkipReason.CAST_NOT_RECOGNIZED}
+        return
     assert {(s.gain, s.format) for s in report.fused} == {
         ("activation", f"mxfp8 e4m3fn {mode} block 32")
     }

@@ -21,6 +21,7 @@ from exporting import (
     export_llama,
     logits,
     own_ops,
+    save,
     saved_and_loaded,
 )
 from matching import (
@@ -233,8 +234,8 @@ def test_load_in_another_process(tmp_path: Path) -> None:
     """With the ops only after their import; decomposed without this package."""
     given = export(Model(huggingface), inputs())
     paths = [str(tmp_path / name) for name in ("ops.pt2", "aten.pt2", "x.pt")]
-    torch.export.save(mxnorm_pass.apply(given), paths[0])
-    torch.export.save(mxnorm_pass.apply(given, decompose=True), paths[1])
+    save(mxnorm_pass.apply(given), paths[0])
+    save(mxnorm_pass.apply(given, decompose=True), paths[1])
     torch.save(inputs(), paths[2])
     done = subprocess.run(
         [sys.executable, "-c", LOAD, *paths], capture_output=True, text=True, check=True

@@ -375,7 +375,7 @@ def report_key(source: str) -> str:
         keys.append(CompileJob.of(gm, example_inputs, parse(None)).report_key())
         return gm
 
-    names: dict[str, Any] = {"norm": nn.RMSNorm(WIDTH)}
+    names: dict[str, Any] = {"__name__": __name__, "norm": nn.RMSNorm(WIDTH)}
     exec(compile(source, "model.py", "exec"), names)
     torch._dynamo.reset()
     torch.compile(names["forward"], backend=backend)(inputs())
