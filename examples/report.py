@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +67,29 @@ def trace(name: str, training: bool) -> Report:
         return mxnorm_pass.explain(model, options=OPTIONS, **inputs)
 
 
+def require_browser() -> None:
+    """Say all that a screenshot lacks, before anything is traced."""
+    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    if find_spec("selenium") is None:
+        missing.append("selenium")
+    if missing:
+        raise SystemExit(
+            f"--screenshot needs {', '.join(missing)} "
+            "(Debian: apt install chromium-driver; and pip install selenium)"
+        )
+
+
 def take_screenshot(page: Path, picture: Path, site: int, width: int, height: int) -> None:
     """Open the page and one of its sites, and save what a window of this size shows."""
     from selenium import webdriver
 
-    binary, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
-    if binary is None or driver_path is None:
-        raise SystemExit("--screenshot needs chromium and chromedriver (apt: chromium-driver)")
     options = webdriver.ChromeOptions()
-    options.binary_location = binary
+    options.binary_location = str(shutil.which("chromium"))
     for argument in ("--headless=new", "--no-sandbox", "--hide-scrollbars"):
         options.add_argument(argument)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path))
+    driver = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
+    )
     try:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -110,6 +122,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
+    if args.screenshot:
+        require_browser()
     report = trace(args.model, args.training)
     print(report)
     with tempfile.TemporaryDirectory() as folder:
