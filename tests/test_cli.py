@@ -212,6 +212,7 @@ def test_vision_and_encoder_decoder_models(tmp_path, capsys) -> None:
         assert explain(path, "--layers", "1") == 0
         # A graph for each piece where Dynamo breaks (2.11 in T5); no linear reads its last norm.
         counts = re.findall(r": ([1-9]\d*) norms, (\d+) fused", capsys.readouterr().out)
+        assert len(counts) == 1 or torch.__version__ < "2.13"
         assert sum(int(n) for n, _ in counts) == norms
         assert sum(int(fused) for _, fused in counts) == norms - len(counts)
 
