@@ -32,7 +32,7 @@ class Configuration:
 
 def configuration(width: int) -> Configuration:
     """For rows of ``width`` elements, whatever their number."""
-    # More warps would let a tile of columns have too little for each thread.
+    # Four at 8192, where ``row_config`` has eight: the warps cast the small tiles of columns, too.
     rows = replace(row_config(width), warps=4 if width <= 8192 else 8)
     # 8 MiB of bfloat16 stay in the L2 cache.
     return Configuration(rows, columns=64, lag=max(1, 2**15 // width))

@@ -4,8 +4,8 @@ A program has one of two roles. A row program is one of ``norm_cast``'s, which a
 rows' rho. A column program casts a tile of ``R`` rows and ``C`` columns along T, ``LAG`` groups of
 ``R`` rows later, when its rows' rho is there and x is still in the L2 cache. Programs wait only for
 programs of lower numbers, and those start first, so all waits end, whichever of them are resident.
-(CUB's scans count on this order too, ``cub/agent/agent_scan.cuh``; numbers drawn from an atomic
-counter would not, and cost 4% of the time.)
+(CUB's scans count on this order, too: ``cub/agent/agent_scan.cuh``. Numbers drawn from an atomic
+counter would not need it, but each program would begin with the wait for its own.)
 """
 
 from __future__ import annotations
