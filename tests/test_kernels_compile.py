@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -123,3 +124,17 @@ def test_both_directions(capability: int, width: int, with_gain: bool, add: bool
     assert "max.NaN.bf16x2" in kernel.ptx
     # All but rho, which is awaited.
     assert set(kernel.load_bits) == {128}
+
+
+@pytest.mark.parametrize("width", [4096, 8192, 16384])
+def test_wide_rows_are_asked_for_in_advance(width: int) -> None:
+    x = torch.empty(4096, width, dtype=BF16, device="meta")
+    call = partial(launch_both.norm_cast_both, x, x[0], None, SPEC, True)
+    requests = [
+        compiled(made, HOPPER).ptx.count("prefetch.global.L2")
+        for made in (call, partial(call, residual=x))
+    ]
+    # 128 threads ask for 128 bytes each.
+    lines_each = width * 2 // 128 // 128
+    assert requests == ([0, 0] if width < 8192 else [lines_each, 2 * lines_each])
+    assert compiled(call, HOPPER).spilled_bytes == 0

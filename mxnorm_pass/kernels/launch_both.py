@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 from mxnorm_pass.kernels import launch
 from mxnorm_pass.kernels.launch import Config, Rows, row_config, tile_blocks
 from mxnorm_pass.kernels.norm_cast_both import norm_cast_both_kernel
 from mxnorm_pass.spec import NormCastSpec
+
+_HEIGHT = 128
 
 
 @dataclass(frozen=True)
@@ -22,20 +25,39 @@ class Configuration:
         height, columns: of a column program's tile, powers of two; at least 128 and 32.
         lag: groups of ``height`` rows between the cast along D and the cast along T, at least 1.
             As many must stay in the L2 cache.
+        ahead: rows between a row program's and those that it asks the L2 cache for; 0: none.
     """
 
     rows: Config
     columns: int
     lag: int
-    height: int = 128
+    height: int = _HEIGHT
+    ahead: int = 0
 
 
-def configuration(width: int) -> Configuration:
-    """For rows of ``width`` elements, whatever their number."""
-    # Four at 8192, where ``row_config`` has eight: the warps cast the small tiles of columns, too.
-    rows = replace(row_config(width), warps=4 if width <= 8192 else 8)
-    # 8 MiB of bfloat16 stay in the L2 cache.
-    return Configuration(rows, columns=64, lag=max(1, 2**15 // width))
+# What of x and of the residual is to wait in the L2 cache: with less, programs wait for rho; with
+# more, rows are read from DRAM again.
+_WAITING_BYTES = 2**23
+# What of them to ask the L2 cache for in advance. The requests of narrow rows cost more than they
+# save.
+_AHEAD_BYTES = 2**21
+_AHEAD_FROM = 8192
+
+
+def configuration(width: int, row_bytes: int) -> Configuration:
+    """For rows of ``width`` elements, whatever their number.
+
+    Args:
+        row_bytes: of a row of x, and of the residual's, if there is one.
+    """
+    # Not ``row_config``'s: the warps cast the small tiles of columns, too.
+    rows = Config(max(1, 4096 // triton.next_power_of_2(width)), row_config(width).chunks, warps=4)
+    return Configuration(
+        rows,
+        columns=64 if width <= 8192 else 128,
+        lag=max(1, round(_WAITING_BYTES / (_HEIGHT * row_bytes))),
+        ahead=_AHEAD_BYTES // row_bytes if width >= _AHEAD_FROM else 0,
+    )
 
 
 def norm_cast_both(
@@ -61,7 +83,8 @@ def norm_cast_both(
         values_t, scales_t.
     """
     width = x.shape[-1]
-    config = config or configuration(width)
+    read = [x] if residual is None else [x, residual]
+    config = config or configuration(width, width * sum(t.element_size() for t in read))
     rows = Rows.of(x, weight, block_weights, spec, residual, dequantize)
     values_t = x.new_empty((width, rows.count), dtype=spec.elem_dtype)
     scales_t = x.new_empty((width, rows.count // 32), dtype=torch.uint8)
@@ -82,6 +105,7 @@ def norm_cast_both(
         R=config.height,
         C=config.columns,
         LAG=config.lag,
+        AHEAD=config.ahead,
         num_warps=config.rows.warps,
     )
     return *rows.results, values_t, scales_t.view(torch.float8_e8m0fnu)

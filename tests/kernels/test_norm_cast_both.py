@@ -29,7 +29,7 @@ SPEC = NormCastSpec(1e-5, "mxnorm", 2.0, 32, E4M3, "rceil", BF16, BF16, "row-maj
 SMALL = (
     Configuration(Config(rows=8, chunks=1, warps=4), columns=64, lag=1),
     Configuration(Config(rows=32, chunks=1, warps=4), columns=32, lag=2),
-    Configuration(Config(rows=16, chunks=1, warps=8), columns=128, lag=9, height=256),
+    Configuration(Config(rows=16, chunks=1, warps=8), columns=128, lag=9, height=256, ahead=40),
 )
 # The interpreter takes its time for each program.
 MANY_ROWS = Configuration(Config(rows=64, chunks=1, warps=4), columns=128, lag=1)
