@@ -30,8 +30,9 @@ from mxnorm_pass.formats import (
     ScaleLayout,
     blocked_scales,
     cast_elements,
+    check_row_major,
+    dequantize_blocks,
     e8m0_exponent,
-    e8m0_to_float,
 )
 
 __all__ = [
@@ -281,19 +282,30 @@ def _cast_blocks(
 
 
 @torch.no_grad()
-def mx_dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def mx_dequantize(
+    values: Tensor,
+    scales: Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    block_size: int | None = None,
+) -> Tensor:
     """values * scales in ``dtype``.
 
     Args:
         values: [..., D], float8.
-        scales: [..., K], ``torch.float8_e8m0fnu``; the block size is D / K.
+        scales: [..., K], row-major, ``torch.float8_e8m0fnu``.
         dtype: bfloat16 holds every e4m3 value times a power of two exactly, within its range.
+        block_size: None for D / K.
 
     Returns:
         [..., D] of ``dtype``; blocks whose scale is NaN are NaN.
+
+    Raises:
+        ValueError: the shapes do not belong together, or ``scales`` may as well be those of blocks
+            of 32 in the 128x4 layout, and ``block_size`` does not say that they are not.
     """
-    blocks = values.to(dtype).reshape(*scales.shape, values.shape[-1] // scales.shape[-1])
-    return (blocks * e8m0_to_float(scales).to(dtype).unsqueeze(-1)).reshape(values.shape)
+    check_row_major(values.shape, scales.shape, block_size)
+    return dequantize_blocks(values, scales, dtype)
 
 
 @torch.no_grad()
@@ -416,8 +428,8 @@ class _MXLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        activation = mx_dequantize(*quantized_x, x.dtype)
-        return F.linear(activation, mx_dequantize(*quantized_weight, weight.dtype), bias)
+        activation = dequantize_blocks(*quantized_x, x.dtype)
+        return F.linear(activation, dequantize_blocks(*quantized_weight, weight.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -34,7 +34,7 @@ from mxnorm_pass.arguments import (
     check_rows_in_blocks,
 )
 from mxnorm_pass.dispatch import NormCastCall
-from mxnorm_pass.formats import blocked_scales_shape
+from mxnorm_pass.formats import blocked_scales_shape, dequantize_blocks
 from mxnorm_pass.spec import NormCastSpec
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _cast(
 
 def _dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     check_quantized(values, scales, dtype)
-    return functional.mx_dequantize(values.contiguous(), scales, dtype)
+    return dequantize_blocks(values.contiguous(), scales, dtype)
 
 
 def _fake_cast(

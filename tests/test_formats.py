@@ -24,7 +24,7 @@ from mxnorm_pass.formats import (
     element_format,
     round_up_to_e8m0,
 )
-from mxnorm_pass.functional import mx_cast, mx_dequantize, mxnorm_cast
+from mxnorm_pass.functional import blocked_scales, mx_cast, mx_dequantize, mxnorm_cast
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 INPUT_DTYPES = (torch.float32, torch.bfloat16)
@@ -280,6 +280,35 @@ def test_dequantize_equals_torchao_on_edge_cases(
     actual = mx_dequantize(values, scales, dtype)
     expected = torchao_dequantize(values, scales, dtype)
     assert bits_equal(actual, expected), describe_difference(actual, expected)
+
+
+@pytest.mark.parametrize("rows", [32, 64, 128, 160])
+def test_dequantize_takes_no_scales_of_the_blocked_layout(rows: int) -> None:
+    values, scales = mx_cast(torch.randn(rows, 128))
+    laid_out = blocked_scales(scales.view(torch.uint8)).view(E8M0)
+    with pytest.raises(ValueError, match="128x4"):
+        mx_dequantize(values, laid_out)
+    with pytest.raises(ValueError, match="block_size is 32|128x4"):
+        mx_dequantize(values, laid_out, block_size=32)
+
+
+def test_dequantize_of_blocks_of_8_where_the_blocked_layout_has_the_same_shape() -> None:
+    x = torch.randn(32, 128)
+    values, scales = mx_cast(x, block_size=8)
+    with pytest.raises(ValueError, match="block_size=8 says"):
+        mx_dequantize(values, scales)
+    expected = torch.cat([mx_dequantize(*mx_cast(row[None], block_size=8)) for row in x])
+    assert bits_equal(mx_dequantize(values, scales, block_size=8), expected)
+
+
+@pytest.mark.parametrize(
+    "values, scales", [((4, 64), (3, 2)), ((4, 64), (4, 3)), ((2, 4, 64), (8, 2)), ((4, 64), ())]
+)
+def test_dequantize_refuses_shapes_that_do_not_belong_together(
+    values: tuple[int, ...], scales: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match=r"\[\.\.\., D / block size\]"):
+        mx_dequantize(torch.zeros(values).to(torch.float8_e4m3fn), torch.ones(scales).to(E8M0))
 
 
 @all_inputs

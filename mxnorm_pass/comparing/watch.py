@@ -60,7 +60,7 @@ def _dequantized(call: NormCastCall, x: Tensor, results: Mapping[str, Tensor]) -
         values, scales, _ = functional.mxnorm_cast(
             x, weight, block_weights=call.block_weights, **options
         )
-    return functional.mx_dequantize(values, scales)
+    return functional.mx_dequantize(values, scales, block_size=call.spec.block_size)
 
 
 class WatchedModel:

@@ -45,18 +45,7 @@ def norm_cast_both_kernel(
     BOTH: tl.constexpr = R // ROWS + ACROSS
     rows = row_blocks * 32
     number = tl.program_id(0)
-    # First the rows of some groups, then rows and columns in turns, at last columns.
-    groups = tl.num_programs(0) // BOTH
-    lag = tl.minimum(LAG, groups)
-    mixed = number - lag * (R // ROWS)
-    mixed_end = (groups - lag) * BOTH
-    turn = tl.maximum(mixed, 0) % BOTH
-    before = turn * ACROSS // BOTH
-    columns = tl.maximum(mixed, 0) // BOTH * ACROSS + before
-    is_column = (mixed >= 0) & ((turn + 1) * ACROSS // BOTH > before)
-    if mixed >= mixed_end:
-        columns = (groups - lag) * ACROSS + mixed - mixed_end
-        is_column = True
+    columns, is_column = role(number, tl.num_programs(0) // BOTH, R // ROWS, ACROSS, LAG)
     if is_column:
         cast_columns(
             x_ptr, residual_ptr, weight_ptr, words_ptr, values_t_ptr, scales_t_ptr,
@@ -69,10 +58,10 @@ def norm_cast_both_kernel(
         if AHEAD > 0:
             later = row_program.to(tl.int64) * ROWS + AHEAD + tl.arange(0, ROWS)
             # The end of x needs no mask: its last row is there.
-            later = tl.minimum(later, rows - 1)
-            prefetch_rows(x_ptr, later, x_stride, D)
+            later = tl.minimum(later, rows - 1)[:, None]
+            prefetch_rows(x_ptr, later * x_stride, D)
             if residual_ptr is not None:
-                prefetch_rows(residual_ptr, later, residual_stride, D)
+                prefetch_rows(residual_ptr, later * residual_stride, D)
         row_weight_ptr = None
         if GAIN_IN_ROWS:
             row_weight_ptr = weight_ptr
@@ -87,16 +76,39 @@ def norm_cast_both_kernel(
 
 
 @triton.jit
-def prefetch_rows(ptr, row, stride, D: tl.constexpr):
-    """Bring rows into the L2 cache, where their program will find them sooner."""
+def role(number, groups, DOWN: tl.constexpr, ACROSS: tl.constexpr, LAG: tl.constexpr):
+    """How many column programs come before this one, and is this one of them?
+
+    First come the rows of ``LAG`` groups, then rows and columns in turns, at last columns.
+
+    Args:
+        DOWN, ACROSS: row and column programs of a group.
+    """
+    BOTH: tl.constexpr = DOWN + ACROSS
+    lag = tl.minimum(LAG, groups)
+    mixed = number - lag * DOWN
+    mixed_end = (groups - lag) * BOTH
+    turn = tl.maximum(mixed, 0) % BOTH
+    before = turn * ACROSS // BOTH
+    columns = tl.maximum(mixed, 0) // BOTH * ACROSS + before
+    is_column = (mixed >= 0) & ((turn + 1) * ACROSS // BOTH > before)
+    if mixed >= mixed_end:
+        columns = (groups - lag) * ACROSS + mixed - mixed_end
+        is_column = True
+    return columns, is_column
+
+
+@triton.jit
+def prefetch_rows(ptr, row, D: tl.constexpr):
+    """Bring the rows at ``ptr + row``, [ROWS, 1], into the L2 cache, where they are read sooner."""
     LINE: tl.constexpr = 128 * 8 // ptr.dtype.element_ty.primitive_bitwidth
     LINES: tl.constexpr = triton.next_power_of_2((D + LINE - 1) // LINE)
-    element = tl.minimum(tl.arange(0, LINES) * LINE, D - 1)
+    element = tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
     if not INTERPRETED:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
             "=r,l",
-            [(ptr + row[:, None] * stride + element[None, :]).to(tl.int64)],
+            [(ptr + row + element).to(tl.int64)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
