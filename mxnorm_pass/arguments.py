@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass.config import Estimator
-from mxnorm_pass.formats import CAST_MODES, ELEMENT_FORMATS, ScaleLayout
+from mxnorm_pass.formats import CAST_MODES, ELEMENT_FORMATS, ScaleLayout, block_size_of
 from mxnorm_pass.spec import NormCastSpec
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -136,17 +136,7 @@ def check_quantized(values: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
     _check_dense("values", values, tuple(ELEMENT_FORMATS))
     _check_dense("scales", scales, (torch.float8_e8m0fnu,))
     _check_choice("dtype", dtype, _WIDE_FLOATS)
-    if (
-        values.ndim == 0
-        or values.shape[:-1] != scales.shape[:-1]
-        or scales.ndim == 0
-        or scales.shape[-1] == 0
-        or values.shape[-1] % scales.shape[-1] != 0
-    ):
-        raise ValueError(
-            f"scales has shape {tuple(scales.shape)}; values of shape {tuple(values.shape)} need "
-            "[..., D / block size]"
-        )
+    block_size_of(values.shape, scales.shape)
     if values.device != scales.device:
         raise ValueError(
             f"scales is on {scales.device}, values on {values.device}; they must be on one"

@@ -204,19 +204,12 @@ def blocked_scales_shape(shape: Sequence[int]) -> tuple[int, int]:
     return 32 * ((math.prod(leading) + 127) // 128), 16 * ((width + 3) // 4)
 
 
-def check_row_major(
-    values: Sequence[int], scales: Sequence[int], block_size: int | None = None
-) -> None:
-    """Are these the shapes of values [..., D] and row-major scales [..., D / block size]?
-
-    Args:
-        block_size: None for any.
+def block_size_of(values: Sequence[int], scales: Sequence[int]) -> int:
+    """D / K, of the shapes of values [..., D] and row-major scales [..., K].
 
     Raises:
-        ValueError: they are not; or ``block_size`` is None, and they are also the shapes of blocks
-            of 32 with scales in the 128x4 layout.
+        ValueError: the shapes do not belong together.
     """
-    given = f"scales have the shape {tuple(scales)}, values {tuple(values)}"
     if (
         len(scales) != len(values)
         or not scales
@@ -225,25 +218,16 @@ def check_row_major(
         or values[-1] % scales[-1] != 0
     ):
         raise ValueError(
-            f"{given}; needed are row-major scales, [..., D / block size]. Those of the 128x4 "
-            "layout are for matrix multiplications only"
+            f"scales has shape {tuple(scales)}; values of shape {tuple(values)} need row-major "
+            "scales, [..., D / block size]; those of the 128x4 layout are for matrix "
+            "multiplications only"
         )
-    inferred = values[-1] // scales[-1]
-    if block_size is not None and inferred != block_size:
-        raise ValueError(f"{given}: blocks of {inferred}, but block_size is {block_size}")
-    if block_size is None and inferred != MX_BLOCK_SIZE:
-        in_mx_blocks = (*values[:-1], values[-1] // MX_BLOCK_SIZE)
-        if tuple(scales) == blocked_scales_shape(in_mx_blocks):
-            raise ValueError(
-                f"{given}: row-major scales of blocks of {inferred}, or scales of blocks of "
-                f"{MX_BLOCK_SIZE} in the 128x4 layout, which cannot be read here; "
-                f"block_size={inferred} says that they are the first"
-            )
+    return values[-1] // scales[-1]
 
 
 def dequantize_blocks(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """``functional.mx_dequantize`` of row-major scales, which are not checked."""
-    blocks = values.to(dtype).reshape(*scales.shape, values.shape[-1] // scales.shape[-1])
+    """``functional.mx_dequantize`` of scales that are known to be row-major."""
+    blocks = values.to(dtype).reshape(*scales.shape, block_size_of(values.shape, scales.shape))
     return (blocks * e8m0_to_float(scales).to(dtype).unsqueeze(-1)).reshape(values.shape)
 
 

@@ -26,11 +26,13 @@ from mxnorm_pass.estimate import (
     rms_estimate,
 )
 from mxnorm_pass.formats import (
+    MX_BLOCK_SIZE,
     CastMode,
     ScaleLayout,
+    block_size_of,
     blocked_scales,
+    blocked_scales_shape,
     cast_elements,
-    check_row_major,
     dequantize_blocks,
     e8m0_exponent,
 )
@@ -301,10 +303,20 @@ def mx_dequantize(
         [..., D] of ``dtype``; blocks whose scale is NaN are NaN.
 
     Raises:
-        ValueError: the shapes do not belong together, or ``scales`` may as well be those of blocks
-            of 32 in the 128x4 layout, and ``block_size`` does not say that they are not.
+        ValueError: the shapes do not belong together, or not to ``block_size``; or that is None
+            and ``scales`` may as well be in the 128x4 layout, for blocks of 32.
     """
-    check_row_major(values.shape, scales.shape, block_size)
+    inferred = block_size_of(values.shape, scales.shape)
+    if block_size is None and inferred != MX_BLOCK_SIZE:
+        in_mx_blocks = (*values.shape[:-1], values.shape[-1] // MX_BLOCK_SIZE)
+        if scales.shape == blocked_scales_shape(in_mx_blocks):
+            raise ValueError(
+                f"scales of shape {tuple(scales.shape)} are row-major for blocks of {inferred}, or "
+                f"in the 128x4 layout for blocks of {MX_BLOCK_SIZE}, which cannot be read here; "
+                f"block_size={inferred} says that they are the first"
+            )
+    if block_size is not None and inferred != block_size:
+        raise ValueError(f"block_size is {block_size}, but scales has one per {inferred} values")
     return dequantize_blocks(values, scales, dtype)
 
 

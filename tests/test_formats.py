@@ -288,7 +288,7 @@ def test_dequantize_takes_no_scales_of_the_blocked_layout(rows: int) -> None:
     laid_out = blocked_scales(scales.view(torch.uint8)).view(E8M0)
     with pytest.raises(ValueError, match="128x4"):
         mx_dequantize(values, laid_out)
-    with pytest.raises(ValueError, match="block_size is 32|128x4"):
+    with pytest.raises(ValueError, match="block_size is 32" if rows == 32 else "128x4"):
         mx_dequantize(values, laid_out, block_size=32)
 
 

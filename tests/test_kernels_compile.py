@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from numerics import E5M2, SPEC
-from ptx import Compiled, compiled
+from ptx import Compiled, compiled, recorded_launches
 
 from mxnorm_pass.kernels import launch, launch_both
 
@@ -138,3 +138,18 @@ def test_wide_rows_are_asked_for_in_advance(width: int) -> None:
     lines_each = width * 2 // 128 // 128
     assert requests == ([0, 0] if width < 8192 else [lines_each, 2 * lines_each])
     assert compiled(call, HOPPER).spilled_bytes == 0
+
+
+@pytest.mark.parametrize("width", [2048, 4096, 8192])
+def test_the_lag_counts_all_that_is_read(width: int) -> None:
+    """As many bytes of x and the residual wait in the L2 cache, whatever they are."""
+
+    def waiting(dtype: torch.dtype, add: bool) -> int:
+        x = torch.empty(4096, width, dtype=dtype, device="meta")
+        with recorded_launches() as launches:
+            launch_both.norm_cast_both(x, None, None, SPEC, True, residual=x if add else None)
+        arguments = launches[0].arguments
+        return int(arguments["LAG"] * arguments["R"] * width * dtype.itemsize * (1 + add))
+
+    cases = [(BF16, False), (BF16, True), (torch.float32, False), (torch.float32, True)]
+    assert {waiting(*case) for case in cases} == {2**23}

@@ -99,8 +99,8 @@ def role(number, groups, DOWN: tl.constexpr, ACROSS: tl.constexpr, LAG: tl.const
 
 
 @triton.jit
-def prefetch_rows(ptr, row, D: tl.constexpr):
-    """Bring the rows at ``ptr + row``, [ROWS, 1], into the L2 cache, where they are read sooner."""
+def prefetch_rows(ptr, offset, D: tl.constexpr):
+    """Bring the rows at ``ptr + offset``, [ROWS, 1], into the L2 cache, to be read sooner."""
     LINE: tl.constexpr = 128 * 8 // ptr.dtype.element_ty.primitive_bitwidth
     LINES: tl.constexpr = triton.next_power_of_2((D + LINE - 1) // LINE)
     element = tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
@@ -108,7 +108,7 @@ def prefetch_rows(ptr, row, D: tl.constexpr):
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
             "=r,l",
-            [(ptr + row + element).to(tl.int64)],
+            [(ptr + offset + element).to(tl.int64)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,

@@ -1,0 +1,66 @@
+"""Launch every kernel on shapes that do not fill its programs, for compute-sanitizer.
+
+    options="--kernel-regex kns=norm_cast python examples/sanitize_kernels.py"
+    compute-sanitizer --tool memcheck $options
+    compute-sanitizer --tool racecheck $options
+
+The regular expression leaves out the kernels of PyTorch that make the inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mxnorm_pass.kernels.launch import norm_cast
+from mxnorm_pass.kernels.launch_both import norm_cast_both
+from mxnorm_pass.spec import NormCastSpec
+
+ROW_MAJOR = NormCastSpec(
+    1e-6, "mxnorm", 2.0, 32, torch.float8_e4m3fn, "rceil", torch.bfloat16, torch.bfloat16,
+    "row-major",
+)  # fmt: skip
+BLOCKED = replace(ROW_MAJOR, scale_layout="blocked")
+# Rows that stay in registers, full and not, and rows in chunks.
+ROW_SHAPES = [(tokens, width) for width in (96, 5120, 40000) for tokens in (5, 130)]
+# Less than a group of rows, fewer groups than the lag, more; without and with prefetched rows.
+BOTH_SHAPES = [(t, width) for width in (160, 4096, 8192, 16384) for t in (96, 512, 1312)]
+
+
+def inputs(tokens: int, width: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """x, gain and residual."""
+    make = torch.Generator(device).manual_seed(tokens + width)
+    x = torch.randn(2, tokens, width, generator=make, device=device).bfloat16()
+    return x[0], x[0, 0].clone(), x[1]
+
+
+def along_d(tokens: int, width: int, device: str = "cuda") -> None:
+    """Both estimators, a general p, both scale layouts, with and without the rest."""
+    x, gain, residual = inputs(tokens, width, device)
+    norm_cast(x, gain, None, BLOCKED)
+    norm_cast(x, None, None, replace(ROW_MAJOR, estimator="exact"), residual=residual)
+    norm_cast(x, gain, None, replace(ROW_MAJOR, p=1.5), dequantize=torch.bfloat16)
+
+
+def along_both(tokens: int, width: int, device: str = "cuda") -> None:
+    """Both scale layouts, with and without the residual, and rows whose stride is odd."""
+    x, gain, residual = inputs(tokens, width, device)
+    norm_cast_both(x, gain, None, BLOCKED, True)
+    norm_cast_both(x, gain, None, ROW_MAJOR, False, residual=residual)
+    odd = torch.cat([x[:, :1], x], 1)[:, 1:]
+    norm_cast_both(odd, gain, None, ROW_MAJOR, True)
+
+
+def main() -> None:
+    for shape in ROW_SHAPES:
+        along_d(*shape)
+    for shape in BOTH_SHAPES:
+        along_both(*shape)
+    torch.cuda.synchronize()
+    print(f"{3 * (len(ROW_SHAPES) + len(BOTH_SHAPES))} launches")
+
+
+if __name__ == "__main__":
+    main()
