@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mxnorm_pass.config import Estimator
+from mxnorm_pass.config import Estimator, Gradient
 from mxnorm_pass.formats import CAST_MODES, ELEMENT_FORMATS, ScaleLayout, block_size_of
 from mxnorm_pass.spec import NormCastSpec
 
@@ -113,6 +113,29 @@ def check_norm_cast(
             raise ValueError("block_weights belong to estimator 'mxnorm'; estimator is 'exact'")
         _check_dense("block_weights", block_weights, (torch.float32,))
         _check_like("block_weights", block_weights, x, (x.shape[-1] // spec.block_size,))
+
+
+def check_inverse_rms(
+    x: Tensor, block_weights: list[float] | None, p: float, block_size: int, gradient: str
+) -> None:
+    """Arguments of ``inverse_rms``.
+
+    Raises:
+        TypeError: ``x`` is not in float32, or not dense.
+        ValueError: a wrong shape or option.
+    """
+    _check_dense("x", x, (torch.float32,))
+    if x.ndim == 0:
+        raise ValueError("x is a scalar; it must be [..., D]")
+    check_blocks("x", x, block_size)
+    _check_choice("gradient", gradient, get_args(Gradient))
+    if not (math.isfinite(p) and p > 0):
+        raise ValueError(f"p is {p}; it must be a finite number > 0")
+    blocks = x.shape[-1] // block_size
+    if block_weights is not None and len(block_weights) != blocks:
+        raise ValueError(
+            f"block_weights has {len(block_weights)} elements; the rows have {blocks} blocks"
+        )
 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:

@@ -155,3 +155,46 @@ def mean_square(
             raise ValueError("block_weights belong to estimator='mxnorm'; estimator is 'exact'")
         return x.pow(2).mean(-1, keepdim=True)
     return mean_square_from_absmax(block_absmax(x, block_size), p, block_size, block_weights)
+
+
+def mean_square_vjp(
+    x: Tensor,
+    grad: Tensor,
+    estimator: Estimator,
+    p: float,
+    block_size: int,
+    block_weights: Tensor | None = None,
+) -> Tensor:
+    """Gradient of :func:`mean_square` in ``x`` for its cotangent ``grad`` [..., 1].
+
+    Within a block the elements of the largest magnitude share the gradient, as in autograd's
+    amax. Written out, so that it can be traced where autograd does not record.
+    """
+    if estimator == "exact":
+        return x * (grad * (2 / x.shape[-1]))
+    in_blocks = blocks(x, block_size)
+    magnitudes = in_blocks.abs()
+    absmax = magnitudes.amax(-1)
+    slope = _absmax_slope(absmax, p, block_size, block_weights) * grad
+    largest = (magnitudes == absmax.unsqueeze(-1)).to(x.dtype)
+    share = (slope / largest.sum(-1)).unsqueeze(-1)
+    return (in_blocks.sign() * largest * share).reshape(x.shape)
+
+
+def _absmax_slope(
+    absmax: Tensor, p: float, block_size: int, block_weights: Tensor | None
+) -> Tensor:
+    """d rms~^2 / d m_k, [..., K]: 2 w_k m_k^(p - 1) rms~^(2 - p), with w_k = 1 / (K c^p)."""
+    if block_weights is None:
+        c = rms_constant(p, block_size)
+        weights: float | Tensor = 1 / (absmax.shape[-1] * c**p)
+    else:
+        weights = block_weights.to(absmax.dtype)
+    if p == 2:
+        return absmax * (2 * weights)
+    rms = mean_square_from_absmax(absmax, p, block_size, block_weights).sqrt()
+    if p == 1:
+        return 2 * weights * rms.expand_as(absmax)
+    # Blocks of zeros contribute nothing, and 0^(p - 1) is infinite for p < 1.
+    ratio = absmax / rms
+    return torch.where(absmax > 0, 2 * weights * rms * ratio.pow(p - 1), 0.0)

@@ -22,6 +22,7 @@ from mxnorm_pass.estimate import (
     compute_dtype,
     mean_square,
     mean_square_from_absmax,
+    mean_square_vjp,
     rms_constant,
     rms_estimate,
 )
@@ -86,12 +87,8 @@ def inverse_rms_vjp(
     """
     _check_choice("gradient", gradient, get_args(Gradient))
     if gradient == "true" or estimator == "exact":
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            square = mean_square(leaf, estimator, p, block_size, block_weights)
-            again = torch.rsqrt(square + eps)
-            (grad_x,) = torch.autograd.grad(again, leaf, grad_rho)
-        return grad_x
+        grad_square = grad_rho * (-0.5 * rho.pow(3))
+        return mean_square_vjp(x, grad_square, estimator, p, block_size, block_weights)
     width = x.shape[-1]
     if gradient == "orthogonal":
         exact_rho = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)

@@ -7,6 +7,10 @@
 ``mxnorm_pass::add_norm_cast_both``  both
 ``mxnorm_pass::cast``                MX cast (``functional.mx_cast``)
 ``mxnorm_pass::dequantize``          back to high precision (``functional.mx_dequantize``)
+``mxnorm_pass::inverse_rms``         the estimate alone, differentiable (``functional.inverse_rms``)
+``mxnorm_pass::inverse_rms_backward``  its derivative (``functional.inverse_rms_vjp``)
+``mxnorm_pass::mark``                computes nothing; says where in a traced graph a place of
+                                     Dynamo's graph is
 
 Results are contiguous, whatever the strides of what is given. Each op stays one node in the joint
 graph, where people read it and the partitioner treats it as one. On CUDA devices a Triton kernel
@@ -22,18 +26,21 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from mxnorm_pass import functional
 from mxnorm_pass.arguments import (
     check_blocks,
     check_cast,
+    check_inverse_rms,
     check_norm_cast,
     check_quantized,
     check_rows,
     check_rows_in_blocks,
 )
+from mxnorm_pass.config import Gradient
 from mxnorm_pass.dispatch import NormCastCall
+from mxnorm_pass.estimate import mean_square
 from mxnorm_pass.formats import blocked_scales_shape, dequantize_blocks
 from mxnorm_pass.spec import NormCastSpec
 
@@ -141,6 +148,62 @@ def _fake_norm_cast_both(
     return *along_rows, *_fake_cast(rows, spec.block_size, spec.elem_dtype, spec.scale_mode)
 
 
+def _inverse_rms(
+    x: Tensor,
+    block_weights: list[float] | None,
+    eps: float,
+    p: float,
+    block_size: int,
+    gradient: Gradient,
+) -> Tensor:
+    check_inverse_rms(x, block_weights, p, block_size, gradient)
+    square = mean_square(x.contiguous(), "mxnorm", p, block_size, _weights(block_weights, x))
+    return torch.rsqrt(square + eps)
+
+
+def _inverse_rms_backward(
+    grad: Tensor,
+    x: Tensor,
+    rho: Tensor,
+    block_weights: list[float] | None,
+    eps: float,
+    p: float,
+    block_size: int,
+    gradient: Gradient,
+) -> Tensor:
+    check_inverse_rms(x, block_weights, p, block_size, gradient)
+    return functional.inverse_rms_vjp(
+        x.contiguous(),
+        rho,
+        grad,
+        eps=eps,
+        p=p,
+        block_size=block_size,
+        block_weights=_weights(block_weights, x),
+        gradient=gradient,
+    )
+
+
+def _weights(block_weights: list[float] | None, like: Tensor) -> Tensor | None:
+    if block_weights is None:
+        return None
+    return torch.tensor(block_weights, dtype=torch.float32, device=like.device)
+
+
+def _fake_inverse_rms(x: Tensor, block_weights: list[float] | None, *options: Any) -> Tensor:
+    _, p, block_size, gradient = options
+    check_inverse_rms(x, block_weights, p, block_size, gradient)
+    return x.new_empty((*x.shape[:-1], 1))
+
+
+def _fake_inverse_rms_backward(grad: Tensor, x: Tensor, *options: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _do_nothing(values: list[Tensor], scope: int, position: int) -> None:
+    return
+
+
 def _fake_dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     check_quantized(values, scales, dtype)
     return values.new_empty(values.shape, dtype=dtype)
@@ -150,13 +213,19 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 
 
-def _define(schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _define(
+    schema: str,
+    eager: Callable[..., Any],
+    fake: Callable[..., Any],
+    differentiable: bool = False,
+) -> Any:
     name = schema.split("(")[0]
     _library.define(schema)
     _library.impl(name, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    _library.impl(name, _without_derivative(op), "Autograd")
+    if not differentiable:
+        _library.impl(name, _without_derivative(op), "Autograd")
     DECOMPOSITIONS[op] = eager
     return op
 
@@ -231,6 +300,45 @@ dequantize = _define(
     "dequantize(Tensor values, Tensor scales, ScalarType dtype) -> Tensor",
     _dequantize,
     _fake_dequantize,
+)
+
+_ESTIMATE = "float[]? block_weights, float eps, float p, int block_size, str gradient"
+inverse_rms_backward = _define(
+    f"inverse_rms_backward(Tensor grad, Tensor x, Tensor rho, {_ESTIMATE}) -> Tensor",
+    _inverse_rms_backward,
+    _fake_inverse_rms_backward,
+)
+inverse_rms = _define(
+    f"inverse_rms(Tensor x, {_ESTIMATE}) -> Tensor",
+    _inverse_rms,
+    _fake_inverse_rms,
+    differentiable=True,
+)
+mark = _define(
+    "mark(Tensor[] values, int scope, int position) -> ()",
+    _do_nothing,
+    _do_nothing,
+    differentiable=True,
+)
+# Without results it would be dead code.
+fx.node.has_side_effect(mark)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.options = inputs
+    ctx.save_for_backward(x, output)
+
+
+def _differentiate_inverse_rms(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, rho = ctx.saved_tensors
+    return inverse_rms_backward(grad, x, rho, *ctx.options), *(None for _ in ctx.options)
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::inverse_rms",
+    _differentiate_inverse_rms,
+    setup_context=_save_for_backward,
+    lib=_library,
 )
 
 NORM_CASTS = tuple(
