@@ -15,7 +15,7 @@ from mxnorm_pass import recording
 from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.graph_pass import PassResult
 from mxnorm_pass.name_patterns import UnmatchedPattern
-from mxnorm_pass.report import Graph, SkipReason, site_rows
+from mxnorm_pass.report import Graph, Site, SkipReason, site_rows
 
 log = logging.getLogger("mxnorm_pass")
 
@@ -39,17 +39,31 @@ _warned_lock = threading.Lock()
 
 
 def announce(
-    result: PassResult,
+    results: Sequence[PassResult],
     config: MXNormConfig,
     module_paths: Sequence[str],
     order_known: bool = True,
 ) -> None:
-    """Report, log and warn; the same after a cold and a warm compile.
+    """Report, log and warn of one compile; the same after a cold and a warm one.
 
     Args:
+        results: one for each graph of the compile.
         order_known: could the channel order be compared with the calibration's?
     """
-    recording.publish(result)
+    recording.publish(results)
+    for result in results:
+        _log(result)
+    sites = [site for result in results for site in result.sites]
+    names = [name for result in results for name in result.matmul_modules]
+    owner = (config.fingerprint(), *module_paths)
+    is_inference = all(result.graph.name == "inference" for result in results)
+    for warning in _warnings_of(sites, names, config, is_inference):
+        _warn_once(warning, owner)
+    if not order_known and any(site.calibration == "block weights" for site in sites):
+        _warn_once(_ORDER_UNKNOWN, owner)
+
+
+def _log(result: PassResult) -> None:
     fused = sum(site.status == "fused" for site in result.sites)
     log.info(
         "%s graph: %d norms, %d fused, %d skipped, pass took %.3f s",
@@ -63,10 +77,6 @@ def announce(
         log.debug("%s", site)
     log.debug("before:\n%s\nafter:\n%s", result.graph.before, result.graph.after)
     _trace(result.graph)
-    for warning in _warnings_of(result, config):
-        _warn_once(warning, (config.fingerprint(), *module_paths))
-    if not order_known and any(site.calibration == "block weights" for site in result.sites):
-        _warn_once(_ORDER_UNKNOWN, (config.fingerprint(), *module_paths))
 
 
 def _trace(graph: Graph) -> None:
@@ -95,14 +105,16 @@ def _warn_once(warning: MXNormWarning, owner: tuple[str, ...]) -> None:
     warnings.warn(warning, stacklevel=3)
 
 
-def _warnings_of(result: PassResult, config: MXNormConfig) -> Iterator[MXNormWarning]:
+def _warnings_of(
+    sites: Sequence[Site], matmul_modules: Sequence[str], config: MXNormConfig, is_inference: bool
+) -> Iterator[MXNormWarning]:
     yield from _last_compile(config)
-    yield from _unmatched_patterns(result, config)
-    yield from _unknown_to_calibration(result)
-    if not any(site.status == "fused" for site in result.sites):
-        yield from _nothing_fused(result)
-    elif result.graph.name == "inference":
-        yield from _uncalibrated(result)
+    yield from _unmatched_patterns(sites, matmul_modules, config)
+    yield from _unknown_to_calibration(sites)
+    if not any(site.status == "fused" for site in sites):
+        yield from _nothing_fused(sites)
+    elif is_inference:
+        yield from _uncalibrated(sites)
 
 
 def _last_compile(config: MXNormConfig) -> Iterator[MXNormWarning]:
@@ -124,9 +136,11 @@ def _is_isolated() -> bool:
     return region is not None and region() >= 0
 
 
-def _unmatched_patterns(result: PassResult, config: MXNormConfig) -> Iterator[MXNormWarning]:
-    consumers = [name for site in result.sites for name in site.consumers]
-    names = dict.fromkeys([*(s.norm for s in result.sites), *consumers, *result.matmul_modules])
+def _unmatched_patterns(
+    sites: Sequence[Site], matmul_modules: Sequence[str], config: MXNormConfig
+) -> Iterator[MXNormWarning]:
+    consumers = [name for site in sites for name in site.consumers]
+    names = dict.fromkeys([*(site.norm for site in sites), *consumers, *matmul_modules])
     for unmatched in config.unmatched_patterns(names):
         nearest = ", ".join(unmatched.nearest) or "none"
         yield MXNormWarning(
@@ -146,8 +160,8 @@ def _prefix_hint(config: MXNormConfig, unmatched: UnmatchedPattern) -> str:
     )
 
 
-def _unknown_to_calibration(result: PassResult) -> Iterator[MXNormWarning]:
-    unknown = [site.norm for site in result.sites if site.calibration == "unknown"]
+def _unknown_to_calibration(sites: Sequence[Site]) -> Iterator[MXNormWarning]:
+    unknown = [site.norm for site in sites if site.calibration == "unknown"]
     if unknown:
         yield MXNormWarning(
             f"mxnorm: the calibration does not know {', '.join(unknown)}; they keep the exact RMS. "
@@ -156,8 +170,8 @@ def _unknown_to_calibration(result: PassResult) -> Iterator[MXNormWarning]:
         )
 
 
-def _nothing_fused(result: PassResult) -> Iterator[MXNormWarning]:
-    reasons = {site.reason for site in result.sites if site.reason is not None}
+def _nothing_fused(sites: Sequence[Site]) -> Iterator[MXNormWarning]:
+    reasons = {site.reason for site in sites if site.reason is not None}
     if reasons and reasons <= {SkipReason.DISABLED}:
         return
     if reasons:
@@ -167,10 +181,8 @@ def _nothing_fused(result: PassResult) -> Iterator[MXNormWarning]:
     yield MXNormWarning(f"mxnorm: nothing to rewrite in this graph: {why}")
 
 
-def _uncalibrated(result: PassResult) -> Iterator[CalibrationWarning]:
-    estimated = [
-        s for s in result.sites if s.estimator == "mxnorm" and s.calibration != "block weights"
-    ]
+def _uncalibrated(sites: Sequence[Site]) -> Iterator[CalibrationWarning]:
+    estimated = [s for s in sites if s.estimator == "mxnorm" and s.calibration != "block weights"]
     if not estimated:
         return
     yield CalibrationWarning(

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib import metadata
 from typing import Any, cast
 
@@ -26,15 +26,31 @@ from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
 from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.freezing import FrozenGraph, is_static
 from mxnorm_pass.graph_pass import (
+    Analysis,
+    GraphFacts,
     LeaveAlone,
     LowerOps,
     MXNormPass,
     PassResult,
+    analyze,
     foreign_subclass,
+    note_backward,
 )
 from mxnorm_pass.graph_utils import aten
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
+from mxnorm_pass.match import Fusion, Obstacle, Refusal
+from mxnorm_pass.match.derivatives import inner_derivative
+from mxnorm_pass.match.skip import Skip
+from mxnorm_pass.match.substitution import Substitution, find_substitution
 from mxnorm_pass.module_names import module_paths, parameter_name, qualify_modules, subgraphs
+from mxnorm_pass.plan import from_json as plan_from_json
+from mxnorm_pass.plan import to_json as plan_to_json
+from mxnorm_pass.provenance import Provenance, mark_ends, marked_copy, take_marks
+from mxnorm_pass.recording import StoredCompile
+from mxnorm_pass.regions import names_in_layers, renamings, site_of_layer, split_regions
+from mxnorm_pass.report import SkipReason
+from mxnorm_pass.scopes import Scope, scopes_of
+from mxnorm_pass.substitute import substitute
 
 log = logging.getLogger("mxnorm_pass")
 
@@ -62,16 +78,18 @@ def mxnorm(
     job = CompileJob.of(gm, example_inputs, parse(options, mode))
     order_known = job.check_channels()
     key = job.report_key()
+    # Without code generation nothing is cached, and nothing is to be saved.
+    stored = recording.load(key) if job.config.inner == "inductor" else None
+    job.prepare(stored)
     compiled = _INNER[job.config.inner](job)
     if job.is_backward:
         return compiled
-    result = job.results[-1] if job.results else None
-    if result is not None:
-        recording.store(key, result)
-    else:
-        result = recording.load(key) or _retrace(job)
-    if result is not None:
-        announce(result, job.config, job.module_paths, order_known)
+    results = stored.results if stored is not None else job.results or _retrace(job)
+    if job.config.inner == "inductor" and stored is None and results:
+        kept = StoredCompile(results, job.differentiated, plan_to_json(job.plan))
+        recording.store(key, kept)
+    if results:
+        announce(results, job.config, job.module_paths, order_known)
     return compiled
 
 
@@ -109,7 +127,11 @@ class CompileJob:
         tensor_subclass: name of a subclass that the inputs have, torchao's aside.
         is_backward: compiled autograd captured the graph. The forward's compile has rewritten
             what is in it, which knows no module names and no forward from backward; it stays.
-        results: what each run of the pass did; empty after a warm cache.
+        scopes: the graph and the bodies in it.
+        differentiated: autograd differentiates the graph.
+        plan: the estimates that are put into the graphs.
+        originals: by scope number, what was found before there were estimates.
+        by_scope: by scope number, what the pass did; empty after a warm cache.
     """
 
     gm: fx.GraphModule
@@ -118,7 +140,11 @@ class CompileJob:
     module_paths: tuple[str, ...]
     tensor_subclass: str | None
     is_backward: bool
-    results: list[PassResult] = field(default_factory=list)
+    scopes: tuple[Scope, ...] = ()
+    differentiated: bool = False
+    plan: list[Substitution] = field(default_factory=list)
+    originals: dict[int, Analysis] = field(default_factory=dict)
+    by_scope: dict[int, PassResult] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -137,6 +163,52 @@ class CompileJob:
     def config(self) -> MXNormConfig:
         return self.options.config
 
+    def prepare(self, stored: StoredCompile | None = None) -> None:
+        """Put estimates into the graph, if it is differentiated, and marks that the pass reads.
+
+        Args:
+            stored: an earlier compile of this very graph, which saves a trace.
+        """
+        if self.is_backward:
+            return
+        split_regions(self.gm, self.config)
+        self.scopes = scopes_of(self.gm)
+        self.differentiated = _needs_gradients(self.example_inputs)
+        if stored is not None:
+            self.differentiated = stored.differentiated
+            self.plan = plan_from_json(stored.plan, self.scopes)
+        elif self.differentiated and self.config.estimates and not self._obstacle:
+            self._find_plan()
+        for substitution in self.plan:
+            substitute(substitution)
+        mark_ends(self.scopes)
+
+    def _find_plan(self) -> None:
+        analyses = _analyze(self)
+        if analyses is None:
+            self.differentiated = False
+            return
+        for analysis, provenance in analyses:
+            decided, found = find_substitutions(analysis, provenance)
+            self.originals[provenance.scope.number] = decided
+            self.plan += found
+
+    @cached_property
+    def _obstacle(self) -> Obstacle | None:
+        return inner_derivative(self.scopes, self.differentiated)
+
+    def facts(self, scope: Scope) -> GraphFacts:
+        """What is known of a scope's graph."""
+        obstacle = self._obstacle
+        if obstacle is None and self.differentiated and scope.within("branch"):
+            obstacle = _IN_A_BRANCH
+        return GraphFacts(
+            tensor_subclass=self.tensor_subclass,
+            parameters=_parameter_positions(self.gm) if scope.kind == "whole" else frozenset(),
+            differentiated=self.differentiated,
+            obstacle=obstacle,
+        )
+
     def joint_pass(self, decompositions: dict[Any, Any]) -> CustomGraphPass:
         """The user's passes in Inductor's slot, then ours."""
         if self.is_backward:
@@ -144,8 +216,9 @@ class CompileJob:
         ours = MXNormPass(
             self.config,
             module_paths=self.module_paths,
-            tensor_subclass=self.tensor_subclass,
-            parameters=_parameter_positions(self.gm),
+            scopes=self.scopes,
+            facts=self.facts,
+            originals=self.originals,
             on_result=self._accept,
             decompositions=decompositions,
         )
@@ -172,9 +245,20 @@ class CompileJob:
             return ours
         return PassSequence.of(_inductor_setting(self.options, slot), ours)
 
-    def _accept(self, result: PassResult) -> None:
-        _specialize(self.gm, result.eps_inputs)
-        self.results.append(result)
+    def _accept(self, scope: Scope, result: PassResult) -> None:
+        if scope.kind == "whole":
+            self.specialize(result.eps_inputs)
+        # A branch stands in the graph once more, in its backward.
+        self.by_scope.setdefault(scope.number, _of_all_layers(scope, result))
+
+    @property
+    def results(self) -> list[PassResult]:
+        """What the pass did to each graph, the whole first."""
+        return [self.by_scope[number] for number in sorted(self.by_scope)]
+
+    def specialize(self, positions: Sequence[int]) -> None:
+        """Have Dynamo start over with these inputs, Python floats, as constants."""
+        _specialize(self.gm, positions)
 
     def report_key(self) -> str:
         """Hash of all that decides the result of the pass, computed before gm is consumed."""
@@ -317,8 +401,9 @@ def _compile_with_aot(
     graph_pass = job.joint_pass(decompositions)
 
     def rewritten(gm: fx.GraphModule) -> fx.GraphModule:
-        graph_pass(gm.graph)
-        gm.recompile()
+        for module in [m for m in gm.modules() if isinstance(m, fx.GraphModule)]:
+            graph_pass(module.graph)
+            module.recompile()
         return gm
 
     def partition(gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
@@ -375,21 +460,111 @@ _INNER: dict[str, Callable[[CompileJob], CompiledFunction]] = {
 
 def trace_only(job: CompileJob) -> None:
     """Run AOTAutograd and the pass, with nothing compiled and no kernel run."""
-    if job.config.inner == "inductor":
-        from torch._inductor.decomposition import select_decomp_table
+    _compile_with_aot(job, lambda gm, inputs: _never_run, _trace_decompositions(job))
 
-        decompositions = select_decomp_table()
-    else:
-        decompositions = _norm_decompositions()
-    _compile_with_aot(job, lambda gm, inputs: _never_run, decompositions)
+
+def _trace_decompositions(job: CompileJob) -> dict[Any, Any]:
+    """Those that the inner compiler traces with."""
+    if job.config.inner != "inductor":
+        return _norm_decompositions()
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
 
 
 def _never_run(*args: Any) -> Any:
     raise AssertionError("a graph that was only traced must not run")
 
 
-def _retrace(job: CompileJob) -> PassResult | None:
+def _retrace(job: CompileJob) -> Sequence[PassResult]:
     """Recover the report of a compile that came from a cache that outlived it."""
     log.debug("warm compile cache without a stored report: tracing again")
     trace_only(job)
-    return job.results[-1] if job.results else None
+    return job.results
+
+
+def _needs_gradients(example_inputs: Sequence[Any]) -> bool:
+    """May autograd differentiate the graph?"""
+    tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+class _Analyzed(Exception):
+    """Ends a trace of which nothing more is wanted."""
+
+
+def _analyze(job: CompileJob) -> list[tuple[Analysis, Provenance]] | None:
+    """What the graphs hold before there are estimates; None where nothing is differentiated.
+
+    The graph is traced once for that alone.
+    """
+    found: list[tuple[Analysis, Provenance]] = []
+
+    def joint(gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        provenance = take_marks(gm.graph, job.scopes)
+        if provenance is not None:
+            scope = provenance.scope
+            note_backward(gm.graph, provenance)
+            facts = replace(job.facts(scope), differentiated=False)
+            found.append((analyze(gm.graph, job.config, facts), provenance))
+            if scope.kind == "whole":
+                raise _Analyzed
+        return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+
+    def inference(gm: fx.GraphModule, inputs: Any) -> Any:
+        found.clear()
+        raise _Analyzed
+
+    compiler = aot_autograd(
+        fw_compiler=_never_compiled,
+        bw_compiler=_never_compiled,
+        inference_compiler=inference,
+        partition_fn=joint,
+        decompositions=_trace_decompositions(job),
+        keep_inference_input_mutations=True,
+    )
+    try:
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            compiler(marked_copy(job.scopes), job.example_inputs)
+    except _Analyzed:
+        pass
+    for analysis, provenance in found:
+        if provenance.scope.kind == "whole":
+            job.specialize(analysis.eps_inputs)
+    return found or None
+
+
+def _never_compiled(gm: fx.GraphModule, inputs: Any) -> Any:
+    raise AssertionError("the trace ends before anything is compiled")
+
+
+def _of_all_layers(scope: Scope, result: PassResult) -> PassResult:
+    """The result of a body that several layers share, with the sites of each."""
+    layers = renamings(scope)
+    sites = tuple(site_of_layer(site, names) for names in layers for site in result.sites)
+    modules = names_in_layers(result.matmul_modules, layers)
+    return replace(result, graph=replace(result.graph, sites=sites), matmul_modules=modules)
+
+
+def find_substitutions(
+    analysis: Analysis, provenance: Provenance
+) -> tuple[Analysis, list[Substitution]]:
+    """The estimates to put into Dynamo's graph; where there can be none the norm is refused."""
+    decided: list[Fusion | Refusal] = []
+    accepted: list[Substitution] = []
+    for site in analysis.found:
+        if isinstance(site, Fusion) and site.estimator == "mxnorm":
+            found = find_substitution(site, provenance)
+            if isinstance(found, Skip):
+                site = site.refused(found)
+            else:
+                accepted.append(found)
+        decided.append(site)
+    return replace(analysis, found=tuple(decided)), accepted
+
+
+_IN_A_BRANCH = Obstacle(
+    SkipReason.BACKWARD,
+    "the norm is in a branch or a loop, whose backward computes the forward anew",
+    "a norm outside of torch.cond, while_loop and their like",
+)

@@ -128,6 +128,8 @@ class MXNormConfig:
             after "re:"; see ``resolve``. Copied, so later changes to the caller's dict are unseen.
         calibration: a :class:`mxnorm_pass.Calibration`, or the path of one, which is read here.
             Norms that it does not know stay exact. A rule that sets ``estimator`` overrules it.
+        verify: check at compile time, on random data, that the gradients of what was rewritten
+            are those of its forward and that "exact" changes no bit; see ``mxnorm_pass.verify``.
         inner: "inductor", "aot_eager" or "eager": what compiles the rewritten graph.
         freezing: Inductor's meaning: inference weights are folded and cast once.
         prefix: full name of the module that is compiled on its own ("model.layers.3"); it goes in
@@ -147,6 +149,7 @@ class MXNormConfig:
     scale_mode: ScaleMode = "rceil"
     modules: Mapping[str, bool | Mapping[str, Any]] = field(default_factory=dict)
     calibration: Calibration | None = None
+    verify: bool = False
     inner: Inner = "inductor"
     freezing: bool = False
     prefix: str = ""
@@ -174,6 +177,12 @@ class MXNormConfig:
         if resolved is None:
             resolved = self._resolved[key] = self._resolve_uncached(name, opt_in)
         return resolved
+
+    @property
+    def estimates(self) -> bool:
+        """Whether any norm's RMS may be estimated, be it by a rule of ``modules``."""
+        configs = (self, *(rule.config for rule in self._rules))
+        return any(config.estimator == "mxnorm" for config in configs)
 
     def turns_off(self, name: str) -> bool:
         """Return whether a rule of ``modules`` disables that module, rather than a default."""
@@ -209,6 +218,10 @@ class MXNormConfig:
         else:
             parts = (replace(self, modules={}, prefix="").fingerprint(), *map(self._local, names))
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def meaning_of(self, names: Iterable[str]) -> str:
+        """Return what the rules make of modules with those full names, as text to compare."""
+        return repr([self._local(name)[1:] for name in names])
 
     def _local(self, name: str) -> tuple[object, ...]:
         """What the rules make of a module, without the name of what is compiled on its own."""
@@ -431,6 +444,7 @@ _VALIDATORS: dict[str, _Validator] = {
     "scale_mode": _choice(ScaleMode),
     "modules": _validate_modules,
     "calibration": _validate_calibration,
+    "verify": _validate_bool,
     "inner": _choice(Inner),
     "freezing": _validate_bool,
     "prefix": _validate_prefix,

@@ -10,3 +10,10 @@ class InvalidOptionsError(ValueError, ShortenTraceback):
 
     def __init__(self, message: str) -> None:
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+
+class VerificationError(AssertionError, ShortenTraceback):
+    """What ``options={"verify": True}`` has found to be wrong in a rewritten graph."""
+
+    def __init__(self, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)

@@ -67,7 +67,7 @@ def apply(
     if options.calibration is not None:
         order_known = check_channels(options.calibration, program.state_dict)
     result = run_pass(graph, options)
-    announce(result, options, module_paths(program.graph_module), order_known)
+    announce([result], options, module_paths(program.graph_module), order_known)
     decomposed = lowering.decompose(graph, {}) if decompose else 0
     if not decomposed and result.graph.before == result.graph.after:
         copied = _copied(exported_program.graph_module)

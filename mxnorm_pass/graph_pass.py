@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,16 +22,26 @@ from mxnorm_pass.canonicalize import remove_dead
 from mxnorm_pass.collector import collector_paused
 from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.errors import InvalidOptionsError
-from mxnorm_pass.graph_utils import SubgraphCache, created_nodes, input_position, is_backward
+from mxnorm_pass.graph_utils import (
+    BACKWARD,
+    SubgraphCache,
+    copied_graph,
+    created_nodes,
+    input_position,
+    is_backward,
+    partition_of,
+)
 from mxnorm_pass.insert import insert_casts
-from mxnorm_pass.match import Fusion, find_sites
+from mxnorm_pass.match import Fusion, Obstacle, Refusal, find_sites
 from mxnorm_pass.match.linear import is_matmul, mark_parameters
 from mxnorm_pass.match.norm import Norm, find_norms
 from mxnorm_pass.module_names import module_path
+from mxnorm_pass.provenance import Provenance, take_marks
 from mxnorm_pass.report import Graph, Site, SkipReason, count_ops
-from mxnorm_pass.rewrite import rewrite
+from mxnorm_pass.rewrite import expand_estimates, rewrite
+from mxnorm_pass.scopes import Scope
 from mxnorm_pass.site_graphs import SiteGraphs
-from mxnorm_pass.snapshot import Snapshot
+from mxnorm_pass.snapshot import Alignment, Snapshot
 from mxnorm_pass.traffic import TrafficEstimate
 
 log = logging.getLogger(__name__)
@@ -58,65 +68,172 @@ class PassResult:
         return self.graph.sites
 
 
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What a graph holds, before anything is rewritten.
+
+    Attributes:
+        before: the graph as it came in; casts may have been inserted since.
+        found: one fusion or refusal per norm, in graph order.
+        inserted: how many linears were given casts.
+        graph: a copy of the graph as it came in, if it is to be verified.
+    """
+
+    before: Snapshot
+    norms: tuple[Norm, ...]
+    found: tuple[Fusion | Refusal, ...]
+    inserted: int
+    matmul_modules: tuple[str, ...]
+    graph: fx.Graph | None = None
+
+    @property
+    def fusions(self) -> tuple[Fusion, ...]:
+        return tuple(site for site in self.found if isinstance(site, Fusion))
+
+    @property
+    def eps_inputs(self) -> tuple[int, ...]:
+        positions = map(_eps_position, self.norms)
+        return tuple(dict.fromkeys(i for i in positions if i is not None))
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What a graph does not say of itself.
+
+    Attributes:
+        tensor_subclass: name of a tensor subclass on whose inner tensors the graph works.
+        parameters: positions of the graph inputs that are known to be parameters.
+        differentiated: autograd has differentiated the graph, or does so with the graph around it.
+        obstacle: why nothing in it may be rewritten.
+    """
+
+    tensor_subclass: str | None = None
+    parameters: frozenset[int] = frozenset()
+    differentiated: bool = False
+    obstacle: Obstacle | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The same in every process for equal facts, as caches need it."""
+        return self.tensor_subclass, sorted(self.parameters), self.differentiated, self.obstacle
+
+
+@collector_paused()
+def analyze(graph: fx.Graph, config: MXNormConfig, facts: GraphFacts) -> Analysis:
+    """Insert the casts that ``config`` asks for and decide on every norm."""
+    before = Snapshot(graph)
+    original = copied_graph(graph) if config.verify else None
+    modules = _matmul_modules(graph)
+    mark_parameters(graph, facts.parameters)
+    norms = find_norms(graph)
+    untouched = facts.tensor_subclass is not None or facts.obstacle is not None
+    inserted = 0 if untouched else insert_casts(graph, norms, config)
+    found = find_sites(
+        graph,
+        norms,
+        config,
+        tensor_subclass=facts.tensor_subclass,
+        differentiated=facts.differentiated,
+        obstacle=facts.obstacle,
+    )
+    analysis = Analysis(before, tuple(norms), tuple(found), inserted, modules, original)
+    _check_calibration(analysis.fusions, config.calibration)
+    return analysis
+
+
 @collector_paused()
 def run_pass(
     graph: fx.Graph,
     config: MXNormConfig,
     *,
-    tensor_subclass: str | None = None,
-    parameters: frozenset[int] = frozenset(),
+    facts: GraphFacts | None = None,
     decompositions: dict[Any, Any] | None = None,
+    original: Analysis | None = None,
 ) -> PassResult:
     """Rewrite ``graph`` in place; a graph without anything to rewrite is left untouched.
 
     Args:
         graph: functional ATen graph with fake tensors in ``meta["val"]``; a joint graph marks
             its backward nodes with ``meta["partitioner_tag"]``.
-        tensor_subclass: name of a tensor subclass on whose inner tensors the graph works.
-        parameters: positions of the graph inputs that are known to be parameters.
         decompositions: for traced replacements; those that the graph itself was traced with.
+        original: of the graph without estimates, where it was traced anew with them. It decides
+            on every norm, and is what is reported.
     """
     start = time.perf_counter()
-    before = Snapshot(graph)
-    modules = _matmul_modules(graph)
-    mark_parameters(graph, parameters)
-    norms = find_norms(graph)
-    inserted = insert_casts(graph, norms, config) if tensor_subclass is None else 0
-    found = find_sites(graph, norms, config, tensor_subclass)
-    site_graphs = SiteGraphs(before, found, norms)
-    fusions = [site for site in found if isinstance(site, Fusion)]
-    _check_calibration(fusions, config.calibration)
+    analysis = analyze(graph, config, facts or GraphFacts())
+    shown = original or analysis
+    site_graphs = SiteGraphs(shown.before, shown.found, shown.norms)
+    if original is not None:
+        for site, fusion in _pairs(original, analysis):
+            site_graphs.became(site, fusion, analysis.before)
+    with_casts = copied_graph(graph) if config.verify else None
     subgraphs = SubgraphCache(decompositions)
-    for fusion in fusions:
+    for fusion in analysis.fusions:
         with created_nodes(graph) as created:
             rewrite(graph, fusion, subgraphs)
         site_graphs.add(fusion, created)
-    changed = bool(fusions) or inserted > 0
+    expand_estimates(graph, subgraphs)
+    changed = bool(analysis.fusions) or analysis.inserted > 0
     if changed:
         remove_dead(graph)
         graph.lint()
-    result = _report(before, Snapshot(graph, before) if changed else before, site_graphs)
-    eps_inputs = map(_eps_position, norms)
+    if with_casts is not None:
+        _verify(shown, with_casts, graph, config)
+    after = Snapshot(graph, analysis.before) if changed else analysis.before
     return PassResult(
-        result,
-        modules,
+        _report(shown.before, after, site_graphs, one_graph=original is None),
+        shown.matmul_modules,
         time.perf_counter() - start,
-        tuple(dict.fromkeys(i for i in eps_inputs if i is not None)),
+        shown.eps_inputs,
     )
 
 
-def _report(before: Snapshot, after: Snapshot, site_graphs: SiteGraphs) -> Graph:
+def _verify(
+    analysis: Analysis, with_casts: fx.Graph, graph: fx.Graph, config: MXNormConfig
+) -> None:
+    from mxnorm_pass.verify import verify_gradients, verify_outputs
+
+    verify_gradients(analysis.graph, graph, config)
+    if all(fusion.estimator == "exact" for fusion in analysis.fusions):
+        verify_outputs(with_casts, graph)
+
+
+def _pairs(original: Analysis, analysis: Analysis) -> Iterator[tuple[Fusion, Fusion]]:
+    """Each fusion that was found at first, and what it is in the graph that was traced anew."""
+    again: dict[str, list[Fusion]] = {}
+    for fusion in analysis.fusions:
+        again.setdefault(fusion.norm.name, []).append(fusion)
+    for site in original.fusions:
+        same_name = again.get(site.norm.name)
+        if not same_name:
+            raise _lost(site, analysis)
+        yield site, same_name.pop(0)
+
+
+def _lost(site: Fusion, analysis: Analysis) -> RuntimeError:
+    name = site.norm.name
+    refusals = (s for s in analysis.found if isinstance(s, Refusal) and s.name == name)
+    why = "; ".join(str(refusal.site()) for refusal in refusals)
+    return RuntimeError(
+        f"mxnorm: the norm {name!r} was given its estimate, but cannot be fused in the graph that "
+        f"was traced with it ({why or 'it is not there'}). Please report this; meanwhile turn the "
+        f"norm off: options={{'modules': {{{name!r}: False}}}}"
+    )
+
+
+def _report(before: Snapshot, after: Snapshot, site_graphs: SiteGraphs, one_graph: bool) -> Graph:
     traffic_before = TrafficEstimate(before)
     traffic_after = (
         TrafficEstimate(after, traffic_before) if after is not before else traffic_before
     )
+    alignment = Alignment(before, after, one_graph)
     return Graph(
         name="training" if any(s.backward for s in after.states.values()) else "inference",
         before=before.code(),
         after=after.code(),
         ops_before=_op_counts(before),
         ops_after=_op_counts(after),
-        sites=site_graphs.sites(traffic_before, traffic_after),
+        sites=site_graphs.sites(traffic_before, traffic_after, alignment),
         traffic_before=traffic_before.total,
         traffic_after=traffic_after.total,
     )
@@ -182,12 +299,17 @@ def foreign_subclass(values: Iterable[Any]) -> str | None:
 class MXNormPass(CustomGraphPass):
     """The pass as Inductor's ``joint_custom_pre_pass``.
 
+    Graphs without a mark are those that it has seen before, or parts of them; they are left alone.
+
     Args:
         config: options of this compile.
         module_paths: module name of each node. ``config.modules`` selects by them, and they
             are no part of Inductor's cache key.
-        tensor_subclass, parameters, decompositions: see :func:`run_pass`.
-        on_result: called with the result of every run.
+        scopes: what Dynamo captured, whose marks the graphs bear.
+        facts: of a scope's graph.
+        originals: by scope number, what :func:`analyze` found before there were estimates.
+        on_result: called with the scope and the result of every run.
+        decompositions: see :func:`run_pass`.
     """
 
     def __init__(
@@ -195,37 +317,54 @@ class MXNormPass(CustomGraphPass):
         config: MXNormConfig,
         *,
         module_paths: tuple[str, ...] = (),
-        tensor_subclass: str | None = None,
-        parameters: frozenset[int] = frozenset(),
-        on_result: Callable[[PassResult], None] | None = None,
+        scopes: Sequence[Scope] = (),
+        facts: Callable[[Scope], GraphFacts] | None = None,
+        originals: Mapping[int, Analysis] | None = None,
+        on_result: Callable[[Scope, PassResult], None] | None = None,
         decompositions: dict[Any, Any] | None = None,
     ) -> None:
         self.config = config
         self._module_paths = module_paths
-        self._tensor_subclass = tensor_subclass
-        self._parameters = parameters
+        self._scopes = scopes
+        self._facts = facts or (lambda scope: GraphFacts())
+        self._originals = originals or {}
         self._on_result = on_result
         self._decompositions = decompositions
 
     def __call__(self, graph: fx.Graph) -> None:
+        provenance = take_marks(graph, self._scopes)
+        if provenance is None:
+            return
+        scope, facts = provenance.scope, self._facts(provenance.scope)
+        if facts.differentiated:
+            note_backward(graph, provenance)
         result = run_pass(
             graph,
             self.config,
-            tensor_subclass=self._tensor_subclass,
-            parameters=self._parameters,
+            facts=facts,
             decompositions=self._decompositions,
+            original=self._originals.get(scope.number),
         )
         if self._on_result is not None:
-            self._on_result(result)
+            self._on_result(scope, result)
 
     def uuid(self) -> str:
         parts = (
             source_digest(),
             self.config.fingerprint_for(self._module_paths),
-            self._tensor_subclass,
-            sorted(self._parameters),
+            *(self._facts(scope).key for scope in self._scopes),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def note_backward(graph: fx.Graph, provenance: Provenance) -> None:
+    """Note the backward nodes of a body that is differentiated by itself.
+
+    AOTAutograd does so in the graph of the whole; in a body only the last mark tells.
+    """
+    if not any(partition_of(node)[0] for node in graph.nodes):
+        for node in provenance.behind:
+            node.meta[BACKWARD] = True
 
 
 class LeaveAlone(CustomGraphPass):

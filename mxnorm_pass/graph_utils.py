@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,7 +47,10 @@ _VIEWS = frozenset(
 )
 _TRANSPOSES = frozenset({aten.permute.default, aten.t.default, aten.transpose.int})
 _DTYPE_CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype})
+# Noted by this package where autograd's tracer has left no tag.
+BACKWARD = "mxnorm_pass.backward"
 _ORIGIN_KEYS = (
+    BACKWARD,
     "nn_module_stack",
     "fwd_nn_module_stack",
     "stack_trace",
@@ -89,7 +93,8 @@ def is_call(node: Any, targets: Iterable[Any]) -> bool:
 
 
 def is_backward(node: fx.Node) -> bool:
-    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+    tag = node.meta.get("partitioner_tag")
+    return tag in ("is_backward", "must_be_in_backward") or BACKWARD in node.meta
 
 
 def partition_of(node: fx.Node) -> tuple[Any, ...]:
@@ -183,17 +188,6 @@ def same_value(a: Any, b: Any, depth: int = _SAME_VALUE_DEPTH) -> bool:
     )
 
 
-def seq_nr(node: fx.Node) -> int | None:
-    """Number that autograd gives to an op; the op's forward and backward nodes share it."""
-    number = node.meta.get("seq_nr")
-    return number if isinstance(number, int) else None
-
-
-def seq_nrs(nodes: Iterable[fx.Node]) -> frozenset[int]:
-    """The autograd numbers of the nodes that have one."""
-    return frozenset(n for n in map(seq_nr, nodes) if n is not None)
-
-
 def input_position(node: fx.Node) -> int | None:
     """Position of a graph input among those that AOTAutograd was given, None if it has none."""
     position = getattr(node.meta.get("desc"), "idx", None)
@@ -238,6 +232,11 @@ def owner_of(graph: fx.Graph) -> fx.GraphModule:
 def outputs_of(graph: fx.Graph, like: fx.Node, node: fx.Node) -> tuple[fx.Node, ...]:
     """One getitem node per output of a multi-output call."""
     return tuple(call(graph, like, operator.getitem, node, i) for i in range(len(node.meta["val"])))
+
+
+def copied_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy in a module of its own, which shares what the nodes' ``meta`` holds."""
+    return fx.GraphModule(owner_of(graph), copy.deepcopy(graph)).graph
 
 
 CONSTANT_PREFIX = "_mxnorm_constant_"

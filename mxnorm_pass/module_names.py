@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -55,13 +55,18 @@ def qualify_modules(gm: fx.GraphModule, prefix: str) -> None:
     """Say of all nodes, subgraphs included, that their modules are inside of ``prefix``."""
     root = {prefix: (prefix, torch.nn.Module)}
     for graph in subgraphs(gm):
+        rename_modules(graph, lambda path: f"{prefix}.{path}".rstrip("."))
         for node in graph.nodes:
-            stack = node.meta.get("nn_module_stack") or {}
-            inner = {
-                key: (f"{prefix}.{clean_module_path(path)}".rstrip("."), kind)
-                for key, (path, kind) in stack.items()
-            }
-            node.meta["nn_module_stack"] = {**root, **inner}
+            node.meta["nn_module_stack"] = {**root, **node.meta["nn_module_stack"]}
+
+
+def rename_modules(graph: fx.Graph, rename: Callable[[str], str]) -> None:
+    """Give the modules of all nodes the names that ``rename`` makes of theirs."""
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        node.meta["nn_module_stack"] = {
+            key: (rename(clean_module_path(path)), kind) for key, (path, kind) in stack.items()
+        }
 
 
 def subgraphs(gm: fx.GraphModule) -> Iterator[fx.Graph]:

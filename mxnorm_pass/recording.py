@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mxnorm_pass.files import write_text
 from mxnorm_pass.graph_pass import PassResult
@@ -52,18 +53,39 @@ def record() -> Iterator[Report]:
             _open.remove(recording)
 
 
-def publish(result: PassResult) -> None:
-    """Add the result to the reports that are open in this thread, else to all that are open."""
+def publish(results: Iterable[PassResult]) -> None:
+    """Add the results to the reports that are open in this thread, else to all that are open."""
     with _lock:
         own = [recording for recording in _open if recording.thread == threading.get_ident()]
         for recording in own or _open:
-            recording.report.add(result.graph)
+            for result in results:
+                recording.report.add(result.graph)
 
 
-def store(key: str, result: PassResult) -> None:
-    """Keep the result for compiles that find a warm cache; losing it costs only a retrace."""
+@dataclass(frozen=True)
+class StoredCompile:
+    """What is kept of a compile.
+
+    Attributes:
+        differentiated: autograd differentiated its graph.
+        plan: the estimates that were put into its graphs, see ``plan``.
+    """
+
+    results: Sequence[PassResult]
+    differentiated: bool
+    plan: Sequence[Mapping[str, Any]]
+
+
+def store(key: str, compiled: StoredCompile) -> None:
+    """Keep a compile for those that find a warm cache; losing it costs only a trace."""
     path = _path(key)
-    entry = {"matmul_modules": result.matmul_modules, "graph": result.graph}
+    entry = {
+        "results": [
+            {"matmul_modules": r.matmul_modules, "graph": r.graph} for r in compiled.results
+        ],
+        "differentiated": compiled.differentiated,
+        "plan": compiled.plan,
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(entry, default=json_value))
@@ -71,14 +93,19 @@ def store(key: str, result: PassResult) -> None:
         return
 
 
-def load(key: str) -> PassResult | None:
-    """The result that an earlier compile stored, None if there is none that can be read."""
+def load(key: str) -> StoredCompile | None:
+    """What an earlier compile stored; None if there is nothing that can be read."""
     try:
         entry = json.loads(_path(key).read_text())
-        graph = Graph.from_dict(entry["graph"])
-        return PassResult(graph, tuple(entry["matmul_modules"]), seconds=0.0)
+        results = [_result(e) for e in entry["results"]]
+        return StoredCompile(results, entry["differentiated"], entry["plan"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _result(entry: Mapping[str, Any]) -> PassResult:
+    graph = Graph.from_dict(entry["graph"])
+    return PassResult(graph, tuple(entry["matmul_modules"]), seconds=0.0)
 
 
 def _path(key: str) -> Path:

@@ -1,13 +1,16 @@
 """Turn a matched norm into MXNorm. Never declines: what is legal was decided in ``match``.
 
-Forward, for each norm and MX format::
+For each norm and MX format::
 
     x -> norm -> cast -> values, scales          x -> norm_cast -> values, scales, rho
-                  |                        =>
-                  +-> high-precision readers      x, rho -> norm output (only if it is read)
+           |                             =>      x -> norm
+           +-> high-precision readers                   |
+                                                        +-> high-precision readers
 
-The residual add in front of it goes into the op, too, see ``residual``. Of consumers that
-dequantise, those that want one dtype share one ``dequantize`` of values and scales.
+What nobody reads any more is dead. A norm that was made an estimate before the graph was
+differentiated reads rho of the fused op, as does its derivative. The residual add in front of a
+norm goes into the op, too, see ``residual``. Of consumers that dequantise, those that want one
+dtype share one ``dequantize`` of values and scales.
 
 A backward that casts the transposed norm output for the weight gradient gets this cast from the
 same op::
@@ -15,15 +18,11 @@ same op::
     x -> norm -> cast                            x -> norm_cast_both -> values, scales, rho,
            |                                 =>                         values_t, scales_t
            +-> transpose -> cast (backward)
-
-Backward: the norm's VJP gives way to the traced VJP of ``functional.mxnorm`` on the part of the
-cotangent that comes from the fused consumers. All other readers keep the exact norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor, fx
@@ -38,7 +37,7 @@ from mxnorm_pass.graph_utils import (
     call,
     constant,
     dtype_of,
-    is_call,
+    is_view,
     outputs_of,
     partition_of,
     prims,
@@ -47,43 +46,129 @@ from mxnorm_pass.graph_utils import (
     tensor_of,
 )
 from mxnorm_pass.match import FusedCast, Fusion
-from mxnorm_pass.match.backward import NormBackward
 from mxnorm_pass.match.cast import Cast
 from mxnorm_pass.match.linear import Consumer, WeightCast, cast_use
-from mxnorm_pass.match.norm import Norm
 from mxnorm_pass.match.norm_tail import Rounding
 from mxnorm_pass.residual import fuse_residual_add
 
 
 def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
     """Edit one fusion into the graph; dead nodes are left for the caller to remove."""
-    weights = _block_weights(graph, fusion)
-    rhos = [_fuse_casts(graph, fusion, cast, weights) for cast in fusion.casts]
+    at = fusion.norm.anchor if fusion.norm.estimated else fusion.norm.output.next
+    weights = _block_weights(graph, fusion, at)
+    rhos = [_fuse_casts(graph, fusion, cast, weights, at) for cast in fusion.casts]
     merge_equal(sorted({node for c in fusion.consumers for node in c.linear.slice}))
     if fusion.gain == "fold":
         _fold_gain(graph, fusion)
-    if fusion.backward_reads:
-        _serve_backward_reads(graph, fusion, rhos[0], subgraphs)
-    if fusion.backward is not None:
-        _replace_backward(graph, fusion, fusion.backward, rhos[0], weights, subgraphs)
+    if fusion.norm.estimated:
+        _share_rho(graph, fusion, rhos[0], weights, subgraphs)
     if fusion.residual is not None:
         op, _ = rhos[0].args
         fuse_residual_add(graph, op, fusion.residual)  # type: ignore[arg-type]
 
 
-def _block_weights(graph: fx.Graph, fusion: Fusion) -> fx.Node | None:
+def _share_rho(
+    graph: fx.Graph,
+    fusion: Fusion,
+    rho: fx.Node,
+    block_weights: fx.Node | None,
+    subgraphs: SubgraphCache,
+) -> None:
+    """Let all that reads the estimate, the backward above all, read the fused op's."""
+    for derivative in _derivatives(fusion.norm.anchor):
+        _expand_derivative(graph, derivative, block_weights, subgraphs)
+    fusion.norm.anchor.replace_all_uses_with(rho)
+    late = [n for n in rho.args[0].all_input_nodes if n > rho]  # type: ignore[union-attr]
+    if late:
+        # Such as a gain of 1 + w, which the model computes after the statistic.
+        stable_topological_sort(graph)
+
+
+def _derivatives(estimate: fx.Node) -> list[fx.Node]:
+    """The nodes that differentiate an ``inverse_rms`` node."""
+    found, pending = [], [estimate]
+    while pending:
+        for user in pending.pop().users:
+            if user.target is ops.inverse_rms_backward:
+                found.append(user)
+            elif is_view(user):
+                pending.append(user)
+    return found
+
+
+def expand_estimates(graph: fx.Graph, subgraphs: SubgraphCache) -> None:
+    """Write out what is left of ``inverse_rms`` and its derivative."""
+    for node in graph.find_nodes(op="call_function", target=ops.inverse_rms_backward):
+        _expand_derivative(graph, node, _weights_of(graph, node), subgraphs)
+    for node in graph.find_nodes(op="call_function", target=ops.inverse_rms):
+        x, _, *options = node.args
+        new = subgraphs.graft(graph, node, _inverse_rms, (x, _weights_of(graph, node), *options))
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+def _weights_of(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    weights = node.args[names.index("block_weights")]
+    if weights is None:
+        return None
+    with graph.inserting_before(node):
+        return constant(graph, node, torch.tensor(weights, dtype=torch.float32))
+
+
+def _inverse_rms(
+    x: Tensor, weights: Tensor | None, eps: float, p: float, block_size: int, gradient: Gradient
+) -> Tensor:
+    return functional.inverse_rms(x, eps=eps, p=p, block_size=block_size, block_weights=weights)
+
+
+def _expand_derivative(
+    graph: fx.Graph, node: fx.Node, block_weights: fx.Node | None, subgraphs: SubgraphCache
+) -> None:
+    grad, x, rho, _, *options = node.args
+    args = (grad, x, rho, block_weights, *options)
+    node.replace_all_uses_with(subgraphs.graft(graph, node, _inverse_rms_vjp, args))
+    graph.erase_node(node)
+
+
+def _inverse_rms_vjp(
+    grad: Tensor,
+    x: Tensor,
+    rho: Tensor,
+    weights: Tensor | None,
+    eps: float,
+    p: float,
+    block_size: int,
+    gradient: Gradient,
+) -> Tensor:
+    return functional.inverse_rms_vjp(
+        x,
+        rho,
+        grad,
+        eps=eps,
+        p=p,
+        block_size=block_size,
+        block_weights=weights,
+        gradient=gradient,
+    )
+
+
+def _block_weights(graph: fx.Graph, fusion: Fusion, at: fx.Node) -> fx.Node | None:
     """The calibration's weights as a constant of the graph, before all that may read it."""
     if fusion.block_weights is None:
         return None
-    origin = fusion.norm.output
-    with graph.inserting_before(origin):
-        return constant(graph, origin, fusion.block_weights)
+    with graph.inserting_before(at):
+        return constant(graph, fusion.norm.output, fusion.block_weights)
 
 
 def _fuse_casts(
-    graph: fx.Graph, fusion: Fusion, cast: FusedCast, block_weights: fx.Node | None
+    graph: fx.Graph,
+    fusion: Fusion,
+    cast: FusedCast,
+    block_weights: fx.Node | None,
+    at: fx.Node,
 ) -> fx.Node:
-    """Insert the fused op after the norm, hand its results to the consumers; returns rho."""
+    """Insert the fused op before ``at``, hand its results to the consumers; returns rho."""
     norm = fusion.norm
     rounding = norm.rounding or Rounding(None, dtype_of(norm.output))
     consumers = [c for c in fusion.consumers if fusion.cast_of(c) == cast]
@@ -103,7 +188,7 @@ def _fuse_casts(
         cast.scale_layout,
     )
     in_rows = fusion.gain == "activation"
-    with graph.inserting_before(norm.output.next):
+    with graph.inserting_before(at):
         if transposed:
             op = call(graph, origin, ops.norm_cast_both, norm.x, norm.gain, *options, in_rows)
         else:
@@ -248,152 +333,6 @@ def _cast_scaled_weight(
     scaled = call(graph, at, aten.mul.Tensor, weight32, _to_dtype(graph, at, gain, torch.float32))
     cast = call(graph, at, ops.cast, scaled, fmt.block_size, fmt.elem_dtype, fmt.scale_mode)
     return outputs_of(graph, at, cast)
-
-
-def _serve_backward_reads(
-    graph: fx.Graph, fusion: Fusion, rho: fx.Node, subgraphs: SubgraphCache
-) -> None:
-    """Let weight gradients see the high-precision output that belongs to the fused cast."""
-    norm = fusion.norm
-    after_rho = rho.next
-    args = (norm.x, rho, norm.gain, *_rounding_of(norm))
-    output = subgraphs.graft(graph, after_rho, functional.normalize, args, origin=norm.output)
-    renewed: dict[fx.Node, fx.Node] = {}
-    with graph.inserting_before(after_rho):
-        renewed[norm.output] = reshape_like(graph, norm.output, output, norm.output)
-        for consumer in fusion.consumers:
-            for node in consumer.reader.path:
-                if node not in renewed:
-                    renewed[node] = graph.node_copy(node, lambda n: renewed.get(n, n))
-    for read, reader in fusion.backward_reads:
-        reader.replace_input_with(read, renewed[read])
-    if any(source > copy for copy in renewed.values() for source in copy.all_input_nodes):
-        # A view's symbolic size may be computed further down than the copied view stands.
-        stable_topological_sort(graph)
-
-
-def _rounding_of(norm: Norm) -> tuple[torch.dtype | None, torch.dtype]:
-    if norm.rounding:
-        return norm.rounding.norm_dtype, norm.rounding.out_dtype
-    return None, dtype_of(norm.output)
-
-
-def _replace_backward(
-    graph: fx.Graph,
-    fusion: Fusion,
-    backward: NormBackward,
-    rho: fx.Node,
-    block_weights: fx.Node | None,
-    subgraphs: SubgraphCache,
-) -> None:
-    norm = fusion.norm
-    at = min(backward.nodes)
-    with graph.inserting_before(at):
-        cotangent = _fused_cotangent(graph, at, fusion, backward)
-        if cotangent is None:
-            return
-        cotangent = reshape_like(graph, at, cotangent, norm.x)
-    tensors = (cotangent, norm.x, norm.gain, rho, block_weights)
-    grad_x, grad_gain = subgraphs.graft(graph, at, _mxnorm_vjp, (*tensors, *_vjp_options(fusion)))
-    _replace_gradients(graph, at, backward.x_grads, grad_x, fusion.exclusive)
-    if grad_gain is not None:
-        _replace_gradients(graph, at, backward.gain_grads, grad_gain, fusion.exclusive)
-
-
-def _vjp_options(fusion: Fusion) -> tuple[object, ...]:
-    return (
-        fusion.norm.eps,
-        fusion.config.p,
-        fusion.casts[0].format.block_size,
-        fusion.gradient,
-        *_rounding_of(fusion.norm),
-    )
-
-
-def _mxnorm_vjp(
-    grad: Tensor,
-    x: Tensor,
-    gain: Tensor | None,
-    rho: Tensor,
-    block_weights: Tensor | None,
-    eps: float,
-    p: float,
-    block_size: int,
-    gradient: Gradient,
-    norm_dtype: torch.dtype | None,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    return functional.mxnorm_vjp(
-        grad,
-        x,
-        gain,
-        rho,
-        eps=eps,
-        p=p,
-        block_size=block_size,
-        block_weights=block_weights,
-        gradient=gradient,
-        norm_dtype=norm_dtype,
-        out_dtype=out_dtype,
-    )
-
-
-def _fused_cotangent(
-    graph: fx.Graph, at: fx.Node, fusion: Fusion, backward: NormBackward
-) -> fx.Node | None:
-    """The fused consumers' share of the cotangent; the exact norm's VJP keeps the rest."""
-    split = fusion.cotangent
-    if split is None:
-        return backward.cotangent
-    if not split.fused:
-        return None
-    like = backward.cotangent
-    rest = _sum(graph, at, split.rest, like)
-    for node in backward.nodes:
-        node.replace_input_with(like, rest)
-    return _sum(graph, at, split.fused, like)
-
-
-def _sum(graph: fx.Graph, at: fx.Node, terms: Sequence[fx.Node], like: fx.Node) -> fx.Node:
-    if not terms:
-        return call(graph, at, aten.zeros_like.default, like)
-    dtype = dtype_of(like)
-    shaped = [_to_dtype(graph, at, reshape_like(graph, at, t, like), dtype) for t in terms]
-    return reduce(lambda a, b: call(graph, at, aten.add.Tensor, a, b), shaped)
-
-
-def _replace_gradients(
-    graph: fx.Graph, at: fx.Node, old: Sequence[fx.Node], new: fx.Node, exclusive: bool
-) -> None:
-    """Put ``new`` in the place of the gradients ``old``, or add it to them.
-
-    Autograd may leave several partial gradients that are added up elsewhere: the first is
-    replaced, the others drop out of their sums.
-    """
-    if not old:
-        return
-    first, *others = old
-    with graph.inserting_before(first.next):
-        shaped = reshape_like(graph, at, new, first)
-        new = _to_dtype(graph, at, shaped, dtype_of(first))
-        if not exclusive:
-            new = call(graph, at, aten.add.Tensor, first, new)
-    total = new
-    first.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-    if exclusive:
-        for node in others:
-            _drop_term(graph, node)
-
-
-def _drop_term(graph: fx.Graph, term: fx.Node) -> None:
-    for user in list(term.users):
-        if is_call(user, (aten.add.Tensor,)) and not user.kwargs:
-            first, second = user.args
-            user.replace_all_uses_with(second if first is term else first)  # type: ignore[arg-type]
-        else:
-            with graph.inserting_before(user):
-                zeros = call(graph, term, aten.zeros_like.default, term)
-            user.replace_input_with(term, zeros)
 
 
 def reshape_like(graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node) -> fx.Node:

@@ -21,7 +21,7 @@ from mxnorm_pass.match.linear import CastIndex, readers
 from mxnorm_pass.match.norm import Norm
 from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import Site
-from mxnorm_pass.snapshot import NodeState, Snapshot
+from mxnorm_pass.snapshot import Alignment, NodeState, Snapshot
 from mxnorm_pass.subgraph import Change, Subgraph, SubgraphNode, Traffic
 from mxnorm_pass.traffic import TrafficEstimate, is_free
 
@@ -103,7 +103,7 @@ class SiteGraphs:
     ) -> None:
         by_anchor = {norm.anchor: norm for norm in norms}
         self._sites = list(found)
-        self._parts = [
+        self._before = [
             dict(
                 _parts_of_fusion(site, before)
                 if isinstance(site, Fusion)
@@ -111,41 +111,58 @@ class SiteGraphs:
             )
             for site in found
         ]
+        self._after = [dict(parts) for parts in self._before]
+
+    def became(self, site: Fusion, fusion: Fusion, traced_again: Snapshot) -> None:
+        """Say what a site is in the graph that was traced anew with estimates in it."""
+        index = self._index(site)
+        self._sites[index] = fusion
+        self._after[index] = dict(_parts_of_fusion(fusion, traced_again))
 
     def add(self, fusion: Fusion, created: Iterable[fx.Node]) -> None:
         """Say which nodes the fusion's rewrite has put into the graph."""
-        index = next(i for i, site in enumerate(self._sites) if site is fusion)
-        self._parts[index] |= {node: _part_of_created(node, fusion) for node in created}
+        index = self._index(fusion)
+        self._after[index] |= {node: _part_of_created(node, fusion) for node in created}
 
-    def sites(self, before: TrafficEstimate, after: TrafficEstimate) -> tuple[Site, ...]:
+    def _index(self, wanted: Fusion) -> int:
+        return next(i for i, site in enumerate(self._sites) if site is wanted)
+
+    def sites(
+        self, before: TrafficEstimate, after: TrafficEstimate, alignment: Alignment
+    ) -> tuple[Site, ...]:
         """The sites with both subgraphs; a skipped one has only the first."""
-        cuts = self._cuts(before), self._cuts(after)
+        cuts = _cuts(self._before, before), _cuts(self._after, after)
         drawn = zip(self._sites, *cuts, strict=True)
-        return tuple(_drawn(site, cut, new_cut) for site, cut, new_cut in drawn)
-
-    def _cuts(self, estimate: TrafficEstimate) -> list[_Cut]:
-        """One per site, of the nodes that stand in the estimated graph."""
-        states = estimate.snapshot.states
-        own = [{n: part for n, part in parts.items() if n in states} for parts in self._parts]
-        users = estimate.snapshot.users_of(chain.from_iterable(own))
-        return [_Cut.of(parts, users, estimate) for parts in own]
+        return tuple(_drawn(site, cut, new_cut, alignment) for site, cut, new_cut in drawn)
 
 
-def _drawn(found: Fusion | Refusal, cut: _Cut, new_cut: _Cut) -> Site:
+def _cuts(sites: Sequence[Mapping[fx.Node, str]], estimate: TrafficEstimate) -> list[_Cut]:
+    """One per site, of the nodes that stand in the estimated graph."""
+    states = estimate.snapshot.states
+    own = [{n: part for n, part in parts.items() if n in states} for parts in sites]
+    users = estimate.snapshot.users_of(chain.from_iterable(own))
+    return [_Cut.of(parts, users, estimate) for parts in own]
+
+
+def _drawn(found: Fusion | Refusal, cut: _Cut, new_cut: _Cut, alignment: Alignment) -> Site:
     if isinstance(found, Refusal):
         return replace(found.site(), before=cut.subgraph(lambda node, state: ""))
-    original, final = cut.estimate.snapshot.states, new_cut.estimate.snapshot.states
 
     def change_before(node: fx.Node, state: NodeState) -> Change:
-        if node not in final:
+        later = alignment.later(node)
+        if later is None:
             return "removed"
-        return "" if state.reads_as(new_cut.state(node)) else "rewired"
+        other = new_cut.state(later)
+        return "" if other is None or alignment.same(state, other) else "rewired"
 
     def change_after(node: fx.Node, state: NodeState) -> Change:
-        if node not in original:
+        earlier = alignment.earlier(node)
+        if earlier is None:
             return "added"
-        reads_new = any(source not in original for source in state.inputs)
-        return "" if state.reads_as(cut.state(node)) and not reads_new else "rewired"
+        reads_new = any(alignment.earlier(source) is None for source in state.inputs)
+        other = cut.state(earlier)
+        same = other is None or alignment.same(other, state)
+        return "" if same and not reads_new else "rewired"
 
     return replace(
         found.site(), before=cut.subgraph(change_before), after=new_cut.subgraph(change_after)
@@ -154,8 +171,7 @@ def _drawn(found: Fusion | Refusal, cut: _Cut, new_cut: _Cut) -> Site:
 
 def _parts_of_fusion(fusion: Fusion, before: Snapshot) -> Iterator[tuple[fx.Node, str]]:
     """The nodes of the site with the part that each belongs to; what comes last holds."""
-    if fusion.backward is not None:
-        yield from _as("norm backward", fusion.backward.nodes)
+    yield from _as("norm backward", _backward_of(fusion.norm))
     for transposed in fusion.transposed:
         yield from _as("cast along T", transposed.cast.nodes)
     activations = {n for c in fusion.consumers for n in (*c.nodes, *c.cast.nodes)}
@@ -168,6 +184,13 @@ def _parts_of_fusion(fusion: Fusion, before: Snapshot) -> Iterator[tuple[fx.Node
     yield from _as("norm", fusion.norm.nodes)
     if fusion.residual is not None:
         yield fusion.residual, "residual add"
+
+
+def _backward_of(norm: Norm) -> Iterator[fx.Node]:
+    """The backward nodes that read what is inside of the norm, most of its derivative."""
+    inside = norm.nodes - {norm.output}
+    found = {user for node in inside for user in node.users if is_backward(user)}
+    return iter(found)
 
 
 def _parts_of_refusal(refusal: Refusal, norm: Norm | None) -> Iterator[tuple[fx.Node, str]]:

@@ -95,10 +95,11 @@ class SkipReason(Enum):
         "Use `gain='auto'` or `'activation'`.",
     )
     BACKWARD = (
-        "the norm's part of the backward graph could not be told apart",
-        "A cast feeds linears that `modules` treats differently, or the backward is spelled in an "
-        "unknown way.",
-        "Turn all linears that read one cast on or off together; else report the graph.",
+        "as an estimate the norm would not have the gradient of what it computes",
+        "The norm is in a branch, a loop, an autograd.Function or under torch.func.grad, its own "
+        "gradient is stopped or changed, or one op or cast reads it for fused and other linears.",
+        "Move the norm out of it, or treat all linears that read one cast alike in `modules`; "
+        "estimator='exact' needs no gradient of its own.",
     )
     DTENSOR = (
         "the graph works on DTensors or another tensor subclass",

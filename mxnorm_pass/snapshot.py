@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +55,6 @@ class NodeState:
     def holds_for(self, node: fx.Node) -> bool:
         """Arguments are immutable: who changes them puts others in their place."""
         return node.args is self.args and node.kwargs is self.kwargs and node.target is self.target
-
-    def reads_as(self, other: NodeState | None) -> bool:
-        """Does the node read the same in another snapshot, if it is known from there?"""
-        return (
-            other is None or other is self or (self.op == other.op and self.inputs == other.inputs)
-        )
 
 
 class Snapshot:
@@ -115,3 +110,46 @@ class Snapshot:
     def calls(self) -> Iterable[tuple[fx.Node, NodeState]]:
         """The nodes that call an op."""
         return ((n, state) for n, state in self.states.items() if n.op == "call_function")
+
+
+class Alignment:
+    """Which nodes of two snapshots are the same.
+
+    In two snapshots of one graph a node is itself. Those of a graph that was traced twice are the
+    same if they are the n-th call of one op in one module.
+
+    Args:
+        before, after: the snapshots.
+        one_graph: are they of one graph?
+    """
+
+    def __init__(self, before: Snapshot, after: Snapshot, one_graph: bool) -> None:
+        if one_graph:
+            self._later = {node: node for node in before.states if node in after.states}
+        else:
+            places = {place: node for node, place in _places(after)}
+            pairs = ((node, places.get(place)) for node, place in _places(before))
+            self._later = {node: found for node, found in pairs if found is not None}
+        self._earlier = {later: earlier for earlier, later in self._later.items()}
+
+    def later(self, node: fx.Node) -> fx.Node | None:
+        """What a node of the earlier snapshot is in the later one."""
+        return self._later.get(node)
+
+    def earlier(self, node: fx.Node) -> fx.Node | None:
+        """What a node of the later snapshot was in the earlier one."""
+        return self._earlier.get(node)
+
+    def same(self, before: NodeState, after: NodeState) -> bool:
+        """Does a node call the same op on the same nodes in both?"""
+        return before is after or (
+            before.op == after.op and tuple(map(self.later, before.inputs)) == after.inputs
+        )
+
+
+def _places(snapshot: Snapshot) -> Iterator[tuple[fx.Node, tuple[object, ...]]]:
+    counts: Counter[tuple[object, ...]] = Counter()
+    for node, state in snapshot.states.items():
+        place = (state.module, state.backward, state.op)
+        counts[place] += 1
+        yield node, (*place, counts[place])

@@ -39,6 +39,7 @@ def explain(
         job = CompileJob.of(gm, example_inputs, parsed)
         job.check_channels()
         stand_in = _without_content(gm)
+        job.prepare()
         trace_only(job)
         for result in job.results:
             report.add(result.graph)

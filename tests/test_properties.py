@@ -230,7 +230,7 @@ class TwicePass(MXNormPass):
         for a, b in zip(outputs, after, strict=True):
             assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
         graph.lint()
-        options = {"parameters": self._parameters, "decompositions": self._decompositions}
+        options = {"facts": self._facts(self._scopes[0]), "decompositions": self._decompositions}
         type(self).again.append(run_pass(graph, self.config, **options))
 
 

@@ -95,6 +95,7 @@ class WatchedModel:
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         job = CompileJob.of(gm, example_inputs, self._parsed)
         job.check_channels()
+        job.prepare()
         compiled = compile_with_interpreter(job, lambda graph: _Watching(graph, self))
         for result in job.results:
             self.report.add(result.graph)

@@ -4,6 +4,6 @@
 norm's VJP; ``site`` puts them together. All that decides whether a norm is rewritten is here.
 """
 
-from mxnorm_pass.match.site import FusedCast, Fusion, Refusal, find_sites
+from mxnorm_pass.match.site import FusedCast, Fusion, Obstacle, Refusal, find_sites
 
-__all__ = ["FusedCast", "Fusion", "Refusal", "find_sites"]
+__all__ = ["FusedCast", "Fusion", "Obstacle", "Refusal", "find_sites"]

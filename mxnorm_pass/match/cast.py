@@ -69,11 +69,15 @@ class UnknownCast:
     expected: str
 
 
-def find_casts(graph: fx.Graph) -> list[Cast | UnknownCast]:
-    """All float8 casts of the forward graph, recognised or not, in graph order."""
+def find_casts(graph: fx.Graph, backward: bool = False) -> list[Cast | UnknownCast]:
+    """All float8 casts of the forward graph, recognised or not, in graph order.
+
+    Args:
+        backward: those of the backward, too.
+    """
     found: list[Cast | UnknownCast] = []
     for node in graph.nodes:
-        if node.op != "call_function" or is_backward(node):
+        if node.op != "call_function" or (is_backward(node) and not backward):
             continue
         if node.target is ops.cast:
             found.append(_own_cast(node))

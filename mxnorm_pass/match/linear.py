@@ -179,7 +179,7 @@ def readers(output: fx.Node, casts: CastIndex) -> list[Reader]:
         for user in forward_users(node):
             if user.target is aten.sym_size.int or any(user in cast.nodes for cast in at_node):
                 continue
-            if is_view(user) or (is_dtype_cast(user) and not _is_float8(user)):
+            if is_view(user) or (is_dtype_cast(user) and not is_float8(user)):
                 pending.append((user, (*path, user)))
             else:
                 found.append(Reader(path, user))
@@ -314,7 +314,7 @@ def is_matmul(node: fx.Node) -> bool:
     return is_call(node, _MATMULS)
 
 
-def _is_float8(node: fx.Node) -> bool:
+def is_float8(node: fx.Node) -> bool:
     value = tensor_of(node)
     return value is not None and value.dtype.itemsize == 1
 

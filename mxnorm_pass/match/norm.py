@@ -5,6 +5,9 @@ whatever ops spell it, until it multiplies or divides the very x it was taken fr
 goes on through the gain and the dtype casts to the norm's output::
 
     x -> float32 -> square -> mean -> + eps -> rsqrt -> * x -> dtype -> * gain -> dtype -> output
+
+A norm that was made to estimate its RMS before the graph was differentiated has
+``mxnorm_pass::inverse_rms`` in the place of the mean and all up to rsqrt.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from mxnorm_pass import ops
 from mxnorm_pass.graph_code import call_text
 from mxnorm_pass.graph_utils import (
     aten,
@@ -28,7 +32,6 @@ from mxnorm_pass.graph_utils import (
     is_view,
     same_shape,
     same_value,
-    seq_nrs,
     strip,
     tensor_of,
 )
@@ -61,17 +64,20 @@ class Norm:
         anchor: the reduction it was found by.
         x: [..., D], before any upcast.
         output: [..., D], after gain and dtype casts.
+        product: [..., D], after the gain and before the dtype casts behind it.
         gain: a node of D elements, None for a norm without one.
         rounding: a Skip where the norm rounds in a way that the fused op cannot repeat.
         nodes: the forward nodes from x (excluded) to output (included).
         problem: why the norm cannot be rewritten, whoever reads it.
         eps_input: the graph input that eps is, None where it is a constant.
+        estimated: its 1 / rms is the estimate already, and ``anchor`` is what computes it.
     """
 
     name: str
     anchor: fx.Node
     x: fx.Node
     output: fx.Node
+    product: fx.Node
     width: int
     eps: float
     gain: fx.Node | None
@@ -79,10 +85,7 @@ class Norm:
     nodes: frozenset[fx.Node]
     problem: Skip | None = None
     eps_input: fx.Node | None = None
-
-    @property
-    def seq_nrs(self) -> frozenset[int]:
-        return seq_nrs(self.nodes)
+    estimated: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ def find_norms(graph: fx.Graph) -> list[Norm]:
 
 
 def _sum_of_squares(node: fx.Node) -> _SumOfSquares | None:
+    if node.target is ops.inverse_rms:
+        return _estimate(node)
     if not is_call(node, _MEANS | _SUMS | _VECTOR_NORMS) or tensor_of(node) is None:
         return None
     reduced = node.args[0]
@@ -152,6 +157,15 @@ def _sum_of_squares(node: fx.Node) -> _SumOfSquares | None:
         trail=(node,),
     )
     return _SumOfSquares(statistic, squared, squares, dims)
+
+
+def _estimate(node: fx.Node) -> _SumOfSquares:
+    """1 / rms by estimate, as if it came from a sum of squares."""
+    x, _, eps, *_ = node.args
+    value = tensor_of(x)  # type: ignore[arg-type]
+    assert value is not None
+    statistic = Statistic(node, scale=1 / value.shape[-1], eps=eps, power=-0.5, trail=(node,))  # type: ignore[arg-type]
+    return _SumOfSquares(statistic, x, None, (value.ndim - 1,))  # type: ignore[arg-type]
 
 
 def _squared(node: fx.Node) -> fx.Node | None:
@@ -222,18 +236,22 @@ def _norm(start: _SumOfSquares, found: _Normalization) -> Norm:
     nodes = {found.node, *upcasts, *statistic.trail, *tail.nodes}
     nodes |= {n for n in (start.squares, found.scaled) if n is not None}
     anchor = start.statistic.node
+    estimated = anchor.target is ops.inverse_rms
+    rounding = tail.rounding if estimated else next(_inexact(start, found), tail.rounding)
     return Norm(
         name=module_path(anchor) or anchor.name,
         anchor=anchor,
         x=x,
         output=tail.output,
+        product=tail.product,
         width=width if isinstance(width, int) else -1,
         eps=statistic.eps,
         gain=tail.gain,
-        rounding=next(_inexact(start, found), tail.rounding),
+        rounding=rounding,
         nodes=frozenset(nodes),
         problem=_problem(start, found, x, tail),
         eps_input=_eps_input(statistic),
+        estimated=estimated,
     )
 
 

@@ -38,6 +38,7 @@ class Tail:
 
     Attributes:
         output: what its readers see.
+        product: x / rms with the gain applied, before any dtype cast behind it.
         gain: [D], None where none is met.
         rounding: a Skip where the fused op cannot repeat it.
         nodes: from the normalised x (excluded) to ``output`` (included).
@@ -45,6 +46,7 @@ class Tail:
     """
 
     output: fx.Node
+    product: fx.Node
     gain: fx.Node | None
     rounding: Rounding | Skip
     nodes: tuple[fx.Node, ...]
@@ -53,7 +55,7 @@ class Tail:
 
 def follow_output(normalized: fx.Node, width: object, gain: fx.Node | None) -> Tail:
     """Walk through dtype casts and, unless it was met before, one gain to what readers see."""
-    node, at_gain, problem = normalized, None, None
+    node, product, at_gain, problem = normalized, normalized, None, None
     before: list[fx.Node] = []
     after: list[fx.Node] = []
     nodes: list[fx.Node] = []
@@ -71,13 +73,13 @@ def follow_output(normalized: fx.Node, width: object, gain: fx.Node | None) -> T
             if not is_per_channel(factor, width):
                 problem = _odd_gain(factor, user, node, width)
                 break
-            gain, at_gain = factor, node  # type: ignore[assignment]
+            gain, at_gain, product = factor, node, user  # type: ignore[assignment]
         else:
             break
         nodes.append(user)
         node = user
     rounding = _rounding(normalized, before, at_gain, after, node)
-    return Tail(node, gain, rounding, tuple(nodes), problem)
+    return Tail(node, product, gain, rounding, tuple(nodes), problem)
 
 
 def _odd_gain(factor: object, user: fx.Node, node: fx.Node, width: object) -> Skip | None:

@@ -12,15 +12,7 @@ from torch import Tensor, fx
 from mxnorm_pass.config import Calibrated, Estimator, Gradient, MXNormConfig
 from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat, ScaleLayout
 from mxnorm_pass.graph_code import call_text
-from mxnorm_pass.graph_utils import same_size, seq_nr, tensor_of
-from mxnorm_pass.match.backward import (
-    BackwardIndex,
-    CotangentSplit,
-    NormBackward,
-    backward_readers,
-    norm_backward,
-    split_cotangent,
-)
+from mxnorm_pass.graph_utils import is_backward, same_size, tensor_of
 from mxnorm_pass.match.cast import Cast, UnknownCast, find_casts
 from mxnorm_pass.match.dequantize import dequantization
 from mxnorm_pass.match.layer_norm import LayerNorm, find_layer_norms
@@ -40,7 +32,7 @@ from mxnorm_pass.match.norm import Norm
 from mxnorm_pass.match.norm_tail import rounding_skip
 from mxnorm_pass.match.residual import residual_add
 from mxnorm_pass.match.skip import Skip
-from mxnorm_pass.match.transposed_cast import Read, TransposedCast, transposed_casts, without_casts
+from mxnorm_pass.match.transposed_cast import Read, TransposedCast, transposed_casts
 from mxnorm_pass.match.uncast import no_cast
 from mxnorm_pass.report import Site, SkipReason
 
@@ -63,13 +55,8 @@ class Fusion:
         consumers: the linears that will read the fused cast.
         config: the options that hold for this norm.
         gain: "fold" or "activation"; None for a norm without a gain.
-        exclusive: nobody but the consumers reads the norm's output.
-        backward: the norm's VJP, None in inference.
-        cotangent: terms of the output's cotangent, given where ``exclusive`` is False.
-        backward_reads: (node read, backward reader) of the consumers, such as weight gradients.
         residual: the residual add whose sum the norm reads, if the fused op does it.
-        transposed: the backward's casts along T that one of ``casts`` can make, too; what they
-            alone read is not in ``backward_reads``.
+        transposed: the backward's casts along T that one of ``casts`` can make, too.
         calibration: what the calibration does to this norm.
         block_weights: [K] float32, of the calibration.
     """
@@ -78,10 +65,6 @@ class Fusion:
     consumers: tuple[Consumer, ...]
     config: MXNormConfig
     gain: str | None
-    exclusive: bool
-    backward: NormBackward | None = None
-    cotangent: CotangentSplit | None = None
-    backward_reads: tuple[Read, ...] = ()
     residual: fx.Node | None = None
     transposed: tuple[TransposedCast, ...] = ()
     calibration: Calibrated | None = None
@@ -122,6 +105,10 @@ class Fusion:
         wanted = (self._format_of(transposed.cast), transposed.rounds_to)
         return next((c for c in self.casts if (c.format, c.out_dtype) == wanted), None)
 
+    def refused(self, skip: Skip) -> Refusal:
+        names = tuple(dict.fromkeys(c.name for c in self.consumers))
+        return Refusal(self.norm.name, self.norm.anchor, skip, names)
+
     def site(self) -> Site:
         return Site(
             norm=self.norm.name,
@@ -155,25 +142,46 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Obstacle:
+    """Why no norm of a graph may be rewritten.
+
+    Attributes:
+        reason: what each norm is refused with.
+        detail, expected: what was found, and what had to be, in words.
+    """
+
+    reason: SkipReason
+    detail: str
+    expected: str
+
+
+@dataclass(frozen=True)
 class _Context:
     casts: CastIndex
     by_matmul: dict[fx.Node, tuple[Cast, ...]]
     unknown: dict[fx.Node, UnknownCast]
-    backward: BackwardIndex
     config: MXNormConfig
     subclass: str | None
+    differentiated: bool
+    obstacle: Obstacle | None
 
 
 def find_sites(
     graph: fx.Graph,
     norms: Sequence[Norm],
     config: MXNormConfig,
+    *,
     tensor_subclass: str | None = None,
+    differentiated: bool = False,
+    obstacle: Obstacle | None = None,
 ) -> list[Fusion | Refusal]:
     """One fusion or refusal per norm, LayerNorms included, in graph order. Changes nothing.
 
     Args:
         tensor_subclass: name of a tensor subclass on whose inner tensors the graph works.
+        differentiated: derivatives of the graph exist already, so that a norm cannot become an
+            estimate any more.
+        obstacle: what keeps all norms as they are.
     """
     casts = find_casts(graph)
     known = [c for c in casts if isinstance(c, Cast)]
@@ -181,9 +189,10 @@ def find_sites(
         casts=CastIndex.of(known),
         by_matmul=casts_by_matmul(known),
         unknown={c.source: c for c in casts if isinstance(c, UnknownCast)},
-        backward=BackwardIndex.of(graph),
         config=config,
         subclass=tensor_subclass,
+        differentiated=differentiated,
+        obstacle=obstacle,
     )
     sites = [_find_site(norm, context) for norm in norms]
     sites += [_refuse_layer_norm(norm, config) for norm in find_layer_norms(graph)]
@@ -235,17 +244,16 @@ def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
         consumers=enabled,
         config=resolved.config,
         gain=gain,
-        exclusive=_is_exclusive(read_by, enabled),
         calibration=resolved.calibration,
         block_weights=resolved.block_weights,
     )
-    if fusion.estimator == "exact":
-        # The backward may go on reading the norm's own output, which has the same bits.
-        paths = chain.from_iterable(reader.path for reader in read_by)
-        reads = backward_readers(dict.fromkeys((norm.output, *paths)))
-        return _with_transposed_casts(fusion, reads)
-    complete = _with_backward(fusion, read_by, context)
-    return complete if isinstance(complete, Fusion) else _refuse(norm, complete, names)
+    paths = chain.from_iterable(reader.path for reader in read_by)
+    reads = _backward_reads(dict.fromkeys((norm.output, *paths)))
+    return _with_transposed_casts(fusion, reads)
+
+
+def _backward_reads(nodes: Iterable[fx.Node]) -> list[Read]:
+    return [(node, user) for node in nodes for user in node.users if is_backward(user)]
 
 
 def _refuse(norm: Norm, skip: Skip, consumers: tuple[str, ...]) -> Refusal:
@@ -303,6 +311,9 @@ def _legality(
         return _turned_off(norm.name)
     if norm.problem is not None:
         return norm.problem
+    if context.obstacle is not None:
+        obstacle = context.obstacle
+        return Skip(obstacle.reason, obstacle.detail, norm.anchor, obstacle.expected)
     if found.escapes:
         return found.escapes[0]
     if not found.consumers:
@@ -317,7 +328,11 @@ def _legality(
         block_size = consumer.cast.format.block_size
         if norm.width % block_size:
             return _odd_width(norm, block_size)
-    if context.config.resolve(norm.name).config.estimator == "exact":
+    exact = context.config.resolve(norm.name).config.estimator == "exact"
+    if context.differentiated and not exact and not norm.estimated:
+        detail = "the norm has been differentiated as it is"
+        return Skip(SkipReason.BACKWARD, detail, norm.anchor, "a norm that is an estimate already")
+    if exact:
         roundings = (norm.rounding, *map(_several_roundings, enabled))
         return next((r for r in roundings if isinstance(r, Skip)), None)
     return None
@@ -374,67 +389,9 @@ def _can_fold(consumer: Consumer, norm: Norm) -> bool:
     return weight is not None and same_size(weight.shape[-1], norm.width)
 
 
-def _is_exclusive(read_by: Sequence[Reader], enabled: tuple[Consumer, ...]) -> bool:
-    fused = {c.linear.matmul for c in enabled}
-    for reader in read_by:
-        if reader.cast is None:
-            return False
-        if any(m.matmul not in fused for m in cast_use(reader.cast).matmuls):
-            return False
-    return True
-
-
-def _with_backward(fusion: Fusion, read_by: Sequence[Reader], context: _Context) -> Fusion | Skip:
-    """Add what the joint graph's backward asks for; a Skip if it cannot be told apart."""
-    if not context.backward.by_seq_nr:
-        return fusion
-    shared_cast = _shared_cast(fusion)
-    if shared_cast is not None:
-        detail = f"{shared_cast.values.name} feeds fused and other linears"
-        expected = "a cast that feeds nothing but fused linears"
-        return Skip(SkipReason.BACKWARD, detail, shared_cast.values, expected)
-    backward = norm_backward(fusion.norm, context.backward)
-    if isinstance(backward, Skip):
-        return backward
-    own, shared = _seq_nrs(fusion, read_by)
-    split = None
-    if backward is not None and not fusion.exclusive:
-        split = split_cotangent(backward.cotangent, own, shared)
-    paths = chain.from_iterable(c.reader.path for c in fusion.consumers)
-    reads = backward_readers(dict.fromkeys((fusion.norm.output, *paths)), own)
-    complete = replace(fusion, backward=backward, cotangent=split, backward_reads=tuple(reads))
-    fusion = _with_transposed_casts(complete, reads)
-    served = [t.cast for t in fusion.transposed]
-    return replace(fusion, backward_reads=tuple(without_casts(reads, served)))
-
-
 def _with_transposed_casts(fusion: Fusion, reads: Sequence[Read]) -> Fusion:
+    if not fusion.norm.rounding:
+        # The op would cast along T what was rounded in another way.
+        return fusion
     found = transposed_casts(fusion.norm, reads)
     return replace(fusion, transposed=tuple(t for t in found if fusion.cast_beside(t)))
-
-
-def _shared_cast(fusion: Fusion) -> Cast | None:
-    fused = {c.linear.matmul for c in fusion.consumers}
-    for consumer in fusion.consumers:
-        if any(m.matmul not in fused for m in cast_use(consumer.cast).matmuls):
-            return consumer.cast
-    return None
-
-
-def _seq_nrs(fusion: Fusion, read_by: Sequence[Reader]) -> tuple[frozenset[int], frozenset[int]]:
-    """Autograd numbers of the consumers' ops, and of those that other readers share."""
-    fused = frozenset(chain.from_iterable(c.nodes for c in fusion.consumers))
-    casts = {c.cast for c in fusion.consumers}
-    others: set[fx.Node] = set()
-    if not fusion.exclusive:
-        for reader in read_by:
-            if reader.cast not in casts:
-                others.update((*reader.path, reader.node))
-    # Later nodes of the same number may be ops that autograd does not record, of another reader.
-    first: dict[int, fx.Node] = {}
-    for node in sorted(fused | others):
-        number = seq_nr(node)
-        if number is not None:
-            first.setdefault(number, node)
-    own = frozenset(n for n, node in first.items() if node in fused and node not in others)
-    return own, frozenset(n for n, node in first.items() if node in fused and node in others)

@@ -1,0 +1,239 @@
+"""Run a joint graph in float64, with MX casts taken as the identity, for ``verify``.
+
+Forward nodes run under autograd, so that the result can be differentiated anew; backward nodes read
+their values as constants, as the compiled backward does. Every element type of high precision
+becomes float64. A cast hands on what it is given, with scales of 1, whoever has written it; ops of
+this package are what ``functional`` says they are.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from mxnorm_pass import functional, ops
+from mxnorm_pass.config import Gradient, MXNormConfig
+from mxnorm_pass.errors import VerificationError
+from mxnorm_pass.graph_utils import aten, is_backward, prims
+from mxnorm_pass.match.cast import Cast, find_casts
+from mxnorm_pass.module_names import module_path
+
+_WIDE = (torch.float32, torch.bfloat16, torch.float16)
+_ONE = 127  # the byte of E8M0's 1.0
+# Of these the dtype says how bits are read, or what the input's was, not what is computed.
+_KEEP_DTYPE = frozenset({aten.view.dtype})
+_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+_NO_LOW_PRECISION = frozenset({aten._softmax.default, aten._log_softmax.default})
+
+Env = dict[fx.Node, Any]
+
+
+class Float64Interpreter:
+    """Evaluates the nodes of one joint graph.
+
+    Args:
+        config: says which gradient a norm's estimate has.
+
+    Raises:
+        VerificationError: the graph holds a float8 cast that is no MX cast.
+    """
+
+    def __init__(self, graph: fx.Graph, config: MXNormConfig) -> None:
+        self._graph = graph
+        self._owner = graph.owning_module
+        self._config = config
+        self._casts: dict[fx.Node, Cast] = {}
+        for cast in find_casts(graph, backward=True):
+            if not isinstance(cast, Cast):
+                raise VerificationError(
+                    f"verify: {cast.node.name} casts to float8 in a way that is no MX cast "
+                    f"({cast.detail}), so the graph cannot be checked in float64"
+                )
+            self._casts |= dict.fromkeys(cast.nodes, cast)
+
+    def run(self, wanted: Sequence[fx.Node], inputs: Sequence[Any]) -> list[Any]:
+        """The values of some nodes."""
+        env: Env = dict(zip(self._graph.find_nodes(op="placeholder"), inputs, strict=True))
+        for node in self._graph.nodes:
+            if node.op == "get_attr":
+                env[node] = _to_float64(getattr(self._owner, str(node.target)))
+            elif node in self._casts:
+                if any(user not in self._casts[node].nodes for user in node.users):
+                    env[node] = self._cast_result(node, env)
+            elif node.op == "call_function":
+                env[node] = self._call(node, env)
+        return [env[node] for node in wanted]
+
+    def _cast_result(self, node: fx.Node, env: Env) -> Tensor:
+        """Values and scales of a cast, which alone are read outside of it, maybe reshaped."""
+        like = node.meta["val"]
+        if like.dtype in (torch.uint8, torch.float8_e8m0fnu):
+            return _ones(like)
+        source: Tensor = _read(node, env[self._casts[node].source])
+        return source.reshape(_shape(like))
+
+    def _call(self, node: fx.Node, env: Env) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _read(node, env[n]))
+        function = self._function(node)
+        with torch.set_grad_enabled(not is_backward(node)):
+            return _to_float64(function(*args, **kwargs))
+
+    def _function(self, node: fx.Node) -> Callable[..., Any]:
+        target: Any = node.target
+        if target in ops.NORM_CASTS:
+            gradient = self._config.resolve(module_path(node)).config.gradient
+            return partial(_norm_cast, target, gradient, node.meta["val"])
+        if target in _OWN:
+            return _OWN[target]
+        name = getattr(target, "_opname", "")
+        if name.startswith("_scaled_dot_product_"):
+            return partial(_attention, target)
+        if target is torch.ops.higher_order.invoke_subgraph:
+            return self._body
+        if name == "_grouped_mm":
+            return _grouped_mm
+        return partial(_in_float64, target)
+
+    def _body(self, body: fx.GraphModule, name: str, *operands: Any) -> tuple[Any, ...]:
+        outputs = body.graph.output_node().args[0]
+        interpreter = Float64Interpreter(body.graph, self._config)
+        nodes = [n for n in outputs if isinstance(n, fx.Node)]  # type: ignore[union-attr]
+        values = dict(zip(nodes, interpreter.run(nodes, operands), strict=True))
+        return tuple(values.get(n) for n in outputs)  # type: ignore[union-attr, arg-type]
+
+
+def _read(reader: fx.Node, value: Any) -> Any:
+    """What a node sees: for a backward one the forward's values are constants."""
+    if not is_backward(reader):
+        return value
+    return pytree.tree_map_only(Tensor, Tensor.detach, value)
+
+
+def _shape(like: Tensor) -> list[int]:
+    return [size if isinstance(size, int) else size.node.hint for size in like.shape]
+
+
+def _ones(like: Tensor) -> Tensor:
+    ones = torch.full(_shape(like), _ONE, dtype=torch.uint8, device=like.device)
+    return ones.view(like.dtype)
+
+
+def _to_float64(value: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.dtype in _WIDE else t, value)
+
+
+def _in_float64(target: Any, *args: Any, **kwargs: Any) -> Any:
+    if target is operator.getitem or target in _KEEP_DTYPE:
+        return target(*args, **kwargs)
+    if target in _VIEWS:
+        # Other implementations of an op may lay out their results differently.
+        return args[0].reshape(*args[1:])
+    if target in _NO_LOW_PRECISION:
+        args = (*args[:2], False)
+    wider: Callable[[Any], Any] = partial(
+        pytree.tree_map_only, torch.dtype, lambda d: torch.float64 if d in _WIDE else d
+    )
+    return target(*wider(args), **wider(kwargs))
+
+
+def _norm_cast(
+    op: Any, gradient: Gradient, like: Sequence[Tensor], *args: Any
+) -> tuple[Tensor, ...]:
+    names = [argument.name for argument in op._schema.arguments]
+    given: Mapping[str, Any] = dict(zip(names, args, strict=True))
+    residual, weight = given.get("residual"), given["weight"]
+    x = given["x"] if residual is None else given["x"] + residual
+    rho = functional.inverse_rms(
+        x,
+        eps=given["eps"],
+        estimator=given["estimator"],
+        gradient=gradient,
+        p=given["p"],
+        block_size=given["block_size"],
+        block_weights=given["block_weights"],
+    )
+    y = x * rho if weight is None else x * rho * weight
+    in_rows = y if given.get("gain_in_rows", True) else x * rho
+    results: dict[str, Any] = {
+        "total": x, "values": in_rows, "rho": rho, "values_t": y.reshape(-1, y.shape[-1]).t()
+    }  # fmt: skip
+    outputs = (result.name for result in op._schema.returns)
+    pairs = zip(outputs, like, strict=True)
+    return tuple(results[n] if n in results else _ones(t) for n, t in pairs)
+
+
+def _inverse_rms(
+    x: Tensor, block_weights: Sequence[float] | None, eps: float, p: float, size: int, gradient: Any
+) -> Tensor:
+    weights = None if block_weights is None else torch.tensor(block_weights).to(x)
+    return functional.inverse_rms(
+        x, eps=eps, gradient=gradient, p=p, block_size=size, block_weights=weights
+    )
+
+
+def _dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values that the graph was given are float8; those of a cast are what was cast."""
+    if values.itemsize > 1:
+        return values
+    return functional.mx_dequantize(values, scales).double()
+
+
+_OWN: dict[Any, Callable[..., Any]] = {
+    # It has no derivative of its own.
+    prims.convert_element_type.default: lambda x, dtype: _in_float64(aten.to.dtype, x, dtype),
+    ops.inverse_rms: _inverse_rms,
+    ops.dequantize: _dequantize,
+}
+
+
+def _attention(target: Any, *args: Any, **kwargs: Any) -> Any:
+    """Attention's variants, of which some have no float64, by their mathematics."""
+    schema = target._schema
+    given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+    given = {a.name: given.get(a.name, a.default_value) for a in schema.arguments}
+    q, k, v = (given[name] for name in ("query", "key", "value"))
+    mask = given.get("attn_mask") if "attn_mask" in given else given.get("attn_bias")
+    options = {"attn_mask": mask, "is_causal": given["is_causal"], "scale": given["scale"]}
+    if "backward" not in schema.name:
+        result = _by_definition(q, k, v, **options)
+        return result, *(None for _ in schema.returns[1:])
+    gradient = given["grad_out"] if "grad_out" in given else given["grad_out_"]
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    with torch.enable_grad():
+        result = _by_definition(*leaves, **options)
+    gradients = torch.autograd.grad(result, leaves, gradient)
+    return *gradients, *(None for _ in schema.returns[3:])
+
+
+def _by_definition(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Any, is_causal: bool, scale: Any
+) -> Tensor:
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    # Rows that see nothing are 0, as in the fused kernels.
+    result: Tensor = scores.softmax(-1).nan_to_num(0.0) @ v
+    return result
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    if offs is None:
+        return a @ b
+    bounds = [0, *offs.tolist()]
+    groups = list(zip(bounds, bounds[1:], strict=False))
+    if a.ndim == 2 and b.ndim == 2:
+        return torch.stack([a[:, i:j] @ b[i:j] for i, j in groups])
+    if a.ndim == 2:
+        rows = [a[i:j] @ b[g] for g, (i, j) in enumerate(groups)]
+        rest = a.new_zeros(a.shape[0] - bounds[-1], b.shape[-1])
+        return torch.cat([*rows, rest])
+    return torch.cat([a[g] @ b[:, i:j] for g, (i, j) in enumerate(groups)], -1)

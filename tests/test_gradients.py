@@ -1,0 +1,500 @@
+"""Gradients of fused norms, whatever surrounds them: those of ``functional`` under autograd.
+
+Each model says itself what it must compute: ``forward`` with a function for the norm and one for
+the linears, exact in the model and from ``functional`` in the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from matching import BF16, F32, GRADIENT_TOLERANCE, expected_warnings, only_site
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import mxnorm_pass
+from mxnorm_pass import Report, SkipReason, functional
+
+pytestmark = expected_warnings
+EPS = 1e-6
+D = 64
+
+
+class Estimated:
+    """A tensor that one kind of reader sees as the exact norm, the other as the estimate."""
+
+    def __init__(self, exact: Tensor, estimate: Tensor, quantized: Any, gain: Any) -> None:
+        self.exact, self.estimate = exact, estimate
+        self.quantized, self.gain = quantized, gain
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Estimated:
+        """Both, through what a model does between norm and readers."""
+        return Estimated(function(self.exact), function(self.estimate), self.quantized, self.gain)
+
+
+class Program(nn.Module):
+    """A norm, what is done to its output, and its readers.
+
+    ``reads`` returns the outputs, given the norm's output; ``self.fused`` and ``self.exact`` read
+    it, the first through a linear that is fused.
+    """
+
+    def __init__(self, dtype: torch.dtype = F32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.RMSNorm(D, eps=EPS)
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        self.lin = nn.Linear(D, D, bias=False, dtype=dtype)
+        self.off = nn.Linear(D, D, bias=False, dtype=dtype)
+        self.reference = False
+
+    def normalized(self, x: Tensor, gain: Tensor | None = None) -> Any:
+        gain = self.norm.weight if gain is None else gain
+        flat = gain.reshape(-1)
+        exact = F.rms_norm(x, (D,), flat, EPS)
+        if not self.reference:
+            return exact
+        estimate = functional.mxnorm(x, flat, eps=EPS)
+        return Estimated(exact, estimate, functional.mxnorm_cast(x, eps=EPS)[:2], flat)
+
+    def step(self, y: Any, function: Callable[[Tensor], Tensor]) -> Any:
+        return y.map(function) if isinstance(y, Estimated) else function(y)
+
+    def fused(self, y: Any, linear: nn.Linear | None = None) -> Tensor:
+        linear = linear or self.lin
+        if not isinstance(y, Estimated):
+            return linear(y)
+        quantized = tuple(t.reshape(*y.estimate.shape[:-1], -1) for t in y.quantized)
+        return functional.mx_linear(y.estimate, linear.weight, quantized=quantized, gain=y.gain)
+
+    def exact(self, y: Any) -> Tensor:
+        return y.exact if isinstance(y, Estimated) else y
+
+    def forward(self, x: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class HookOnTheOutput(Program):
+    def forward(self, x: Tensor) -> Any:
+        y = self.step(self.normalized(x), scale_gradient_by_hook)
+        return self.fused(y) + self.exact(y).sigmoid()
+
+
+class ClippingHook(Program):
+    """A hook that is not linear."""
+
+    def forward(self, x: Tensor) -> Any:
+        def clipped(y: Tensor) -> Tensor:
+            y.register_hook(lambda g: g.clamp(-0.1, 0.1))
+            return y
+
+        y = self.step(self.normalized(x), clipped)
+        return self.fused(y) + self.exact(y).sigmoid()
+
+
+class HookOnTheInput(Program):
+    def forward(self, x: Tensor) -> Any:
+        h = x * 2
+        h.register_hook(lambda g: g * 3)
+        y = self.normalized(h)
+        return self.fused(y) + self.exact(y).sigmoid()
+
+
+class CastOutside(Program):
+    """An fp32 norm whose cast stands outside of its module; one reader is off."""
+
+    def __init__(self) -> None:
+        super().__init__(BF16)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.step(self.normalized(x.float()), lambda t: t.bfloat16())
+        return self.fused(y), self.off(self.exact(y))
+
+
+class GainInTheParent(Program):
+    """As adaptive norms have it, with one row of conditions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ada = nn.Linear(D, D)
+        self.plain = nn.RMSNorm(D, eps=EPS, elementwise_affine=False)
+
+    def forward(self, x: Tensor) -> Any:
+        scale = 1 + self.ada(torch.linspace(-2, 2, D)[None])[:, None]
+        if self.reference:
+            return self.fused(self.normalized(x, scale))
+        return self.fused(self.plain(x) * scale)
+
+
+class Detached(Program):
+    """A reader whose gradient is stopped, beside one that is fused."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.normalized(x)
+        return self.fused(y), self.off(self.exact(y).detach())
+
+
+class FusedReaderDetached(Program):
+    """The fused reader is the one that stops the gradient."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.normalized(x)
+        return self.fused(self.step(y, Tensor.detach)), self.exact(y).sigmoid()
+
+
+class Thresholds(Program):
+    def forward(self, x: Tensor) -> Any:
+        y = self.normalized(x)
+        with torch.no_grad():
+            top = self.exact(y).abs().amax()
+        return self.fused(y), (self.exact(y) > 1).float().mean(), top
+
+
+class ScaledBranch(Program):
+    """One reader behind an op that changes its share of the gradient."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.normalized(x)
+        return self.fused(y), self.off(self.exact(y) * 0.25)
+
+
+class FunctionOnTheWay(Program):
+    """An autograd.Function that is the identity, but for its gradient."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.step(self.normalized(x), HalfGradient.apply)
+        return self.fused(y), self.exact(y).sigmoid()
+
+
+class CheckpointedReaders(Program):
+    def forward(self, x: Tensor) -> Any:
+        y = self.normalized(x)
+        if self.reference:
+            return self.fused(y), self.exact(y).sigmoid()
+        return checkpoint(self.lin, y, use_reentrant=False), y.sigmoid()
+
+
+class CheckpointedWhole(Program):
+    def forward(self, x: Tensor) -> Any:
+        def layer(t: Tensor) -> Tensor:
+            y = self.normalized(t)
+            return self.fused(y) + self.exact(y).sigmoid()
+
+        return layer(x) if self.reference else checkpoint(layer, x, use_reentrant=False)
+
+
+class WrittenInPlace(Program):
+    """The residual stream is written to behind the norm, as x += f(norm(x)) does."""
+
+    def __init__(self) -> None:
+        super().__init__(BF16)
+
+    def forward(self, x: Tensor) -> Any:
+        h = x.bfloat16()
+        y = self.step(self.normalized(h.float()), lambda t: t.bfloat16())
+        out = self.fused(y)
+        h = h + out if self.reference else h.add_(out)
+        return h, self.exact(y).sigmoid()
+
+
+class TwoStreams(Program):
+    """One linear reads two norms of one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.RMSNorm(D, eps=EPS)
+        nn.init.uniform_(self.other.weight, 0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.normalized(x)
+        z = self.normalized(x.tanh(), self.other.weight)
+        return self.fused(y) + self.fused(z), self.exact(y) * self.exact(z)
+
+
+class HalfGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 0.5
+
+
+def scale_gradient_by_hook(y: Tensor) -> Tensor:
+    y.register_hook(lambda g: g * 0.5)
+    return y
+
+
+def inputs(*shape: int) -> Tensor:
+    x = torch.randn(*shape, D, generator=torch.Generator().manual_seed(1))
+    # Blocks of unlike scales, where the estimate's gradient is far from the exact norm's.
+    x[..., :4] *= 5
+    return x
+
+
+def step(function: Callable[..., Any], model: Program, x: Tensor) -> dict[str, Tensor]:
+    """Outputs and all gradients."""
+    model.zero_grad()
+    leaf = x.clone().requires_grad_()
+    outputs = function(leaf)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    random = torch.Generator().manual_seed(2)
+    loss = sum(
+        (y.float() * torch.randn(y.shape, generator=random)).sum()
+        for y in outputs
+        if y.requires_grad
+    )
+    loss.backward()
+    found = {f"out {i}": y.detach() for i, y in enumerate(outputs)} | {"x": leaf.grad}
+    found |= {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {name: value.clone() for name, value in found.items()}
+
+
+def train(model: Program, x: Tensor, **options: Any) -> tuple[dict[str, Tensor], Report]:
+    torch._dynamo.reset()
+    options = {"inner": "aot_eager", "modules": {"off": False}, **options}
+    compiled = torch.compile(model, backend="mxnorm", options=options)
+    with mxnorm_pass.record() as report:
+        found = step(compiled, model, x)
+    return found, report
+
+
+def expected(model: Program, x: Tensor) -> dict[str, Tensor]:
+    model.reference = True
+    try:
+        return step(model, model, x)
+    finally:
+        model.reference = False
+
+
+def assert_same_step(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        error = float((found[name].double() - value.double()).norm() / value.double().norm())
+        assert error <= GRADIENT_TOLERANCE[dtype], f"{name}: {error}"
+
+
+FUSED = [
+    HookOnTheOutput,
+    ClippingHook,
+    HookOnTheInput,
+    CastOutside,
+    GainInTheParent,
+    Detached,
+    FusedReaderDetached,
+    Thresholds,
+    ScaledBranch,
+    FunctionOnTheWay,
+    CheckpointedReaders,
+    CheckpointedWhole,
+    WrittenInPlace,
+    TwoStreams,
+]
+
+
+@pytest.mark.parametrize("program", FUSED)
+def test_gradients_are_those_of_functional(program: type[Program]) -> None:
+    model = program()
+    x = inputs(1, 32)
+    found, report = train(model, x)
+    assert report.sites and {site.status for site in report.sites} == {"fused"}, str(report)
+    assert_same_step(found, expected(model, x), model.lin.weight.dtype)
+
+
+@pytest.mark.parametrize("program", [HookOnTheOutput, Detached, Thresholds])
+def test_gradients_through_inductor(program: type[Program]) -> None:
+    model, x = program(), inputs(32)
+    found, report = train(model, x, inner="inductor")
+    assert {site.status for site in report.sites} == {"fused"}, str(report)
+    assert_same_step(found, expected(model, x), F32)
+
+
+# Norms that cannot become estimates keep their exact gradient
+
+
+class Skipped(Program):
+    """Its linear gets the casts that a skipped norm's linears get, unless nothing may be cast."""
+
+    casts = True
+
+    def normalized(self, x: Tensor, gain: Tensor | None = None) -> Any:
+        return self.spelled(x)
+
+    def spelled(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (D,), self.norm.weight, EPS)
+
+    def fused(self, y: Tensor, linear: nn.Linear | None = None) -> Tensor:
+        if self.reference and self.casts:
+            return functional.mx_linear(y, self.lin.weight)
+        return self.lin(y)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.normalized(x)
+        return self.fused(y), y.sigmoid()
+
+
+class StatisticDetached(Skipped):
+    """The RMS is a constant to the gradient."""
+
+    def spelled(self, x: Tensor) -> Tensor:
+        rho = torch.rsqrt(x.detach().pow(2).mean(-1, keepdim=True) + EPS)
+        return x * rho * self.norm.weight
+
+
+class RhoWithoutGradient(Skipped):
+    def spelled(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            rho = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+        return x * rho * self.norm.weight
+
+
+class HookInside(Skipped):
+    def spelled(self, x: Tensor) -> Tensor:
+        rho = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+        rho.register_hook(lambda g: g * 0.5)
+        return x * rho * self.norm.weight
+
+
+class HookOnOneOfTwoReads(Skipped):
+    def spelled(self, x: Tensor) -> Tensor:
+        h = x * 1.0
+        rho = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+        g = h.view(h.shape)
+        g.register_hook(lambda gradient: gradient * 0.5)
+        return g * rho * self.norm.weight
+
+
+class NormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        # Saves no intermediate result; half of RMSNorm's gradient.
+        x, w = ctx.saved_tensors
+        rho = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+        gw = g * w
+        dx = rho * gw - x * rho.pow(3) * (gw * x).mean(-1, keepdim=True)
+        return 0.5 * dx, (g * x * rho).reshape(-1, D).sum(0)
+
+
+class InAFunction(Skipped):
+    def spelled(self, x: Tensor) -> Tensor:
+        return NormFunction.apply(x, self.norm.weight)
+
+
+class InABranch(Skipped):
+    casts = False
+
+    def forward(self, x: Tensor) -> Any:
+        if self.reference:
+            return self.fused(self.normalized(x))
+        return torch.cond(
+            x.sum() > -1e9,
+            lambda t: self.fused(self.normalized(t)),
+            lambda t: t * 2,
+            (x,),
+        )
+
+
+class OutputWrittenInPlace(Skipped):
+    def spelled(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(x, (D,), self.norm.weight, EPS)
+        y += 0.0
+        return y
+
+    casts = False
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (StatisticDetached, "gradients of their own"),
+        (RhoWithoutGradient, "changes or stops its gradient"),
+        (HookInside, "changes or stops its gradient"),
+        (HookOnOneOfTwoReads, "gradients of their own"),
+        (InAFunction, "autograd_function_apply"),
+        (InABranch, "a branch or a loop"),
+    ],
+)
+def test_exact_gradients_where_a_norm_cannot_become_an_estimate(
+    program: type[Skipped], words: str
+) -> None:
+    model, x = program(), inputs(32)
+    found, report = train(model, x)
+    site = only_site(report)
+    assert (site.status, site.reason) == ("skipped", SkipReason.BACKWARD), str(site)
+    assert words in site.detail, site.detail
+    assert site.near_miss is not None
+    assert_same_step(found, expected(model, x), F32)
+
+
+# Derivatives taken inside
+
+
+@pytest.mark.parametrize("kind", ["func.grad", "autograd.grad", "func.jvp", "func.vjp", "jacrev"])
+def test_derivative_inside_of_the_compiled_function(kind: str) -> None:
+    model, x = Skipped(), inputs(8)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    tangent = torch.ones_like(x)
+
+    def energy(t: Tensor) -> Tensor:
+        return model.lin(model.norm(t)).sin().sum()
+
+    def by_autograd(t: Tensor) -> Tensor:
+        t = t.detach().requires_grad_()
+        return torch.autograd.grad(energy(t), t)[0]
+
+    function: Callable[[Tensor], Any] = {
+        "func.grad": torch.func.grad(energy),
+        "autograd.grad": by_autograd,
+        "func.jvp": lambda t: torch.func.jvp(energy, (t,), (tangent,))[1],
+        "func.vjp": lambda t: torch.func.vjp(energy, t)[1](torch.ones(()))[0],
+        "jacrev": torch.func.jacrev(energy),
+    }[kind]
+    torch._dynamo.reset()
+    options = {"inner": "aot_eager", "quantize": "all"}
+    with torch._dynamo.config.patch(trace_autograd_ops=True), mxnorm_pass.record() as report:
+        got = torch.compile(function, backend="mxnorm", options=options)(x)
+    assert {site.reason for site in report.sites} == {SkipReason.BACKWARD}
+    torch.testing.assert_close(got, function(x))
+
+
+def test_batching_inside_of_an_inference_graph_is_no_obstacle() -> None:
+    model, x = Skipped(), inputs(4, 8)
+    torch._dynamo.reset()
+    batched = torch.func.vmap(lambda t: model.lin(model.norm(t)))
+    with mxnorm_pass.record() as report, torch.no_grad():
+        torch.compile(batched, backend="mxnorm", options={"inner": "aot_eager"})(x)
+    assert only_site(report).reason is not SkipReason.BACKWARD, only_site(report).detail
+
+
+def test_a_cast_that_feeds_fused_and_other_linears() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.RMSNorm(D, eps=EPS)
+            self.a, self.b = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
+
+        def forward(self, x: Tensor) -> Any:
+            values, scales = torch.ops.mxnorm_pass.cast(
+                self.norm(x).detach(), 32, torch.float8_e4m3fn, "rceil"
+            )
+            y = torch.ops.mxnorm_pass.dequantize(values, scales, F32)
+            return self.a(y), self.b(y)
+
+    torch._dynamo.reset()
+    options = {"inner": "aot_eager", "quantize": "existing", "modules": {"b": False}}
+    with mxnorm_pass.record() as report:
+        torch.compile(Shared(), backend="mxnorm", options=options)(inputs(8).requires_grad_())
+    assert only_site(report).reason is SkipReason.BACKWARD
