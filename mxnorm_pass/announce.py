@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch._logging._internal import trace_structured
@@ -43,11 +43,13 @@ def announce(
     config: MXNormConfig,
     module_paths: Sequence[str],
     order_known: bool = True,
+    elsewhere: Collection[str] = (),
 ) -> None:
     """Report, log and warn; the same after a cold and a warm compile.
 
     Args:
         order_known: could the channel order be compared with the calibration's?
+        elsewhere: modules that another graph of what is compiled may have.
     """
     recording.publish(result)
     fused = sum(site.status == "fused" for site in result.sites)
@@ -63,7 +65,7 @@ def announce(
         log.debug("%s", site)
     log.debug("before:\n%s\nafter:\n%s", result.graph.before, result.graph.after)
     _trace(result.graph)
-    for warning in _warnings_of(result, config):
+    for warning in _warnings_of(result, config, elsewhere):
         _warn_once(warning, (config.fingerprint(), *module_paths))
     if not order_known and any(site.calibration == "block weights" for site in result.sites):
         _warn_once(_ORDER_UNKNOWN, (config.fingerprint(), *module_paths))
@@ -95,9 +97,11 @@ def _warn_once(warning: MXNormWarning, owner: tuple[str, ...]) -> None:
     warnings.warn(warning, stacklevel=3)
 
 
-def _warnings_of(result: PassResult, config: MXNormConfig) -> Iterator[MXNormWarning]:
+def _warnings_of(
+    result: PassResult, config: MXNormConfig, elsewhere: Collection[str]
+) -> Iterator[MXNormWarning]:
     yield from _last_compile(config)
-    yield from _unmatched_patterns(result, config)
+    yield from _unmatched_patterns(result, config, elsewhere)
     yield from _unknown_to_calibration(result)
     if not any(site.status == "fused" for site in result.sites):
         yield from _nothing_fused(result)
@@ -124,10 +128,15 @@ def _is_isolated() -> bool:
     return region is not None and region() >= 0
 
 
-def _unmatched_patterns(result: PassResult, config: MXNormConfig) -> Iterator[MXNormWarning]:
+def _unmatched_patterns(
+    result: PassResult, config: MXNormConfig, elsewhere: Collection[str]
+) -> Iterator[MXNormWarning]:
     consumers = [name for site in result.sites for name in site.consumers]
     names = dict.fromkeys([*(s.norm for s in result.sites), *consumers, *result.matmul_modules])
+    missing = {unmatched.pattern for unmatched in config.unmatched_patterns(elsewhere)}
     for unmatched in config.unmatched_patterns(names):
+        if unmatched.pattern not in missing:
+            continue
         nearest = ", ".join(unmatched.nearest) or "none"
         yield MXNormWarning(
             f"mxnorm: the pattern {unmatched.pattern!r} in `modules` matches no norm and no "
@@ -141,8 +150,7 @@ def _prefix_hint(config: MXNormConfig, unmatched: UnmatchedPattern) -> str:
         return ""
     return (
         ". Names are relative to what is compiled. If that is a layer on its own, give its full "
-        "name as options={'prefix': ...} or use mxnorm_pass.compile_layers; what follows a graph "
-        "break is compiled on its own too"
+        "name as options={'prefix': ...} or use mxnorm_pass.compile_layers"
     )
 
 

@@ -24,7 +24,8 @@ from mxnorm_pass.announce import announce
 from mxnorm_pass.channel_order import check_channels
 from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
 from mxnorm_pass.errors import InvalidOptionsError
-from mxnorm_pass.freezing import FrozenGraph, is_static
+from mxnorm_pass.freezing import FrozenGraph, attribute_of, is_static
+from mxnorm_pass.graph_names import GraphNames
 from mxnorm_pass.graph_pass import (
     LeaveAlone,
     LowerOps,
@@ -34,7 +35,8 @@ from mxnorm_pass.graph_pass import (
 )
 from mxnorm_pass.graph_utils import aten
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
-from mxnorm_pass.module_names import module_paths, parameter_name, qualify_modules, subgraphs
+from mxnorm_pass.module_names import module_paths, parameter_name, subgraphs
+from mxnorm_pass.weight_names import Weight
 
 log = logging.getLogger("mxnorm_pass")
 
@@ -71,7 +73,7 @@ def mxnorm(
     else:
         result = recording.load(key) or _retrace(job)
     if result is not None:
-        announce(result, job.config, job.module_paths, order_known)
+        announce(result, job.config, job.module_paths, order_known, job.elsewhere)
     return compiled
 
 
@@ -106,6 +108,8 @@ class CompileJob:
 
     Attributes:
         module_paths: dotted name of the module of each node; ``modules`` selects by them.
+        weights: names of the inputs that are parameters or buffers, by position.
+        elsewhere: modules of what is compiled that are not in this graph.
         tensor_subclass: name of a subclass that the inputs have, torchao's aside.
         is_backward: compiled autograd captured the graph. The forward's compile has rewritten
             what is in it, which knows no module names and no forward from backward; it stays.
@@ -118,16 +122,21 @@ class CompileJob:
     module_paths: tuple[str, ...]
     tensor_subclass: str | None
     is_backward: bool
+    weights: Mapping[Any, Weight] = field(default_factory=dict)
+    elsewhere: frozenset[str] = frozenset()
     results: list[PassResult] = field(default_factory=list)
 
     @classmethod
     def of(
         cls, gm: fx.GraphModule, example_inputs: Sequence[Any], options: ParsedOptions
     ) -> CompileJob:
-        if options.config.prefix:
-            qualify_modules(gm, options.config.prefix)
-        subclass = foreign_subclass(example_inputs)
-        return cls(gm, example_inputs, options, module_paths(gm), subclass, _is_backward())
+        is_backward, subclass = _is_backward(), foreign_subclass(example_inputs)
+        names = GraphNames() if is_backward else GraphNames.current(options.config.prefix)
+        names.write(gm)
+        names.guard_rules(options.config)
+        paths, weights = module_paths(gm), names.weights(example_inputs)
+        elsewhere = names.elsewhere(paths)
+        return cls(gm, example_inputs, options, paths, subclass, is_backward, weights, elsewhere)
 
     def __deepcopy__(self, memo: Any) -> CompileJob:
         """Itself: who copies Inductor's config copies our pass, but not the user's model."""
@@ -146,6 +155,7 @@ class CompileJob:
             module_paths=self.module_paths,
             tensor_subclass=self.tensor_subclass,
             parameters=_parameter_positions(self.gm),
+            weights=self.weights,
             on_result=self._accept,
             decompositions=decompositions,
         )
@@ -159,12 +169,12 @@ class CompileJob:
         calibration = self.config.calibration
         if calibration is None or self.is_backward:
             return True
-        inputs = zip(_placeholders(self.gm), self.example_inputs, strict=True)
-        parameters = {
-            parameter_name(node, self.config.prefix): value
-            for node, value in inputs
-            if is_static(node)
-        }
+        parameters: dict[str, Any] = {}
+        for i, node in enumerate(_placeholders(self.gm)):
+            if is_static(node):
+                known = self.weights.get(i)
+                names = known.names if known else (parameter_name(node, self.config.prefix),)
+                parameters.update(dict.fromkeys(names, self.example_inputs[i]))
         return check_channels(calibration, parameters)
 
     def with_users_passes(self, slot: str, ours: CustomGraphPass) -> CustomGraphPass:
@@ -260,7 +270,9 @@ def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
     freezing = _inductor_setting(job.options, "freezing") and not torch.is_grad_enabled()
     frozen = FrozenGraph.of(job.gm, job.example_inputs) if freezing else None
     if frozen is not None:
-        job = replace(job, gm=frozen.gm, example_inputs=frozen.select(job.example_inputs))
+        inputs = frozen.select(job.example_inputs)
+        weights = {attribute_of(i): weight for i, weight in job.weights.items()}
+        job = replace(job, gm=frozen.gm, example_inputs=inputs, weights=weights)
     post_grad = "post_grad_custom_pre_pass"
     patches = {
         **job.options.inductor,

@@ -29,6 +29,7 @@ from mxnorm_pass.inductor_options import (
     one_of,
 )
 from mxnorm_pass.name_patterns import (
+    HEAD_NAMES,
     UnmatchedPattern,
     check_pattern,
     compile_pattern,
@@ -59,7 +60,6 @@ Calibrated = Literal["block weights", "exact", "unknown"]
 
 _Validator = Callable[[str, object], Any]
 
-_HEAD_NAMES = frozenset({"lm_head", "output"})
 _ELEM_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _OVERRIDABLE = ("estimator", "p", "gain", "gradient", "elem_dtype", "scale_mode")
 # An object of its own, to tell it from a p = 2 that was asked for.
@@ -210,11 +210,18 @@ class MXNormConfig:
             parts = (replace(self, modules={}, prefix="").fingerprint(), *map(self._local, names))
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
+    def treatment(self, names: Iterable[str]) -> str:
+        """Return a hash of what the rules and the calibration make of modules of those names."""
+        return hashlib.sha256(repr([*map(self._treated, names)]).encode()).hexdigest()
+
     def _local(self, name: str) -> tuple[object, ...]:
         """What the rules make of a module, without the name of what is compiled on its own."""
+        return name.removeprefix(self.prefix), *self._treated(name)
+
+    def _treated(self, name: str) -> tuple[object, ...]:
         resolved, opted_in = self.resolve(name), self.resolve(name, opt_in=True).enabled
         site = "" if self.calibration is None else self.calibration.site_fingerprint(name)
-        return name.removeprefix(self.prefix), resolved.enabled, opted_in, resolved.overrides, site
+        return resolved.enabled, opted_in, resolved.overrides, site
 
     def __eq__(self, other: object) -> bool:
         # Comparing the fields would call two orders of `modules` equal, and order decides there.
@@ -237,7 +244,7 @@ class MXNormConfig:
         winner = self._winner(name)
         enabled = winner is None or winner.enabled
         component = name.rpartition(".")[2]
-        if opt_in or component in _HEAD_NAMES:
+        if opt_in or component in HEAD_NAMES:
             enabled = enabled and winner is not None and component in winner.pattern
         config = self if winner is None else winner.config
         if self.calibration is None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,14 +26,14 @@ from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.graph_utils import SubgraphCache, created_nodes, input_position, is_backward
 from mxnorm_pass.insert import insert_casts
 from mxnorm_pass.match import Fusion, find_sites
-from mxnorm_pass.match.linear import is_matmul, mark_parameters
+from mxnorm_pass.match.linear import is_matmul, linear_name, mark_parameters, mark_weights
 from mxnorm_pass.match.norm import Norm, find_norms
-from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import Graph, Site, SkipReason, count_ops
 from mxnorm_pass.rewrite import rewrite
 from mxnorm_pass.site_graphs import SiteGraphs
 from mxnorm_pass.snapshot import Snapshot
 from mxnorm_pass.traffic import TrafficEstimate
+from mxnorm_pass.weight_names import Weight
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class PassResult:
 
     Attributes:
         graph: code, op counts and sites, named "inference" or "training".
-        matmul_modules: dotted names of the modules that multiply matrices in the forward graph.
+        matmul_modules: dotted names of the linears, and of the modules that multiply other
+            matrices, in the forward graph.
         seconds: time the pass took, the report included.
         eps_inputs: positions of the graph inputs that hold a norm's eps.
     """
@@ -65,6 +67,7 @@ def run_pass(
     *,
     tensor_subclass: str | None = None,
     parameters: frozenset[int] = frozenset(),
+    weights: Mapping[Any, Weight] = MappingProxyType({}),
     decompositions: dict[Any, Any] | None = None,
 ) -> PassResult:
     """Rewrite ``graph`` in place; a graph without anything to rewrite is left untouched.
@@ -74,12 +77,14 @@ def run_pass(
             its backward nodes with ``meta["partitioner_tag"]``.
         tensor_subclass: name of a tensor subclass on whose inner tensors the graph works.
         parameters: positions of the graph inputs that are known to be parameters.
+        weights: names of those, by position or by the name of the input.
         decompositions: for traced replacements; those that the graph itself was traced with.
     """
     start = time.perf_counter()
     before = Snapshot(graph)
-    modules = _matmul_modules(graph)
     mark_parameters(graph, parameters)
+    mark_weights(graph, weights)
+    modules = _matmul_modules(graph)
     norms = find_norms(graph)
     inserted = insert_casts(graph, norms, config) if tensor_subclass is None else 0
     found = find_sites(graph, norms, config, tensor_subclass)
@@ -165,7 +170,7 @@ def _op_counts(snapshot: Snapshot) -> dict[str, int]:
 
 
 def _matmul_modules(graph: fx.Graph) -> tuple[str, ...]:
-    names = (module_path(n) for n in graph.nodes if is_matmul(n) and not is_backward(n))
+    names = (linear_name(n) for n in graph.nodes if is_matmul(n) and not is_backward(n))
     return tuple(dict.fromkeys(filter(None, names)))
 
 
@@ -186,7 +191,7 @@ class MXNormPass(CustomGraphPass):
         config: options of this compile.
         module_paths: module name of each node. ``config.modules`` selects by them, and they
             are no part of Inductor's cache key.
-        tensor_subclass, parameters, decompositions: see :func:`run_pass`.
+        tensor_subclass, parameters, weights, decompositions: see :func:`run_pass`.
         on_result: called with the result of every run.
     """
 
@@ -197,6 +202,7 @@ class MXNormPass(CustomGraphPass):
         module_paths: tuple[str, ...] = (),
         tensor_subclass: str | None = None,
         parameters: frozenset[int] = frozenset(),
+        weights: Mapping[Any, Weight] = MappingProxyType({}),
         on_result: Callable[[PassResult], None] | None = None,
         decompositions: dict[Any, Any] | None = None,
     ) -> None:
@@ -204,6 +210,7 @@ class MXNormPass(CustomGraphPass):
         self._module_paths = module_paths
         self._tensor_subclass = tensor_subclass
         self._parameters = parameters
+        self._weights = weights
         self._on_result = on_result
         self._decompositions = decompositions
 
@@ -213,6 +220,7 @@ class MXNormPass(CustomGraphPass):
             self.config,
             tensor_subclass=self._tensor_subclass,
             parameters=self._parameters,
+            weights=self._weights,
             decompositions=self._decompositions,
         )
         if self._on_result is not None:
@@ -221,11 +229,17 @@ class MXNormPass(CustomGraphPass):
     def uuid(self) -> str:
         parts = (
             source_digest(),
-            self.config.fingerprint_for(self._module_paths),
+            self.config.fingerprint_for((*self._module_paths, *self._weight_names())),
             self._tensor_subclass,
             sorted(self._parameters),
+            [(i, len(w.names), w.opt_in) for i, w in self._weights.items()],
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _weight_names(self) -> Iterator[str]:
+        for weight in self._weights.values():
+            yield from weight.names
+            yield from sorted(weight.linears)
 
 
 class LeaveAlone(CustomGraphPass):

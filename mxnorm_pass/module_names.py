@@ -1,4 +1,8 @@
-"""Dotted names of the modules that made a graph's nodes, as ``named_modules()`` spells them."""
+"""Dotted names of the modules that made a graph's nodes, as ``named_modules()`` spells them.
+
+:mod:`mxnorm_pass.graph_names` writes them into the graphs of torch.compile; what is read here is
+as good as the spelling of who else made the graph, such as torch.export.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 
-import torch
 from torch import fx
 
 _STACK_PREFIX = re.compile(r"^[LG]\['[^']*'\]")
@@ -49,19 +52,6 @@ def module_paths(gm: fx.GraphModule) -> tuple[str, ...]:
     The order counts: equal graphs may run the same modules in another one.
     """
     return tuple(module_path(node) for graph in subgraphs(gm) for node in graph.nodes)
-
-
-def qualify_modules(gm: fx.GraphModule, prefix: str) -> None:
-    """Say of all nodes, subgraphs included, that their modules are inside of ``prefix``."""
-    root = {prefix: (prefix, torch.nn.Module)}
-    for graph in subgraphs(gm):
-        for node in graph.nodes:
-            stack = node.meta.get("nn_module_stack") or {}
-            inner = {
-                key: (f"{prefix}.{clean_module_path(path)}".rstrip("."), kind)
-                for key, (path, kind) in stack.items()
-            }
-            node.meta["nn_module_stack"] = {**root, **inner}
 
 
 def subgraphs(gm: fx.GraphModule) -> Iterator[fx.Graph]:

@@ -1,0 +1,166 @@
+"""The call of a compiled object that Dynamo captures a graph of, read off the Python stack.
+
+Dynamo tells a backend nothing of what the user compiled, and after a graph break it starts from
+the middle of it. The frames of the call are on the stack all the while. What is private to torch
+is used here alone, and each use has a way out: where a frame is not there, nothing is known.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch._dynamo import convert_frame, eval_frame, external_utils
+from torch._dynamo.guards import GuardBuilder, install_guard
+
+log = logging.getLogger("mxnorm_pass")
+
+_MODULE_CALLS = ("_call_impl", "_wrapped_call_impl")
+
+
+@dataclass(frozen=True)
+class CompiledCall:
+    """A call of a compiled object.
+
+    Attributes:
+        function: what was compiled; of a module a method that is bound to it.
+        args, kwargs: of the call.
+        running: the innermost module whose call the captured code is part of; None outside of
+            all, and where the code of the module itself was captured in whole.
+        variables: of the frame that is captured.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    running: nn.Module | None
+    variables: Mapping[str, Any]
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that was compiled, or whose method was; None of any other function."""
+        if isinstance(self.function, nn.Module):
+            return self.function
+        bound = getattr(self.function, "__self__", None)
+        if isinstance(bound, nn.Module):
+            return bound
+        first = self.args[0] if self.args else None
+        return first if isinstance(first, nn.Module) and _is_method(self.function, first) else None
+
+
+def current_call() -> CompiledCall | None:
+    """The call under way in this thread, the innermost of several; None where there is none."""
+    running: nn.Module | None = None
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == convert_frame.__file__:
+            # What was further in belongs to the compiler.
+            running = None
+        elif code.co_name in _MODULE_CALLS and code.co_filename == nn.modules.module.__file__:
+            running = running if running is not None else frame.f_locals.get("self")
+        elif (given := _given(frame)) is not None:
+            return CompiledCall(*given, running, _captured_variables())
+        frame = frame.f_back
+    log.debug("names: no call of a compiled object is on the stack")
+    return None
+
+
+def _given(frame: types.FrameType) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """What was compiled, and the arguments of its call, where the frame is of such a call."""
+    code = frame.f_code
+    if code.co_filename == eval_frame.__file__ and "fn" in code.co_freevars:
+        context, function = frame.f_locals.get("self"), frame.f_locals.get("fn")
+        if not isinstance(context, eval_frame._TorchDynamoContext):
+            return None
+        if isinstance(context, eval_frame.DisableContext):
+            return None
+    elif code.co_name == "aot_compile_fullgraph":
+        function = frame.f_locals.get("model")
+    else:
+        return None
+    args, kwargs = frame.f_locals.get("args"), frame.f_locals.get("kwargs")
+    if not (callable(function) and isinstance(args, tuple) and isinstance(kwargs, dict)):
+        return None
+    return _without_wrapper(function), args, kwargs
+
+
+def _without_wrapper(function: Any) -> Any:
+    """Dynamo wraps what has no frame of its own to capture: modules of torch, partials, objects."""
+    code = getattr(function, "__code__", None)
+    is_wrapper = code is not None and code.co_filename == external_utils.__file__
+    return function.__wrapped__ if is_wrapper and hasattr(function, "__wrapped__") else function
+
+
+def _is_method(function: Any, module: nn.Module) -> bool:
+    """Is it a function of the module's class, compiled by a decorator, say?"""
+    own = getattr(type(module), getattr(function, "__name__", ""), None)
+    names = ("_torchdynamo_orig_callable", "__wrapped__")
+    while own is not None and own is not function:
+        own = next((getattr(own, name) for name in names if hasattr(own, name)), None)
+    return own is function
+
+
+def _captured_variables() -> Mapping[str, Any]:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        variables: Mapping[str, Any] = InstructionTranslator.current_tx().f_locals
+    except AttributeError:
+        log.debug("names: the variables of the captured frame are unknown")
+        return {}
+    return variables
+
+
+def guard_modules(
+    variables: Mapping[str, Any], kind_of: Callable[[nn.Module], object], modules: Iterable[Any]
+) -> None:
+    """Have Dynamo capture anew where one of these variables holds a module of another kind.
+
+    Dynamo reuses a graph for modules that differ in nothing but their weights.
+
+    Args:
+        variables: of the captured frame.
+        kind_of: of any module; called whenever Dynamo looks for a graph to reuse.
+        modules: those whose kind matters.
+    """
+    wanted = {id(module) for module in modules}
+    for source, module in _sources(variables):
+        if id(module) in wanted:
+            create = functools.partial(_mxnorm_kind_match, kind_of=kind_of, kind=kind_of(module))
+            install_guard(source.make_guard(create))
+
+
+def _sources(variables: Mapping[str, Any]) -> Iterator[tuple[Any, nn.Module]]:
+    """Dynamo's spelling of where a variable, or a tuple or list in one, holds a module."""
+    from torch._dynamo.source import GetItemSource, LocalSource
+
+    for name, value in variables.items():
+        if isinstance(value, nn.Module):
+            yield LocalSource(name), value
+        elif isinstance(value, (tuple, list)):
+            for index, item in enumerate(value):
+                if isinstance(item, nn.Module):
+                    yield GetItemSource(LocalSource(name), index), item
+
+
+def _mxnorm_kind_match(
+    builder: Any, guard: Any, kind_of: Callable[[Any], object], kind: object
+) -> None:
+    def has_kind(value: Any) -> bool:
+        return kind_of(value) == kind
+
+    try:
+        manager = builder.get_guard_manager(guard)
+        manager.add_lambda_guard(
+            has_kind, [f"how mxnorm treats {guard.name}"], getattr(guard, "user_stack", None)
+        )
+    except (AttributeError, TypeError):
+        log.debug("names: a guard on how a module is treated is one on the module itself")
+        GuardBuilder.ID_MATCH(builder, guard)
