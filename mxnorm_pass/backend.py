@@ -35,7 +35,7 @@ from mxnorm_pass.graph_pass import (
 )
 from mxnorm_pass.graph_utils import aten
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
-from mxnorm_pass.module_names import module_paths, parameter_name, subgraphs
+from mxnorm_pass.module_names import module_paths, subgraphs
 from mxnorm_pass.weight_names import Weight
 
 log = logging.getLogger("mxnorm_pass")
@@ -134,9 +134,17 @@ class CompileJob:
         names = GraphNames() if is_backward else GraphNames.current(options.config.prefix)
         names.write(gm)
         names.guard_rules(options.config)
-        paths, weights = module_paths(gm), names.weights(example_inputs)
-        elsewhere = names.elsewhere(paths)
-        return cls(gm, example_inputs, options, paths, subclass, is_backward, weights, elsewhere)
+        weights = names.weights(gm, example_inputs)
+        return cls(
+            gm,
+            example_inputs,
+            options,
+            module_paths(gm),
+            subclass,
+            is_backward,
+            weights,
+            names.elsewhere(gm, weights, options.config),
+        )
 
     def __deepcopy__(self, memo: Any) -> CompileJob:
         """Itself: who copies Inductor's config copies our pass, but not the user's model."""
@@ -169,12 +177,11 @@ class CompileJob:
         calibration = self.config.calibration
         if calibration is None or self.is_backward:
             return True
-        parameters: dict[str, Any] = {}
-        for i, node in enumerate(_placeholders(self.gm)):
-            if is_static(node):
-                known = self.weights.get(i)
-                names = known.names if known else (parameter_name(node, self.config.prefix),)
-                parameters.update(dict.fromkeys(names, self.example_inputs[i]))
+        parameters = {
+            name: self.example_inputs[i]
+            for i, weight in self.weights.items()
+            for name in weight.names
+        }
         return check_channels(calibration, parameters)
 
     def with_users_passes(self, slot: str, ours: CustomGraphPass) -> CustomGraphPass:

@@ -8,6 +8,7 @@ is used here alone, and each use has a way out: where a frame is not there, noth
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 import types
@@ -42,16 +43,31 @@ class CompiledCall:
     running: nn.Module | None
     variables: Mapping[str, Any]
 
+    @classmethod
+    def of(
+        cls,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        running: nn.Module | None = None,
+    ) -> CompiledCall:
+        function = _without_wrapper(function)
+        if args and _is_method(function, args[0]):
+            function, args = types.MethodType(function, args[0]), args[1:]
+        return cls(function, args, kwargs, running, _captured_variables())
+
     @property
     def module(self) -> nn.Module | None:
         """The module that was compiled, or whose method was; None of any other function."""
-        if isinstance(self.function, nn.Module):
-            return self.function
-        bound = getattr(self.function, "__self__", None)
-        if isinstance(bound, nn.Module):
-            return bound
-        first = self.args[0] if self.args else None
-        return first if isinstance(first, nn.Module) and _is_method(self.function, first) else None
+        owner = getattr(self.function, "__self__", self.function)
+        return owner if isinstance(owner, nn.Module) else None
+
+    @property
+    def signature_of(self) -> Callable[..., Any]:
+        """What has the parameters: of a module that is called, its ``forward``."""
+        name = getattr(self.function, "__name__", "__call__")
+        is_called = self.module is not None and name in (*_MODULE_CALLS, "__call__")
+        return self.module.forward if is_called else self.function  # type: ignore[union-attr]
 
 
 def current_call() -> CompiledCall | None:
@@ -66,7 +82,7 @@ def current_call() -> CompiledCall | None:
         elif code.co_name in _MODULE_CALLS and code.co_filename == nn.modules.module.__file__:
             running = running if running is not None else frame.f_locals.get("self")
         elif (given := _given(frame)) is not None:
-            return CompiledCall(*given, running, _captured_variables())
+            return CompiledCall.of(*given, running)
         frame = frame.f_back
     log.debug("names: no call of a compiled object is on the stack")
     return None
@@ -88,7 +104,7 @@ def _given(frame: types.FrameType) -> tuple[Any, tuple[Any, ...], dict[str, Any]
     args, kwargs = frame.f_locals.get("args"), frame.f_locals.get("kwargs")
     if not (callable(function) and isinstance(args, tuple) and isinstance(kwargs, dict)):
         return None
-    return _without_wrapper(function), args, kwargs
+    return function, args, kwargs
 
 
 def _without_wrapper(function: Any) -> Any:
@@ -98,12 +114,12 @@ def _without_wrapper(function: Any) -> Any:
     return function.__wrapped__ if is_wrapper and hasattr(function, "__wrapped__") else function
 
 
-def _is_method(function: Any, module: nn.Module) -> bool:
-    """Is it a function of the module's class, compiled by a decorator, say?"""
-    own = getattr(type(module), getattr(function, "__name__", ""), None)
+def _is_method(function: Any, owner: Any) -> bool:
+    """Is it a function of the object's class, compiled by a decorator, say?"""
+    own = inspect.getattr_static(type(owner), getattr(function, "__name__", ""), None)
     names = ("_torchdynamo_orig_callable", "__wrapped__")
-    while own is not None and own is not function:
-        own = next((getattr(own, name) for name in names if hasattr(own, name)), None)
+    while isinstance(own, types.FunctionType) and own is not function:
+        own = next((vars(own)[name] for name in names if name in vars(own)), None)
     return own is function
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -21,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mxnorm_pass.compiled_call import CompiledCall, current_call, guard_modules
 from mxnorm_pass.config import MXNormConfig
+from mxnorm_pass.freezing import is_static
 from mxnorm_pass.holders import HolderSearch, join, outermost
-from mxnorm_pass.module_names import clean_module_path, subgraphs
-from mxnorm_pass.weight_names import Weight, weight_held_by
+from mxnorm_pass.module_names import clean_module_path, module_paths, spelling_of, subgraphs
+from mxnorm_pass.weight_names import Weight, named_weights, weight_held_by
 
 log = logging.getLogger("mxnorm_pass")
 
@@ -38,14 +39,11 @@ class GraphNames:
         prefix: full name of what is compiled.
         call: None: names are made of Dynamo's spellings alone.
 
-    Attributes:
-        modules: (name, module), each module once.
     """
 
     prefix: str = ""
     call: CompiledCall | None = None
-    modules: list[tuple[str, nn.Module]] = field(default_factory=list)
-    _names: dict[int, str] = field(default_factory=dict)
+    _named: dict[int, tuple[str, nn.Module]] = field(default_factory=dict)
     _searched: bool = False
 
     @classmethod
@@ -60,17 +58,24 @@ class GraphNames:
     def _add(self, name: str, root: nn.Module) -> None:
         """Name a module and all in it that have no name yet."""
         if isinstance(root, DistributedDataParallel):
-            self._names.setdefault(id(root), name)
+            self._named.setdefault(id(root), (name, root))
             root = root.module
         for inner, module in root.named_modules():
-            if id(module) not in self._names:
-                self._names[id(module)] = path = clean_module_path(join(name, inner))
-                self.modules.append((path, module))
+            self._named.setdefault(id(module), (clean_module_path(join(name, inner)), module))
 
-    def _name_of(self, module_id: int | None) -> str | None:
-        if module_id is not None and module_id not in self._names:
+    @property
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        """(name, module), each module once."""
+        return list(self._named.values())
+
+    def _name_of(self, module_id: int | None, kind: Any) -> str | None:
+        """The name of the module of that class; where another has its id now, it is gone."""
+        if module_id is None:
+            return None
+        if module_id not in self._named:
             self._search_unregistered()
-        return self._names.get(module_id) if module_id is not None else None
+        name, module = self._named.get(module_id, ("", None))
+        return name if type(module) is kind else None
 
     def _search_unregistered(self) -> None:
         """Name the modules that Python code holds without having registered them, once."""
@@ -79,16 +84,20 @@ class GraphNames:
         self._searched = True
         search = HolderSearch(every_attribute=True)
         done = 0
-        while done < len(self.modules):
-            unseen, done = self.modules[done:], len(self.modules)
+        # What is inside of the modules comes first: its names are relative to theirs.
+        while unseen := self.modules[done:]:
+            done += len(unseen)
             for name, module in unseen:
                 search.inside(name, module)
             search.follow_attributes()
-            if done == len(unseen):
-                search.call(self.call.function, self.call.args, self.call.kwargs)
-            for place, module in search.found:
-                is_full = f"{place}.".startswith(f"{self.prefix}.")
-                self._add(place if is_full else join(self.prefix, place), module)
+            self._add_found(search)
+        search.call(self.call.signature_of, self.call.args, self.call.kwargs)
+        self._add_found(search)
+
+    def _add_found(self, search: HolderSearch) -> None:
+        for place, module in search.found:
+            is_full = f"{place}.".startswith(f"{self.prefix}.")
+            self._add(place if is_full else join(self.prefix, place), module)
 
     def write(self, gm: fx.GraphModule) -> None:
         """Put final names into ``nn_module_stack`` of all nodes, subgraphs included.
@@ -101,33 +110,52 @@ class GraphNames:
                 stack = node.meta.get("nn_module_stack") or {}
                 key = tuple((key, spelling) for key, (spelling, _) in stack.items())
                 if key not in known:
-                    known[key] = {**outer, **self._named(gm, stack)}
+                    known[key] = {**outer, **self._final(gm, stack)}
                 if known[key]:
                     node.meta["nn_module_stack"] = dict(known[key])
 
     def _outer_stack(self) -> _Stack:
         outer: _Stack = {self.prefix: (self.prefix, nn.Module)} if self.prefix else {}
         running = self.call.running if self.call is not None else None
-        name = self._name_of(id(running)) if running is not None else None
+        name = self._name_of(id(running), type(running)) if running is not None else None
         if name and name != self.prefix:
             outer[f"running {name}"] = (name, type(running))
         return outer
 
-    def _named(self, gm: fx.GraphModule, stack: _Stack) -> _Stack:
+    def _final(self, gm: fx.GraphModule, stack: _Stack) -> _Stack:
         named: _Stack = {}
         parent = ("", self.prefix)
         for key, (spelling, kind) in stack.items():
-            name = self._name_of(_module_id(gm, key))
+            name = self._name_of(_module_id(gm, key), kind)
             if name is None:
-                name = _spelled(spelling, parent, self.prefix)
+                name = self._spelled(spelling, parent)
             named[key] = (name, kind)
             parent = (spelling, name)
         return named
 
-    def weights(self, inputs: Iterable[Any]) -> dict[int, Weight]:
+    def _spelled(self, spelling: str, parent: tuple[str, str] = ("", "")) -> str:
+        """A name by Dynamo's spelling, where what has it is not at hand.
+
+        Args:
+            parent: spelling and name of the module that it was called by.
+        """
+        log.debug("names: %r is in no module that is known", spelling)
+        rest = spelling.removeprefix(parent[0])
+        if parent[0] and spelling.startswith(parent[0]) and rest[:1] in ("", ".", "["):
+            return clean_module_path(f"{parent[1]}{rest}")
+        keep = self.call is not None
+        return clean_module_path(join(self.prefix, clean_module_path(spelling, keep)))
+
+    def weights(self, gm: fx.GraphModule, inputs: Iterable[Any]) -> dict[int, Weight]:
         """The parameters and buffers among a graph's inputs, by position."""
-        owners = ((i, self._owners.get(id(v))) for i, v in enumerate(inputs))
-        return {i: weight_held_by(held) for i, held in owners if held is not None}
+        found: dict[int, Weight] = {}
+        nodes = gm.graph.find_nodes(op="placeholder")
+        for i, (node, value) in enumerate(zip(nodes, inputs, strict=True)):
+            if id(value) in self._owners:
+                found[i] = weight_held_by(self._owners[id(value)])
+            elif is_static(node) and (name := self._spelled(spelling_of(node))):
+                found[i] = named_weights({name: value})[name]
+        return found
 
     @cached_property
     def _owners(self) -> dict[int, list[tuple[str, nn.Module, str]]]:
@@ -138,10 +166,19 @@ class GraphNames:
                     owners.setdefault(id(tensor), []).append((name, module, own))
         return owners
 
-    def elsewhere(self, module_paths: Iterable[str]) -> frozenset[str]:
-        """Modules without children that made no node of the graph: another graph may have them."""
+    def elsewhere(
+        self, gm: fx.GraphModule, weights: Mapping[int, Weight], config: MXNormConfig
+    ) -> frozenset[str]:
+        """Names of what may be norms and linears of another graph than ``gm``.
+
+        Modules that are not registered count where a pattern of ``config`` matches no other.
+        """
+        here = {*module_paths(gm), *_names_multiplied(gm, weights)}
+        if config.unmatched_patterns([*here, *(name for name, _ in self.modules)]):
+            self._search_unregistered()
         leaves = {name for name, module in self.modules if not module._modules}
-        return frozenset(leaves.difference(module_paths))
+        matrices = {join(n, own) for n, m in self.modules for own in _matrices(m)}
+        return frozenset((leaves | matrices).difference(here))
 
     def guard_rules(self, config: MXNormConfig) -> bool:
         """Have Dynamo reuse the graph only for modules that ``config`` treats in the same way.
@@ -152,8 +189,9 @@ class GraphNames:
         if self.call is None or not (config.modules or config.calibration):
             return False
         held = [m for value in self.call.variables.values() for m in _modules_in(value)]
+        held = [m for m in held if self._name_of(id(m), type(m)) is not None]
         count = Counter(type(module) for _, module in self.modules)
-        kinds = {type(m) for m in held if id(m) in self._names and count[type(m)] > 1}
+        kinds = {type(m) for m in held if count[type(m)] > 1}
         treatment: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         for _, module in self.modules:
             if type(module) in kinds:
@@ -169,9 +207,22 @@ class GraphNames:
 
     def _names_inside(self, module: nn.Module) -> Iterator[str]:
         for inner in module.modules():
-            name = self._names.get(id(inner), "")
+            name, _ = self._named.get(id(inner), ("", None))
             yield name
             yield from (join(name, own) for own in inner._parameters)
+
+
+def _names_multiplied(gm: fx.GraphModule, weights: Mapping[int, Weight]) -> Iterator[str]:
+    """Names of the weights that the graph does more with than to look rows up."""
+    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        targets = (getattr(user.target, "__name__", "") for user in node.users)
+        if i in weights and any(name != "embedding" for name in targets):
+            yield from weights[i].names
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    own = module._parameters.items()
+    return [name for name, parameter in own if parameter is not None and parameter.ndim == 2]
 
 
 def _differs(module: nn.Module, treatment: WeakKeyDictionary[nn.Module, str]) -> bool:
@@ -184,7 +235,7 @@ def _roots(call: CompiledCall) -> list[tuple[str, nn.Module]]:
     if call.module is not None:
         return [("", call.module)]
     search = HolderSearch()
-    search.call(call.function, call.args, call.kwargs)
+    search.call(call.signature_of, call.args, call.kwargs)
     roots = outermost(search.found)
     # A loss or an activation beside a model is no second one.
     models = [root for _, root in roots if _has_state(root)] or [root for _, root in roots]
@@ -213,19 +264,6 @@ def _module_id(gm: fx.GraphModule, key: str) -> int | None:
     if own.isdecimal():
         return int(own)
     return id(gm._modules[own]) if own in gm._modules else None
-
-
-def _spelled(spelling: str, parent: tuple[str, str], prefix: str) -> str:
-    """A name by Dynamo's spelling, where the module itself is not at hand.
-
-    Args:
-        parent: spelling and name of the module that it was called by.
-    """
-    log.debug("names: %r is in no module that is known", spelling)
-    rest = spelling.removeprefix(parent[0])
-    if parent[0] and spelling.startswith(parent[0]) and rest[:1] in ("", ".", "["):
-        return clean_module_path(f"{parent[1]}{rest}")
-    return clean_module_path(join(prefix, clean_module_path(spelling)))
 
 
 def _modules_in(value: Any) -> list[nn.Module]:

@@ -79,7 +79,7 @@ def _loads(code: types.CodeType) -> _Loads:
         elif instruction.opname == "IMPORT_NAME":
             imports.add(instruction.argval)
     if "getattr" in names:
-        attributes |= {c for c in code.co_consts if isinstance(c, str)}
+        attributes |= set(_strings(code.co_consts))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = _loads(constant)
@@ -87,6 +87,14 @@ def _loads(code: types.CodeType) -> _Loads:
             attributes |= inner.attributes
             imports |= inner.imports
     return _Loads(frozenset(names), frozenset(attributes), frozenset(imports))
+
+
+def _strings(constants: Iterable[Any]) -> Iterator[str]:
+    for constant in constants:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, (tuple, frozenset)):
+            yield from _strings(constant)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from torch import fx
 
-_STACK_PREFIX = re.compile(r"^[LG]\['[^']*'\]")
+_VARIABLE = re.compile(r"[LG]\['([^']*)'\]")
 _REGISTRY = "(?:_modules|_parameters|_buffers)"
 _MODULES_ITEM = re.compile(rf"(?:\.__dict__\['{_REGISTRY}'\]|\.{_REGISTRY})\['([^']+)'\]")
 # Wrappers that torch itself leaves out of the names of what they wrap.
@@ -24,11 +24,18 @@ _ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
 
 
 @lru_cache(maxsize=4096)
-def clean_module_path(path: str) -> str:
-    """``L['self'].model.layers.0.mlp`` and its other spellings -> ``model.layers.0.mlp``."""
+def clean_module_path(path: str, keep_variable: bool = False) -> str:
+    """``L['self'].model.layers.0.mlp`` and its other spellings -> ``model.layers.0.mlp``.
+
+    Args:
+        keep_variable: ``L['policy'].norm`` -> ``policy.norm``; ``self`` is left out all the same.
+    """
     while (found := _GETATTR.search(path)) is not None:
         path = f"{path[: found.start()]}{found[1]}.{found[2]}{path[found.end() :]}"
-    path = _STACK_PREFIX.sub("", path)
+    variable = _VARIABLE.match(path)
+    if variable is not None:
+        kept = keep_variable and variable[1] not in ("self", "cls")
+        path = f"{variable[1] if kept else ''}{path[variable.end() :]}"
     path = _WRAPPER.sub("", _MODULES_ITEM.sub(r".\1", path))
     return _ITEM.sub(r".\1", path).strip(".")
 
@@ -39,11 +46,11 @@ def module_path(node: fx.Node) -> str:
     return clean_module_path(next(reversed(stack.values()))[0]) if stack else ""
 
 
-def parameter_name(placeholder: fx.Node, prefix: str) -> str:
-    """Full name of the parameter or buffer that an input of Dynamo's graph holds."""
-    source = placeholder.meta["grapharg"].source.name
-    name = clean_module_path(source() if callable(source) else source)
-    return f"{prefix}.{name}" if prefix else name
+def spelling_of(placeholder: fx.Node) -> str:
+    """How Dynamo spells where it found an input of its graph; "" where it does not say."""
+    argument = placeholder.meta.get("grapharg")
+    name = argument.source.name if argument is not None else ""
+    return str(name() if callable(name) else name)
 
 
 def module_paths(gm: fx.GraphModule) -> tuple[str, ...]:
