@@ -133,7 +133,7 @@ def _unmatched_patterns(
 ) -> Iterator[MXNormWarning]:
     consumers = [name for site in result.sites for name in site.consumers]
     names = dict.fromkeys([*(s.norm for s in result.sites), *consumers, *result.matmul_modules])
-    missing = {unmatched.pattern for unmatched in config.unmatched_patterns(elsewhere)}
+    missing = config.patterns_without(elsewhere)
     for unmatched in config.unmatched_patterns(names):
         if unmatched.pattern not in missing:
             continue

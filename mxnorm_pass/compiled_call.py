@@ -34,7 +34,7 @@ class CompiledCall:
         args, kwargs: of the call.
         running: the innermost module whose call the captured code is part of; None outside of
             all, and where the code of the module itself was captured in whole.
-        variables: of the frame that is captured.
+        variables, global_variables: of the frame that is captured.
     """
 
     function: Callable[..., Any]
@@ -42,6 +42,7 @@ class CompiledCall:
     kwargs: Mapping[str, Any]
     running: nn.Module | None
     variables: Mapping[str, Any]
+    global_variables: Mapping[str, Any]
 
     @classmethod
     def of(
@@ -54,13 +55,22 @@ class CompiledCall:
         function = _without_wrapper(function)
         if args and _is_method(function, args[0]):
             function, args = types.MethodType(function, args[0]), args[1:]
-        return cls(function, args, kwargs, running, _captured_variables())
+        return cls(function, args, kwargs, running, *_captured_scope())
 
     @property
     def module(self) -> nn.Module | None:
         """The module that was compiled, or whose method was; None of any other function."""
         owner = getattr(self.function, "__self__", self.function)
         return owner if isinstance(owner, nn.Module) else None
+
+    def value_of(self, source: Any) -> Any:
+        """What is in a place of the captured frame that Dynamo knows; None where it is gone."""
+        scope = {"L": self.variables, "G": self.global_variables}
+        try:
+            return source.get_value(scope, {}, {})
+        except (AttributeError, LookupError, NameError, TypeError):
+            log.debug("names: nothing is found at %r", source)
+            return None
 
     @property
     def signature_of(self) -> Callable[..., Any]:
@@ -123,15 +133,15 @@ def _is_method(function: Any, owner: Any) -> bool:
     return own is function
 
 
-def _captured_variables() -> Mapping[str, Any]:
+def _captured_scope() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        variables: Mapping[str, Any] = InstructionTranslator.current_tx().f_locals
+        captured: Any = InstructionTranslator.current_tx()
+        return captured.f_locals, captured.f_globals
     except AttributeError:
         log.debug("names: the variables of the captured frame are unknown")
-        return {}
-    return variables
+        return {}, {}
 
 
 def guard_modules(

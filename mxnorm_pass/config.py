@@ -11,7 +11,7 @@ import math
 import os
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -188,10 +188,15 @@ class MXNormConfig:
         the rest of the model.
         """
         known = list(dict.fromkeys(names))
+        missing = self.patterns_without(known)
+        return [UnmatchedPattern(pattern, nearest_names(pattern, known)) for pattern in missing]
+
+    def patterns_without(self, names: Collection[str]) -> list[str]:
+        """Return the patterns of :meth:`unmatched_patterns`, without names that are near."""
         return [
-            UnmatchedPattern(rule.pattern, nearest_names(rule.pattern, known))
+            rule.pattern
             for rule in self._rules
-            if not any(rule.matches(name) for name in known) and rule.is_within(self.prefix)
+            if not any(rule.matches(name) for name in names) and rule.is_within(self.prefix)
         ]
 
     def fingerprint(self) -> str:

@@ -89,9 +89,10 @@ class GraphNames:
             done += len(unseen)
             for name, module in unseen:
                 search.inside(name, module)
-            search.follow_attributes()
+            search.run()
             self._add_found(search)
         search.call(self.call.signature_of, self.call.args, self.call.kwargs)
+        search.run()
         self._add_found(search)
 
     def _add_found(self, search: HolderSearch) -> None:
@@ -143,23 +144,40 @@ class GraphNames:
         rest = spelling.removeprefix(parent[0])
         if parent[0] and spelling.startswith(parent[0]) and rest[:1] in ("", ".", "["):
             return clean_module_path(f"{parent[1]}{rest}")
-        keep = self.call is not None
-        return clean_module_path(join(self.prefix, clean_module_path(spelling, keep)))
+        name = clean_module_path(spelling, keep_variable=self.call is not None)
+        return clean_module_path(join(self.prefix, self._in_captured(name)))
+
+    def _in_captured(self, name: str) -> str:
+        """The full name where exactly one graph that was captured before has a module so called.
+
+        Nodes of an exported module keep the names that they have in it.
+        """
+        known = {own for own, _ in self.modules}
+        captured = (own for own, m in self.modules if isinstance(m, fx.GraphModule))
+        full = {join(own, name) for own in captured} & known
+        return full.pop() if len(full) == 1 else name
 
     def weights(self, gm: fx.GraphModule, inputs: Iterable[Any]) -> dict[int, Weight]:
         """The parameters and buffers among a graph's inputs, by position."""
         found: dict[int, Weight] = {}
         nodes = gm.graph.find_nodes(op="placeholder")
         for i, (node, value) in enumerate(zip(nodes, inputs, strict=True)):
-            if id(value) in self._owners:
-                found[i] = weight_held_by(self._owners[id(value)])
+            owners = self._owners.get(id(value)) or self._owners.get(self._id_at(node))
+            if owners is not None:
+                found[i] = weight_held_by(owners)
             elif is_static(node) and (name := self._spelled(spelling_of(node))):
                 found[i] = named_weights({name: value})[name]
         return found
 
+    def _id_at(self, placeholder: fx.Node) -> int | None:
+        """The identity of a weight of which the backend was given a copy without values."""
+        argument = placeholder.meta.get("grapharg")
+        known = self.call is not None and is_static(placeholder) and argument is not None
+        return id(self.call.value_of(argument.source)) if known else None  # type: ignore[union-attr]
+
     @cached_property
-    def _owners(self) -> dict[int, list[tuple[str, nn.Module, str]]]:
-        owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    def _owners(self) -> dict[int | None, list[tuple[str, nn.Module, str]]]:
+        owners: dict[int | None, list[tuple[str, nn.Module, str]]] = {}
         for name, module in self.modules:
             for own, tensor in chain(module._parameters.items(), module._buffers.items()):
                 if isinstance(tensor, Tensor):
@@ -174,7 +192,7 @@ class GraphNames:
         Modules that are not registered count where a pattern of ``config`` matches no other.
         """
         here = {*module_paths(gm), *_names_multiplied(gm, weights)}
-        if config.unmatched_patterns([*here, *(name for name, _ in self.modules)]):
+        if config.patterns_without([*here, *(name for name, _ in self.modules)]):
             self._search_unregistered()
         leaves = {name for name, module in self.modules if not module._modules}
         matrices = {join(n, own) for n, m in self.modules for own in _matrices(m)}
@@ -236,6 +254,7 @@ def _roots(call: CompiledCall) -> list[tuple[str, nn.Module]]:
         return [("", call.module)]
     search = HolderSearch()
     search.call(call.signature_of, call.args, call.kwargs)
+    search.run()
     roots = outermost(search.found)
     # A loss or an activation beside a model is no second one.
     models = [root for _, root in roots if _has_state(root)] or [root for _, root in roots]

@@ -1,4 +1,8 @@
-"""Where Python code holds the modules that it runs: variables, attributes, keys and indices."""
+"""Where Python code holds the modules that it runs: variables, attributes, keys and indices.
+
+Objects are read as they are stored. None of their code runs: properties and the items of lazy
+mappings may do anything.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import dis
 import functools
 import inspect
 import sys
+import sysconfig
 import types
 import weakref
 from collections import UserDict, deque
@@ -18,11 +23,14 @@ from torch import nn
 
 # Objects further away than this, or after so many, are not looked at.
 _MAX_DEPTH = 12
-_MAX_OBJECTS = 50_000
+_MAX_OBJECTS = 20_000
+_MAX_FUNCTIONS = 500
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.Tensor, torch.dtype, torch.device)
 _SEQUENCES = (list, tuple, deque, set, frozenset)
-_MAPPINGS = (dict, UserDict, weakref.WeakValueDictionary, types.MappingProxyType)
+# Mappings whose items are in a dict of theirs.
+_WRAPPED_DICTS = (UserDict, weakref.WeakValueDictionary)
 _SELF = ("self", "cls")
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 # Python calls these without their being mentioned.
 _IMPLICIT = frozenset({"__call__", "__getattr__", "__getitem__", "__iter__", "__enter__"})
 _GLOBAL_LOADS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
@@ -102,11 +110,11 @@ class HolderSearch:
     """Follows what code reads, from variables on, until it meets modules.
 
     The name of a place is dotted: a variable, then attributes, keys and indices. ``self`` has no
-    name of its own.
+    name of its own. What is near comes first, and the search ends at some distance.
 
     Args:
-        every_attribute: look at all attributes of an object, and not at those alone that the code
-            mentions.
+        every_attribute: look at all attributes of instances, and not at those alone that the code
+            mentions; leave out what installed libraries have in variables of their own.
 
     Attributes:
         found: (place, module), each module once, in the order in which they were met. What is
@@ -116,6 +124,7 @@ class HolderSearch:
     every_attribute: bool = False
     found: list[tuple[str, nn.Module]] = field(default_factory=list)
     _mentioned: set[str] = field(default_factory=set)
+    _queue: deque[tuple[str, Any, int]] = field(default_factory=deque)
     _objects: list[tuple[str, Any, int]] = field(default_factory=list)
     # The objects themselves, so that no id is used twice meanwhile.
     _seen: dict[int, Any] = field(default_factory=dict)
@@ -124,115 +133,130 @@ class HolderSearch:
     def call(
         self, function: Callable[..., Any], args: Sequence[Any] = (), kwargs: Any = None
     ) -> None:
-        """Follow a function and the arguments that it is called with."""
+        """Start from a function and the arguments that it is called with."""
         kwargs = dict(kwargs or {})
         while isinstance(function, functools.partial):
             args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
             function = function.func
         for name, value in arguments(function, args, kwargs).items():
             self.variable(name, value)
-        if isinstance(function, types.FunctionType):
-            self._function("", function, 0)
-        else:
+        if not isinstance(function, types.FunctionType):
             # A bound method, or an object with __call__: what it is bound to is its self.
-            self._value("", getattr(function, "__self__", function), 0)
-            self._value("", function, 0)
-        self.follow_attributes()
+            self._put("", getattr(function, "__self__", function), 0)
+        self._put("", function, 0)
 
     def variable(self, name: str, value: Any) -> None:
-        """Follow the value of a variable of that name."""
-        self._value("" if name in _SELF else name, value, 0)
+        """Start from the value of a variable of that name."""
+        self._put("" if name in _SELF else name, value, 0)
 
     def inside(self, name: str, module: nn.Module) -> None:
-        """Follow what a module of that name holds without having registered it.
-
-        Ends with :meth:`follow_attributes`, after any number of modules.
-        """
+        """Start from what a module of that name holds without having registered it."""
         for attribute, value in list(vars(module).items()):
-            if attribute not in _MODULE_STATE:
-                self._value(join(name, attribute), value, 1)
-        self._class(name, type(module), 1)
+            if attribute not in _MODULE_STATE and not _is_empty(value):
+                self._put(join(name, attribute), value, 1)
+        self._class(name, type(module), 1, every=True)
 
-    def _value(self, place: str, value: Any, depth: int) -> None:
+    def run(self) -> None:
+        """Follow everything until nothing is new: what is met may mention other attributes."""
+        done, mentioned = 0, 0
+        while True:
+            while self._queue:
+                self._follow(*self._queue.popleft())
+            if mentioned < len(self._mentioned):
+                done, mentioned = 0, len(self._mentioned)
+            if done == len(self._objects):
+                return
+            for place, value, depth in self._objects[done:]:
+                done += 1
+                self._attributes(place, value, depth)
+
+    def _put(self, place: str, value: Any, depth: int) -> None:
         known = isinstance(value, _PLAIN) or id(value) in self._seen
-        if known or depth > _MAX_DEPTH or len(self._seen) >= _MAX_OBJECTS:
-            return
-        self._seen[id(value)] = value
+        if not known and depth <= _MAX_DEPTH and len(self._seen) < _MAX_OBJECTS:
+            self._seen[id(value)] = value
+            self._queue.append((place, value, depth))
+
+    def _follow(self, place: str, value: Any, depth: int) -> None:
         if isinstance(value, nn.Module):
             self.found.append((place, value))
         elif isinstance(value, weakref.ref):
-            self._value(place, value(), depth + 1)
+            self._put(place, value(), depth + 1)
         elif isinstance(value, functools.partial):
-            self._function(place, value.func, depth + 1)
+            self._put(place, value.func, depth + 1)
             for name, argument in arguments(value.func, value.args, value.keywords).items():
-                self._value(name, argument, depth + 1)
+                self._put(name, argument, depth + 1)
         elif isinstance(value, types.MethodType):
-            self._value(place, value.__self__, depth + 1)
-            self._function(place, value.__func__, depth + 1)
+            self._put(place, value.__self__, depth + 1)
+            self._put(place, value.__func__, depth + 1)
         elif isinstance(value, types.FunctionType):
-            self._function(place, value, depth + 1)
-        elif isinstance(value, _MAPPINGS):
-            for key, item in list(value.items()):
-                self._value(join(place, str(getattr(key, "name", key))), item, depth + 1)
-        elif isinstance(value, _SEQUENCES):
-            fields = getattr(value, "_fields", map(str, range(len(value))))
-            for key, item in zip(fields, list(value), strict=True):
-                self._value(join(place, key), item, depth + 1)
+            self._function(place, value, depth)
+        elif isinstance(value, _WRAPPED_DICTS):
+            self._put(place, vars(value).get("data"), depth + 1)
+        elif isinstance(value, (dict, types.MappingProxyType, *_SEQUENCES)):
+            for key, item in _items(value):
+                self._put(join(place, key), item, depth + 1)
         elif not _is_foreign(value):
             # The variables of a Python module have names of their own.
             is_namespace = isinstance(value, types.ModuleType)
             self._objects.append(("" if is_namespace else place, value, depth + 1))
 
-    def _function(self, place: str, function: Any, depth: int) -> None:
-        if not isinstance(function, types.FunctionType):
-            self._value(place, function, depth)
-            return
-        if depth > _MAX_DEPTH or id(function) in self._functions:
+    def _function(self, place: str, function: types.FunctionType, depth: int) -> None:
+        if id(function) in self._functions or len(self._functions) >= _MAX_FUNCTIONS:
             return
         self._functions[id(function)] = function
         code = function.__code__
         self._mentioned |= _loads(code).attributes
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            if (held := _contents(cell)) is not None:
-                self._value("" if name in _SELF else name, held, depth + 1)
-        if not _is_torch(function.__globals__.get("__name__")):
+            self._put("" if name in _SELF else name, _contents(cell), depth + 1)
+        skipped = self.every_attribute and _is_installed(code.co_filename)
+        if not skipped and not _is_torch(function.__globals__.get("__name__")):
             self._globals(code, function.__globals__, depth + 1)
         self._objects.append((place, function, depth + 1))
 
     def _globals(self, code: types.CodeType, namespace: Mapping[str, Any], depth: int) -> None:
         loads = _loads(code)
         for name in sorted(loads.names & namespace.keys()):
-            self._value(name, namespace[name], depth)
+            self._put(name, namespace[name], depth)
         for name in sorted(loads.imports):
-            self._value("", sys.modules.get(name), depth)
+            self._put("", sys.modules.get(name), depth)
 
-    def _class(self, place: str, kind: type, depth: int) -> None:
+    def _class(self, place: str, kind: type, depth: int, every: bool = False) -> None:
         """Attributes of the class, and what its methods read."""
         for base in kind.__mro__:
             if _is_torch(base.__module__) or base.__module__ == "builtins":
                 continue
             for name, value in list(vars(base).items()):
+                if not (every or name in self._mentioned or name in _IMPLICIT):
+                    continue
                 function = _function_behind(value)
-                if self.every_attribute or name in self._mentioned or name in _IMPLICIT:
-                    if function is not None:
-                        self._function("", function, depth + 1)
-                    elif not name.startswith("__"):
-                        self._value(join(place, name), value, depth + 1)
+                if function is not None:
+                    self._put("", function, depth + 1)
+                elif not name.startswith("__"):
+                    self._put(join(place, name), value, depth + 1)
 
-    def follow_attributes(self) -> None:
-        """Until nothing is new: what an attribute holds may mention others."""
-        progress = None
-        while progress != (progress := (len(self._seen), len(self._mentioned))):
-            for place, value, depth in list(self._objects):
-                for name, attribute in _attributes(value):
-                    if self.every_attribute or name in self._mentioned:
-                        self._value(join(place, name), attribute, depth)
-                is_object = not isinstance(value, (types.ModuleType, types.FunctionType))
-                if is_object:
-                    self._class(place, value if isinstance(value, type) else type(value), depth)
+    def _attributes(self, place: str, value: Any, depth: int) -> None:
+        is_instance = not isinstance(value, (type, types.ModuleType, types.FunctionType))
+        every = self.every_attribute and is_instance
+        for name, attribute in _stored(value):
+            if every or name in self._mentioned:
+                self._put(join(place, name), attribute, depth)
+        if is_instance or isinstance(value, type):
+            self._class(place, value if isinstance(value, type) else type(value), depth)
 
 
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+def _items(value: Any) -> list[tuple[str, Any]]:
+    """Keys and values as they are stored: a subclass may make its items when it is asked for."""
+    if isinstance(value, types.MappingProxyType):
+        value = dict(value)
+    if isinstance(value, dict):
+        return [(str(getattr(k, "name", k)), item) for k, item in dict.items(value)]
+    base = next(kind for kind in _SEQUENCES if isinstance(value, kind))
+    items = list(base.__iter__(value))
+    fields = getattr(type(value), "_fields", map(str, range(len(items))))
+    return list(zip(fields, items, strict=False))
+
+
+def _stored(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, type):
         return
     try:
@@ -262,6 +286,14 @@ def _function_behind(value: Any) -> types.FunctionType | None:
     for name in ("fget", "func", "__func__"):
         value = getattr(value, name, value) if not isinstance(value, types.FunctionType) else value
     return value if isinstance(value, types.FunctionType) else None
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, dict) and not dict.__len__(value)
+
+
+def _is_installed(filename: str) -> bool:
+    return filename.startswith(_LIBRARIES)
 
 
 def _is_torch(module: Any) -> bool:
