@@ -7,13 +7,13 @@ is used here alone, and each use has a way out: where a frame is not there, noth
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -68,7 +68,7 @@ class CompiledCall:
         scope = {"L": self.variables, "G": self.global_variables}
         try:
             return source.get_value(scope, {}, {})
-        except (AttributeError, LookupError, NameError, TypeError):
+        except Exception:  # of a property, say
             log.debug("names: nothing is found at %r", source)
             return None
 
@@ -144,36 +144,35 @@ def _captured_scope() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         return {}, {}
 
 
-def guard_modules(
-    variables: Mapping[str, Any], kind_of: Callable[[nn.Module], object], modules: Iterable[Any]
-) -> None:
-    """Have Dynamo capture anew where one of these variables holds a module of another kind.
+def held_modules(variables: Mapping[str, Any]) -> Iterator[tuple[Any, nn.Module]]:
+    """The modules that a captured frame's variables hold, or objects in them, with Dynamo's places.
 
-    Dynamo reuses a graph for modules that differ in nothing but their weights.
-
-    Args:
-        variables: of the captured frame.
-        kind_of: of any module; called whenever Dynamo looks for a graph to reuse.
-        modules: those whose kind matters.
+    That is where Dynamo looks at them before it uses the graph for another call of the code.
     """
-    wanted = {id(module) for module in modules}
-    for source, module in _sources(variables):
-        if id(module) in wanted:
-            create = functools.partial(_mxnorm_kind_match, kind_of=kind_of, kind=kind_of(module))
-            install_guard(source.make_guard(create))
-
-
-def _sources(variables: Mapping[str, Any]) -> Iterator[tuple[Any, nn.Module]]:
-    """Dynamo's spelling of where a variable, or a tuple or list in one, holds a module."""
-    from torch._dynamo.source import GetItemSource, LocalSource
+    from torch._dynamo.source import AttrSource, GetItemSource, LocalSource
 
     for name, value in variables.items():
+        place = LocalSource(name)
         if isinstance(value, nn.Module):
-            yield LocalSource(name), value
+            yield place, value
         elif isinstance(value, (tuple, list)):
-            for index, item in enumerate(value):
-                if isinstance(item, nn.Module):
-                    yield GetItemSource(LocalSource(name), index), item
+            items = ((GetItemSource(place, i), item) for i, item in enumerate(value))
+            yield from ((p, item) for p, item in items if isinstance(item, nn.Module))
+        elif type(value).__module__.partition(".")[0] not in ("builtins", "torch"):
+            held = getattr(value, "__dict__", {}).items()
+            attributes = ((AttrSource(place, own), item) for own, item in held)
+            yield from ((p, item) for p, item in attributes if isinstance(item, nn.Module))
+
+
+def guard_kind(place: Any, kind_of: Callable[[Any], object], kind: object) -> None:
+    """Have Dynamo capture anew where the place holds a module of another kind.
+
+    Dynamo uses a graph for all modules that differ in nothing but their weights.
+
+    Args:
+        kind_of: called with what is in the place whenever Dynamo looks for a graph to use.
+    """
+    install_guard(place.make_guard(partial(_mxnorm_kind_match, kind_of=kind_of, kind=kind)))
 
 
 def _mxnorm_kind_match(

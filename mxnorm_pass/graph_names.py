@@ -11,15 +11,15 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import chain
+from functools import cached_property, partial
+from itertools import chain, count
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mxnorm_pass.compiled_call import CompiledCall, current_call, guard_modules
+from mxnorm_pass.compiled_call import CompiledCall, current_call, guard_kind, held_modules
 from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.freezing import is_static
 from mxnorm_pass.holders import HolderSearch, join, outermost
@@ -38,7 +38,6 @@ class GraphNames:
     Args:
         prefix: full name of what is compiled.
         call: None: names are made of Dynamo's spellings alone.
-
     """
 
     prefix: str = ""
@@ -56,7 +55,12 @@ class GraphNames:
         return names
 
     def _add(self, name: str, root: nn.Module) -> None:
-        """Name a module and all in it that have no name yet."""
+        """Name a module and all in it that have no name yet; by number where the name is taken."""
+        if id(root) in self._named:
+            return
+        taken = {known for known, _ in self.modules}
+        names = chain([name], (f"{name}_{i}" for i in count(2)))
+        name = next(free for free in names if free not in taken)
         if isinstance(root, DistributedDataParallel):
             self._named.setdefault(id(root), (name, root))
             root = root.module
@@ -206,22 +210,20 @@ class GraphNames:
         """
         if self.call is None or not (config.modules or config.calibration):
             return False
-        held = [m for value in self.call.variables.values() for m in _modules_in(value)]
-        held = [m for m in held if self._name_of(id(m), type(m)) is not None]
-        count = Counter(type(module) for _, module in self.modules)
-        kinds = {type(m) for m in held if count[type(m)] > 1}
+        held = [(p, m) for p, m in held_modules(self.call.variables) if self._knows(m)]
+        number = Counter(type(module) for _, module in self.modules)
+        kinds = {type(m) for _, m in held if number[type(m)] > 1}
         treatment: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         for _, module in self.modules:
             if type(module) in kinds:
                 treatment[module] = config.treatment(self._names_inside(module))
-        told_apart = [m for m in held if m in treatment and _differs(m, treatment)]
-        if told_apart:
-            guard_modules(
-                self.call.variables,
-                lambda m: treatment.get(m) if isinstance(m, nn.Module) else None,
-                told_apart,
-            )
+        told_apart = [(p, m) for p, m in held if m in treatment and _differs(m, treatment)]
+        for place, module in told_apart:
+            guard_kind(place, partial(_treatment_of, treatment), treatment[module])
         return bool(told_apart)
+
+    def _knows(self, module: nn.Module) -> bool:
+        return self._name_of(id(module), type(module)) is not None
 
     def _names_inside(self, module: nn.Module) -> Iterator[str]:
         for inner in module.modules():
@@ -243,6 +245,10 @@ def _matrices(module: nn.Module) -> list[str]:
     return [name for name, parameter in own if parameter is not None and parameter.ndim == 2]
 
 
+def _treatment_of(treatment: WeakKeyDictionary[nn.Module, str], value: Any) -> str | None:
+    return treatment.get(value) if isinstance(value, nn.Module) else None
+
+
 def _differs(module: nn.Module, treatment: WeakKeyDictionary[nn.Module, str]) -> bool:
     same_class = (t for m, t in treatment.items() if type(m) is type(module))
     return any(t != treatment[module] for t in same_class)
@@ -260,21 +266,11 @@ def _roots(call: CompiledCall) -> list[tuple[str, nn.Module]]:
     models = [root for _, root in roots if _has_state(root)] or [root for _, root in roots]
     if len(models) == 1 and any(models[0].children()):
         roots = [("" if root is models[0] else place, root) for place, root in roots]
-    return _told_apart(roots)
+    return roots
 
 
 def _has_state(module: nn.Module) -> bool:
     return next(chain(module.parameters(), module.buffers()), None) is not None
-
-
-def _told_apart(roots: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """A number behind a place that several variables of that name hold."""
-    count: Counter[str] = Counter()
-    named = []
-    for place, root in roots:
-        count[place] += 1
-        named.append((place if count[place] == 1 else f"{place}_{count[place]}", root))
-    return named
 
 
 def _module_id(gm: fx.GraphModule, key: str) -> int | None:
@@ -283,9 +279,3 @@ def _module_id(gm: fx.GraphModule, key: str) -> int | None:
     if own.isdecimal():
         return int(own)
     return id(gm._modules[own]) if own in gm._modules else None
-
-
-def _modules_in(value: Any) -> list[nn.Module]:
-    """The modules that a variable of a captured frame holds, itself or in a tuple or list."""
-    items = value if isinstance(value, (tuple, list)) else (value,)
-    return [item for item in items if isinstance(item, nn.Module)]
