@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch._logging._internal import trace_structured
@@ -43,12 +43,14 @@ def announce(
     config: MXNormConfig,
     module_paths: Sequence[str],
     order_known: bool = True,
+    elsewhere: Collection[str] = (),
 ) -> None:
     """Report, log and warn of one compile; the same after a cold and a warm one.
 
     Args:
         results: one for each graph of the compile.
         order_known: could the channel order be compared with the calibration's?
+        elsewhere: modules that another graph of what is compiled may have.
     """
     recording.publish(results)
     for result in results:
@@ -57,7 +59,7 @@ def announce(
     names = [name for result in results for name in result.matmul_modules]
     owner = (config.fingerprint(), *module_paths)
     is_inference = all(result.graph.name == "inference" for result in results)
-    for warning in _warnings_of(sites, names, config, is_inference):
+    for warning in _warnings_of(sites, names, config, is_inference, elsewhere):
         _warn_once(warning, owner)
     if not order_known and any(site.calibration == "block weights" for site in sites):
         _warn_once(_ORDER_UNKNOWN, owner)
@@ -106,10 +108,14 @@ def _warn_once(warning: MXNormWarning, owner: tuple[str, ...]) -> None:
 
 
 def _warnings_of(
-    sites: Sequence[Site], matmul_modules: Sequence[str], config: MXNormConfig, is_inference: bool
+    sites: Sequence[Site],
+    matmul_modules: Sequence[str],
+    config: MXNormConfig,
+    is_inference: bool,
+    elsewhere: Collection[str],
 ) -> Iterator[MXNormWarning]:
     yield from _last_compile(config)
-    yield from _unmatched_patterns(sites, matmul_modules, config)
+    yield from _unmatched_patterns(sites, matmul_modules, config, elsewhere)
     yield from _unknown_to_calibration(sites)
     if not any(site.status == "fused" for site in sites):
         yield from _nothing_fused(sites)
@@ -137,11 +143,17 @@ def _is_isolated() -> bool:
 
 
 def _unmatched_patterns(
-    sites: Sequence[Site], matmul_modules: Sequence[str], config: MXNormConfig
+    sites: Sequence[Site],
+    matmul_modules: Sequence[str],
+    config: MXNormConfig,
+    elsewhere: Collection[str],
 ) -> Iterator[MXNormWarning]:
     consumers = [name for site in sites for name in site.consumers]
     names = dict.fromkeys([*(site.norm for site in sites), *consumers, *matmul_modules])
+    missing = config.patterns_without(elsewhere)
     for unmatched in config.unmatched_patterns(names):
+        if unmatched.pattern not in missing:
+            continue
         nearest = ", ".join(unmatched.nearest) or "none"
         yield MXNormWarning(
             f"mxnorm: the pattern {unmatched.pattern!r} in `modules` matches no norm and no "
@@ -155,8 +167,7 @@ def _prefix_hint(config: MXNormConfig, unmatched: UnmatchedPattern) -> str:
         return ""
     return (
         ". Names are relative to what is compiled. If that is a layer on its own, give its full "
-        "name as options={'prefix': ...} or use mxnorm_pass.compile_layers; what follows a graph "
-        "break is compiled on its own too"
+        "name as options={'prefix': ...} or use mxnorm_pass.compile_layers"
     )
 
 

@@ -24,7 +24,8 @@ from mxnorm_pass.announce import announce
 from mxnorm_pass.channel_order import check_channels
 from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
 from mxnorm_pass.errors import InvalidOptionsError
-from mxnorm_pass.freezing import FrozenGraph, is_static
+from mxnorm_pass.freezing import FrozenGraph, attribute_of, is_static
+from mxnorm_pass.graph_names import GraphNames
 from mxnorm_pass.graph_pass import (
     Analysis,
     GraphFacts,
@@ -42,15 +43,16 @@ from mxnorm_pass.match import Fusion, Obstacle, Refusal
 from mxnorm_pass.match.derivatives import inner_derivative
 from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.match.substitution import Substitution, find_substitution
-from mxnorm_pass.module_names import module_paths, parameter_name, qualify_modules, subgraphs
+from mxnorm_pass.module_names import module_paths, subgraphs
 from mxnorm_pass.plan import from_json as plan_from_json
 from mxnorm_pass.plan import to_json as plan_to_json
 from mxnorm_pass.provenance import Provenance, mark_ends, marked_copy, take_marks
 from mxnorm_pass.recording import StoredCompile
-from mxnorm_pass.regions import names_in_layers, renamings, site_of_layer, split_regions
+from mxnorm_pass.regions import Renaming, names_in_layers, renamings, site_of_layer, split_regions
 from mxnorm_pass.report import SkipReason
 from mxnorm_pass.scopes import Scope, scopes_of
 from mxnorm_pass.substitute import substitute
+from mxnorm_pass.weight_names import Weight
 
 log = logging.getLogger("mxnorm_pass")
 
@@ -89,7 +91,7 @@ def mxnorm(
         kept = StoredCompile(results, job.differentiated, plan_to_json(job.plan))
         recording.store(key, kept)
     if results:
-        announce(results, job.config, job.module_paths, order_known)
+        announce(results, job.config, job.module_paths, order_known, job.elsewhere)
     return compiled
 
 
@@ -124,6 +126,8 @@ class CompileJob:
 
     Attributes:
         module_paths: dotted name of the module of each node; ``modules`` selects by them.
+        weights: names of the inputs that are parameters or buffers, by position.
+        elsewhere: modules of what is compiled that are not in this graph.
         tensor_subclass: name of a subclass that the inputs have, torchao's aside.
         is_backward: compiled autograd captured the graph. The forward's compile has rewritten
             what is in it, which knows no module names and no forward from backward; it stays.
@@ -140,6 +144,8 @@ class CompileJob:
     module_paths: tuple[str, ...]
     tensor_subclass: str | None
     is_backward: bool
+    weights: Mapping[Any, Weight] = field(default_factory=dict)
+    elsewhere: frozenset[str] = frozenset()
     scopes: tuple[Scope, ...] = ()
     differentiated: bool = False
     plan: list[Substitution] = field(default_factory=list)
@@ -150,10 +156,21 @@ class CompileJob:
     def of(
         cls, gm: fx.GraphModule, example_inputs: Sequence[Any], options: ParsedOptions
     ) -> CompileJob:
-        if options.config.prefix:
-            qualify_modules(gm, options.config.prefix)
-        subclass = foreign_subclass(example_inputs)
-        return cls(gm, example_inputs, options, module_paths(gm), subclass, _is_backward())
+        is_backward, subclass = _is_backward(), foreign_subclass(example_inputs)
+        names = GraphNames() if is_backward else GraphNames.current(options.config.prefix)
+        names.write(gm)
+        names.guard_rules(options.config)
+        weights = names.weights(gm, example_inputs)
+        return cls(
+            gm,
+            example_inputs,
+            options,
+            module_paths(gm),
+            subclass,
+            is_backward,
+            weights,
+            names.elsewhere(gm, weights, options.config),
+        )
 
     def __deepcopy__(self, memo: Any) -> CompileJob:
         """Itself: who copies Inductor's config copies our pass, but not the user's model."""
@@ -171,7 +188,7 @@ class CompileJob:
         """
         if self.is_backward:
             return
-        split_regions(self.gm, self.config)
+        split_regions(self.gm, self.config, self._weight_names)
         self.scopes = scopes_of(self.gm)
         self.differentiated = _needs_gradients(self.example_inputs)
         if stored is not None:
@@ -194,6 +211,11 @@ class CompileJob:
             self.plan += found
 
     @cached_property
+    def _weight_names(self) -> dict[fx.Node, str]:
+        placeholders = _placeholders(self.gm)
+        return {placeholders[i]: weight.names[0] for i, weight in self.weights.items()}
+
+    @cached_property
     def _obstacle(self) -> Obstacle | None:
         return inner_derivative(self.scopes, self.differentiated)
 
@@ -205,6 +227,7 @@ class CompileJob:
         return GraphFacts(
             tensor_subclass=self.tensor_subclass,
             parameters=_parameter_positions(self.gm) if scope.kind == "whole" else frozenset(),
+            weights=self.weights if scope.kind == "whole" else {},
             differentiated=self.differentiated,
             obstacle=obstacle,
         )
@@ -232,11 +255,10 @@ class CompileJob:
         calibration = self.config.calibration
         if calibration is None or self.is_backward:
             return True
-        inputs = zip(_placeholders(self.gm), self.example_inputs, strict=True)
         parameters = {
-            parameter_name(node, self.config.prefix): value
-            for node, value in inputs
-            if is_static(node)
+            name: self.example_inputs[i]
+            for i, weight in self.weights.items()
+            for name in weight.names
         }
         return check_channels(calibration, parameters)
 
@@ -249,7 +271,8 @@ class CompileJob:
         if scope.kind == "whole":
             self.specialize(result.eps_inputs)
         # A branch stands in the graph once more, in its backward.
-        self.by_scope.setdefault(scope.number, _of_all_layers(scope, result))
+        layers = renamings(scope, self._weight_names)
+        self.by_scope.setdefault(scope.number, _of_all_layers(layers, result))
 
     @property
     def results(self) -> list[PassResult]:
@@ -344,7 +367,9 @@ def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
     freezing = _inductor_setting(job.options, "freezing") and not torch.is_grad_enabled()
     frozen = FrozenGraph.of(job.gm, job.example_inputs) if freezing else None
     if frozen is not None:
-        job = replace(job, gm=frozen.gm, example_inputs=frozen.select(job.example_inputs))
+        inputs = frozen.select(job.example_inputs)
+        weights = {attribute_of(i): weight for i, weight in job.weights.items()}
+        job = replace(job, gm=frozen.gm, example_inputs=inputs, weights=weights)
     post_grad = "post_grad_custom_pre_pass"
     patches = {
         **job.options.inductor,
@@ -538,9 +563,8 @@ def _never_compiled(gm: fx.GraphModule, inputs: Any) -> Any:
     raise AssertionError("the trace ends before anything is compiled")
 
 
-def _of_all_layers(scope: Scope, result: PassResult) -> PassResult:
+def _of_all_layers(layers: Sequence[Sequence[Renaming]], result: PassResult) -> PassResult:
     """The result of a body that several layers share, with the sites of each."""
-    layers = renamings(scope)
     sites = tuple(site_of_layer(site, names) for names in layers for site in result.sites)
     modules = names_in_layers(result.matmul_modules, layers)
     return replace(result, graph=replace(result.graph, sites=sites), matmul_modules=modules)

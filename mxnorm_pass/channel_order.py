@@ -41,7 +41,8 @@ def channel_statistics(model: nn.Module, sites: Iterable[Site]) -> dict[str, Ten
     found: dict[str, Tensor] = {}
     for site in sites:
         owners = (site.norm, *site.consumers)
-        names = [n for owner in owners for n in parameters if n.rpartition(".")[0] == owner]
+        # A linear without a module of its own has the name of its weight.
+        names = [n for o in owners for n in parameters if o in (n, n.rpartition(".")[0])]
         gains = [n for n in names if n.startswith(f"{site.norm}.")]
         linears = [n for n in names if n not in gains and parameters[n].ndim == 2]
         for name in (*gains, *linears):

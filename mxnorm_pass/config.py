@@ -11,7 +11,7 @@ import math
 import os
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -29,6 +29,7 @@ from mxnorm_pass.inductor_options import (
     one_of,
 )
 from mxnorm_pass.name_patterns import (
+    HEAD_NAMES,
     UnmatchedPattern,
     check_pattern,
     compile_pattern,
@@ -59,7 +60,6 @@ Calibrated = Literal["block weights", "exact", "unknown"]
 
 _Validator = Callable[[str, object], Any]
 
-_HEAD_NAMES = frozenset({"lm_head", "output"})
 _ELEM_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _OVERRIDABLE = ("estimator", "p", "gain", "gradient", "elem_dtype", "scale_mode")
 # An object of its own, to tell it from a p = 2 that was asked for.
@@ -197,10 +197,15 @@ class MXNormConfig:
         the rest of the model.
         """
         known = list(dict.fromkeys(names))
+        missing = self.patterns_without(known)
+        return [UnmatchedPattern(pattern, nearest_names(pattern, known)) for pattern in missing]
+
+    def patterns_without(self, names: Collection[str]) -> list[str]:
+        """Return the patterns of :meth:`unmatched_patterns`, without names that are near."""
         return [
-            UnmatchedPattern(rule.pattern, nearest_names(rule.pattern, known))
+            rule.pattern
             for rule in self._rules
-            if not any(rule.matches(name) for name in known) and rule.is_within(self.prefix)
+            if not any(rule.matches(name) for name in names) and rule.is_within(self.prefix)
         ]
 
     def fingerprint(self) -> str:
@@ -219,15 +224,18 @@ class MXNormConfig:
             parts = (replace(self, modules={}, prefix="").fingerprint(), *map(self._local, names))
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def meaning_of(self, names: Iterable[str]) -> str:
-        """Return what the rules make of modules with those full names, as text to compare."""
-        return repr([self._local(name)[1:] for name in names])
+    def treatment(self, names: Iterable[str]) -> str:
+        """Return a hash of what the rules and the calibration make of modules of those names."""
+        return hashlib.sha256(repr([*map(self._treated, names)]).encode()).hexdigest()
 
     def _local(self, name: str) -> tuple[object, ...]:
         """What the rules make of a module, without the name of what is compiled on its own."""
+        return name.removeprefix(self.prefix), *self._treated(name)
+
+    def _treated(self, name: str) -> tuple[object, ...]:
         resolved, opted_in = self.resolve(name), self.resolve(name, opt_in=True).enabled
         site = "" if self.calibration is None else self.calibration.site_fingerprint(name)
-        return name.removeprefix(self.prefix), resolved.enabled, opted_in, resolved.overrides, site
+        return resolved.enabled, opted_in, resolved.overrides, site
 
     def __eq__(self, other: object) -> bool:
         # Comparing the fields would call two orders of `modules` equal, and order decides there.
@@ -250,7 +258,7 @@ class MXNormConfig:
         winner = self._winner(name)
         enabled = winner is None or winner.enabled
         component = name.rpartition(".")[2]
-        if opt_in or component in _HEAD_NAMES:
+        if opt_in or component in HEAD_NAMES:
             enabled = enabled and winner is not None and component in winner.pattern
         config = self if winner is None else winner.config
         if self.calibration is None:

@@ -18,10 +18,11 @@ from mxnorm_pass import lowering
 from mxnorm_pass.announce import announce
 from mxnorm_pass.channel_order import check_channels
 from mxnorm_pass.config import MXNormConfig, parse_options
-from mxnorm_pass.graph_pass import foreign_subclass, run_pass
+from mxnorm_pass.graph_pass import GraphFacts, foreign_subclass, run_pass
 from mxnorm_pass.graph_utils import CONSTANT_PREFIX, aten, prims, tensor_of, unwrap_constants
 from mxnorm_pass.match.linear import mark_inputs
 from mxnorm_pass.module_names import module_paths
+from mxnorm_pass.weight_names import Weight, named_weights
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 # Composite ops that backends match as one: the pass reads the first two and needs none open.
@@ -66,7 +67,7 @@ def apply(
     order_known = True
     if options.calibration is not None:
         order_known = check_channels(options.calibration, program.state_dict)
-    result = run_pass(graph, options)
+    result = run_pass(graph, options, facts=GraphFacts(weights=_weights(program)))
     announce([result], options, module_paths(program.graph_module), order_known)
     decomposed = lowering.decompose(graph, {}) if decompose else 0
     if not decomposed and result.graph.before == result.graph.after:
@@ -182,6 +183,14 @@ def _drop_metadata_checks(graph: fx.Graph) -> None:
 def _weight_names(program: ExportedProgram) -> frozenset[str]:
     specs = program.graph_signature.input_specs
     return frozenset(spec.arg.name for spec in specs if spec.kind in _WEIGHTS)
+
+
+def _weights(program: ExportedProgram) -> dict[str, Weight]:
+    """What the weights are called, by the name of the graph input."""
+    tensors = {**program.constants, **program.state_dict}
+    named = named_weights({n: t for n, t in tensors.items() if isinstance(t, torch.Tensor)})
+    specs = program.graph_signature.input_specs
+    return {spec.arg.name: named[spec.target] for spec in specs if spec.target in named}
 
 
 def _use_aten_casts(graph: fx.Graph) -> None:

@@ -36,7 +36,7 @@ class FrozenGraph:
             if is_static(node):
                 source = node.meta["grapharg"].source
                 install_guard(source.make_guard(GuardBuilder.ID_MATCH))
-                name = f"_mxnorm_frozen_{index}"
+                name = attribute_of(index)
                 _make_attribute(frozen, node, name, value)
                 frozen._param_name_to_source[name] = source  # type: ignore[index, operator]
         frozen.recompile()
@@ -50,6 +50,11 @@ class FrozenGraph:
     def wrap(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """Give the compiled graph the original graph's signature."""
         return lambda *args: compiled(*self.select(args))
+
+
+def attribute_of(position: int) -> str:
+    """Where a frozen graph has the weight that was the original graph's input there."""
+    return f"_mxnorm_frozen_{position}"
 
 
 def is_static(placeholder: fx.Node) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,8 @@ from mxnorm_pass.graph_utils import (
 )
 from mxnorm_pass.insert import insert_casts
 from mxnorm_pass.match import Fusion, Obstacle, Refusal, find_sites
-from mxnorm_pass.match.linear import is_matmul, mark_parameters
+from mxnorm_pass.match.linear import is_matmul, linear_name, mark_parameters, mark_weights
 from mxnorm_pass.match.norm import Norm, find_norms
-from mxnorm_pass.module_names import module_path
 from mxnorm_pass.provenance import Provenance, take_marks
 from mxnorm_pass.report import Graph, Site, SkipReason, count_ops
 from mxnorm_pass.rewrite import expand_estimates, rewrite
@@ -43,6 +42,7 @@ from mxnorm_pass.scopes import Scope
 from mxnorm_pass.site_graphs import SiteGraphs
 from mxnorm_pass.snapshot import Alignment, Snapshot
 from mxnorm_pass.traffic import TrafficEstimate
+from mxnorm_pass.weight_names import Weight
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ class PassResult:
 
     Attributes:
         graph: code, op counts and sites, named "inference" or "training".
-        matmul_modules: dotted names of the modules that multiply matrices in the forward graph.
+        matmul_modules: dotted names of the linears, and of the modules that multiply other
+            matrices, in the forward graph.
         seconds: time the pass took, the report included.
         eps_inputs: positions of the graph inputs that hold a norm's eps.
     """
@@ -103,19 +104,16 @@ class GraphFacts:
     Attributes:
         tensor_subclass: name of a tensor subclass on whose inner tensors the graph works.
         parameters: positions of the graph inputs that are known to be parameters.
+        weights: names of those, by position or by the name of the input.
         differentiated: autograd has differentiated the graph, or does so with the graph around it.
         obstacle: why nothing in it may be rewritten.
     """
 
     tensor_subclass: str | None = None
     parameters: frozenset[int] = frozenset()
+    weights: Mapping[Any, Weight] = field(default_factory=dict)
     differentiated: bool = False
     obstacle: Obstacle | None = None
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """The same in every process for equal facts, as caches need it."""
-        return self.tensor_subclass, sorted(self.parameters), self.differentiated, self.obstacle
 
 
 @collector_paused()
@@ -123,8 +121,9 @@ def analyze(graph: fx.Graph, config: MXNormConfig, facts: GraphFacts) -> Analysi
     """Insert the casts that ``config`` asks for and decide on every norm."""
     before = Snapshot(graph)
     original = copied_graph(graph) if config.verify else None
-    modules = _matmul_modules(graph)
     mark_parameters(graph, facts.parameters)
+    mark_weights(graph, facts.weights)
+    modules = _matmul_modules(graph)
     norms = find_norms(graph)
     untouched = facts.tensor_subclass is not None or facts.obstacle is not None
     inserted = 0 if untouched else insert_casts(graph, norms, config)
@@ -282,7 +281,7 @@ def _op_counts(snapshot: Snapshot) -> dict[str, int]:
 
 
 def _matmul_modules(graph: fx.Graph) -> tuple[str, ...]:
-    names = (module_path(n) for n in graph.nodes if is_matmul(n) and not is_backward(n))
+    names = (linear_name(n) for n in graph.nodes if is_matmul(n) and not is_backward(n))
     return tuple(dict.fromkeys(filter(None, names)))
 
 
@@ -352,9 +351,22 @@ class MXNormPass(CustomGraphPass):
         parts = (
             source_digest(),
             self.config.fingerprint_for(self._module_paths),
-            *(self._facts(scope).key for scope in self._scopes),
+            *(self._facts_key(scope) for scope in self._scopes),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _facts_key(self, scope: Scope) -> tuple[object, ...]:
+        """The same in every process for equal facts; of names it has what ``modules`` makes."""
+        facts = self._facts(scope)
+        names = (n for w in facts.weights.values() for n in (*w.names, *sorted(w.linears)))
+        return (
+            facts.tensor_subclass,
+            sorted(facts.parameters),
+            self.config.fingerprint_for(names),
+            [(i, len(w.names), w.opt_in) for i, w in facts.weights.items()],
+            facts.differentiated,
+            facts.obstacle,
+        )
 
 
 def note_backward(graph: fx.Graph, provenance: Provenance) -> None:

@@ -85,7 +85,8 @@ def _is_inside(name: str, module: str) -> bool:
 def _warn_rules_without_effect(
     config: MXNormConfig, names: Mapping[str, nn.Module], layers: tuple[str, ...]
 ) -> None:
-    inside = [name for name in names if any(_is_inside(name, layer) for layer in layers)]
+    weights = [f"{name}.{own}" for name, m in names.items() for own in m._parameters]
+    inside = [n for n in (*names, *weights) if any(_is_inside(n, layer) for layer in layers)]
     for unmatched in replace(config, prefix="").unmatched_patterns(inside):
         nearest = ", ".join(unmatched.nearest)
         warnings.warn(

@@ -1,4 +1,8 @@
-"""Dotted names of the modules that made a graph's nodes, as ``named_modules()`` spells them."""
+"""Dotted names of the modules that made a graph's nodes, as ``named_modules()`` spells them.
+
+:mod:`mxnorm_pass.graph_names` writes them into the graphs of torch.compile; what is read here is
+as good as the spelling of who else made the graph, such as torch.export.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,9 @@ import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
-import torch
 from torch import fx
 
-_STACK_PREFIX = re.compile(r"^[LG]\['[^']*'\]")
+_VARIABLE = re.compile(r"[LG]\['([^']*)'\]")
 _REGISTRY = "(?:_modules|_parameters|_buffers)"
 _MODULES_ITEM = re.compile(rf"(?:\.__dict__\['{_REGISTRY}'\]|\.{_REGISTRY})\['([^']+)'\]")
 # Wrappers that torch itself leaves out of the names of what they wrap.
@@ -21,11 +24,18 @@ _ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
 
 
 @lru_cache(maxsize=4096)
-def clean_module_path(path: str) -> str:
-    """``L['self'].model.layers.0.mlp`` and its other spellings -> ``model.layers.0.mlp``."""
+def clean_module_path(path: str, keep_variable: bool = False) -> str:
+    """``L['self'].model.layers.0.mlp`` and its other spellings -> ``model.layers.0.mlp``.
+
+    Args:
+        keep_variable: ``L['policy'].norm`` -> ``policy.norm``; ``self`` is left out all the same.
+    """
     while (found := _GETATTR.search(path)) is not None:
         path = f"{path[: found.start()]}{found[1]}.{found[2]}{path[found.end() :]}"
-    path = _STACK_PREFIX.sub("", path)
+    variable = _VARIABLE.match(path)
+    if variable is not None:
+        kept = keep_variable and variable[1] not in ("self", "cls")
+        path = f"{variable[1] if kept else ''}{path[variable.end() :]}"
     path = _WRAPPER.sub("", _MODULES_ITEM.sub(r".\1", path))
     return _ITEM.sub(r".\1", path).strip(".")
 
@@ -36,11 +46,11 @@ def module_path(node: fx.Node) -> str:
     return clean_module_path(next(reversed(stack.values()))[0]) if stack else ""
 
 
-def parameter_name(placeholder: fx.Node, prefix: str) -> str:
-    """Full name of the parameter or buffer that an input of Dynamo's graph holds."""
-    source = placeholder.meta["grapharg"].source.name
-    name = clean_module_path(source() if callable(source) else source)
-    return f"{prefix}.{name}" if prefix else name
+def spelling_of(placeholder: fx.Node) -> str:
+    """How Dynamo spells where it found an input of its graph; "" where it does not say."""
+    argument = placeholder.meta.get("grapharg")
+    name = argument.source.name if argument is not None else ""
+    return str(name() if callable(name) else name)
 
 
 def module_paths(gm: fx.GraphModule) -> tuple[str, ...]:
@@ -51,21 +61,12 @@ def module_paths(gm: fx.GraphModule) -> tuple[str, ...]:
     return tuple(module_path(node) for graph in subgraphs(gm) for node in graph.nodes)
 
 
-def qualify_modules(gm: fx.GraphModule, prefix: str) -> None:
-    """Say of all nodes, subgraphs included, that their modules are inside of ``prefix``."""
-    root = {prefix: (prefix, torch.nn.Module)}
-    for graph in subgraphs(gm):
-        rename_modules(graph, lambda path: f"{prefix}.{path}".rstrip("."))
-        for node in graph.nodes:
-            node.meta["nn_module_stack"] = {**root, **node.meta["nn_module_stack"]}
-
-
 def rename_modules(graph: fx.Graph, rename: Callable[[str], str]) -> None:
     """Give the modules of all nodes the names that ``rename`` makes of theirs."""
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         node.meta["nn_module_stack"] = {
-            key: (rename(clean_module_path(path)), kind) for key, (path, kind) in stack.items()
+            key: (rename(path), kind) for key, (path, kind) in stack.items()
         }
 
 

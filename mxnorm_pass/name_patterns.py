@@ -7,6 +7,8 @@ import fnmatch
 import re
 from dataclasses import dataclass
 
+# Linears of these names, wherever they are, are changed only where `modules` names them.
+HEAD_NAMES = frozenset({"lm_head", "output"})
 _REGEX_PREFIX = "re:"
 
 

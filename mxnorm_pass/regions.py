@@ -7,16 +7,19 @@ differently get bodies of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
 
 from mxnorm_pass.config import MXNormConfig
-from mxnorm_pass.module_names import module_path, parameter_name, rename_modules
+from mxnorm_pass.module_names import module_path, rename_modules
 from mxnorm_pass.provenance import copied_graph_module
 from mxnorm_pass.report import Site
 from mxnorm_pass.scopes import Scope, kind_of_call
+
+# Of the graph inputs that are weights.
+WeightNames = Mapping[fx.Node, str]
 
 
 @dataclass(frozen=True)
@@ -36,27 +39,29 @@ class Renaming:
         return name
 
 
-def split_regions(gm: fx.GraphModule, config: MXNormConfig) -> None:
+def split_regions(gm: fx.GraphModule, config: MXNormConfig, weights: WeightNames) -> None:
     """Give callers of one body that ``modules`` treats differently bodies of their own."""
     for body, calls in list(_shared_bodies(gm)):
         by_options: dict[object, list[fx.Node]] = {}
         for call in calls:
-            names = [_renaming(body, calls, call)(path) for path in _module_paths(body)]
-            by_options.setdefault(config.meaning_of(names), []).append(call)
+            renaming = _renaming(body, calls, call, weights)
+            names = [renaming(path) for path in _module_paths(body)]
+            by_options.setdefault(config.treatment(names), []).append(call)
         for number, group in enumerate(list(by_options.values())[1:], start=1):
-            _give_own_body(gm, body, _renaming(body, calls, group[0]), group, number)
+            renaming = _renaming(body, calls, group[0], weights)
+            _give_own_body(gm, body, renaming, group, number)
     for child in _bodies(gm):
-        split_regions(child, config)
+        split_regions(child, config, weights)
 
 
-def renamings(scope: Scope) -> list[tuple[Renaming, ...]]:
+def renamings(scope: Scope, weights: WeightNames) -> list[tuple[Renaming, ...]]:
     """For each layer that runs the scope's graph: how to get its names from the graph's."""
     if scope.parent is None:
         return [()]
-    outer = renamings(scope.parent)
+    outer = renamings(scope.parent, weights)
     if scope.kind != "region":
         return outer
-    own = [_renaming(scope.gm, scope.callers, call) for call in scope.callers]
+    own = [_renaming(scope.gm, scope.callers, call, weights) for call in scope.callers]
     return [(renaming, *others) for others in outer for renaming in own]
 
 
@@ -94,14 +99,16 @@ def _module_paths(body: fx.GraphModule) -> list[str]:
     return list(dict.fromkeys(module_path(node) for graph in graphs for node in graph.nodes))
 
 
-def _renaming(body: fx.GraphModule, calls: Sequence[fx.Node], call: fx.Node) -> Renaming:
+def _renaming(
+    body: fx.GraphModule, calls: Sequence[fx.Node], call: fx.Node, weights: WeightNames
+) -> Renaming:
     first = _caller_named_in(body, calls)
     if first is call:
         return Renaming("", "")
     at_first, at_call = module_path(first), module_path(call)
     if at_first != at_call:
         return Renaming(at_first, at_call)
-    return _by_parameters(first, call)
+    return _by_weights(first, call, weights)
 
 
 def _caller_named_in(body: fx.GraphModule, calls: Sequence[fx.Node]) -> fx.Node:
@@ -114,10 +121,10 @@ def _caller_named_in(body: fx.GraphModule, calls: Sequence[fx.Node]) -> fx.Node:
     return calls[0]
 
 
-def _by_parameters(first: fx.Node, call: fx.Node) -> Renaming:
-    """Calls of a function: by the first parameter in which they differ."""
+def _by_weights(first: fx.Node, call: fx.Node, weights: WeightNames) -> Renaming:
+    """Calls of a function: by the first weight in which they differ."""
     for a, b in zip(first.args[2:], call.args[2:], strict=False):
-        left, right = (_components(n) for n in (a, b))
+        left, right = _components(a, weights), _components(b, weights)
         if left and right and left != right:
             while left and right and left[-1] == right[-1]:
                 left.pop()
@@ -126,11 +133,10 @@ def _by_parameters(first: fx.Node, call: fx.Node) -> Renaming:
     return Renaming("", "")
 
 
-def _components(argument: object) -> list[str]:
-    """The name of the parameter that an argument is, in its parts; none for anything else."""
-    if isinstance(argument, fx.Node) and "grapharg" in argument.meta:
-        return parameter_name(argument, "").split(".")
-    return []
+def _components(argument: object, weights: WeightNames) -> list[str]:
+    """The name of the weight that an argument is, in its parts; none for anything else."""
+    name = weights.get(argument) if isinstance(argument, fx.Node) else None
+    return name.split(".") if name is not None else []
 
 
 def _give_own_body(

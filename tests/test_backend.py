@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import mxnorm_pass
 from mxnorm_pass import MXNormConfig, SkipReason
-from mxnorm_pass.graph_pass import MXNormPass
+from mxnorm_pass.graph_pass import GraphFacts, MXNormPass
+from mxnorm_pass.scopes import scopes_of
 
 IDS = token_ids()
 
@@ -246,16 +247,27 @@ def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
+def with_facts(**facts: Any) -> MXNormPass:
+    scopes = scopes_of(torch.fx.symbolic_trace(nn.Identity()))
+    return MXNormPass(
+        MXNormConfig(), module_paths=("a",), scopes=scopes, facts=lambda _: GraphFacts(**facts)
+    )
+
+
 def test_uuid_tells_configs_sources_and_module_names_apart() -> None:
     base = MXNormPass(MXNormConfig(), module_paths=("a",))
     assert base.uuid() == MXNormPass(MXNormConfig(), module_paths=("a",)).uuid()
+    assert with_facts().uuid() == with_facts().uuid()
     others = [
         MXNormPass(MXNormConfig(p=1), module_paths=("a",)),
         MXNormPass(MXNormConfig(modules={"x": False}), module_paths=("a",)),
         MXNormPass(MXNormConfig(), module_paths=("b",)),
-        MXNormPass(MXNormConfig(), module_paths=("a",), tensor_subclass="DTensor"),
+        with_facts(),
+        with_facts(tensor_subclass="DTensor"),
+        with_facts(parameters=frozenset({1})),
+        with_facts(differentiated=True),
     ]
-    assert len({base.uuid(), *(o.uuid() for o in others)}) == 5
+    assert len({base.uuid(), *(o.uuid() for o in others)}) == 8
 
 
 def test_equal_graphs_with_other_module_names_do_not_share_cache_entries() -> None:

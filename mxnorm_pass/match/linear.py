@@ -28,6 +28,7 @@ from mxnorm_pass.graph_utils import (
 from mxnorm_pass.match.cast import Cast
 from mxnorm_pass.match.scale_layout import is_blocked, moves_bytes
 from mxnorm_pass.module_names import module_path
+from mxnorm_pass.weight_names import Weight
 
 _MATMULS = frozenset(
     {
@@ -64,6 +65,7 @@ class PlainLinear:
         activation: its [..., D] operand.
         weight: its [D, N] operand; [N, D] where ``transposes`` is true.
         parameter: the graph input that the weight is.
+        opt_in: it is changed only where ``modules`` names it.
     """
 
     name: str
@@ -71,6 +73,7 @@ class PlainLinear:
     activation: fx.Node
     weight: fx.Node
     parameter: fx.Node
+    opt_in: bool = False
 
     @property
     def operand_positions(self) -> tuple[int, int]:
@@ -99,7 +102,8 @@ def plain_linear(matmul: fx.Node) -> PlainLinear | None:
     parameter = strip(w, is_transpose, is_view, is_dtype_cast)
     if parameter.op not in ("placeholder", "get_attr") or not _is_weight(parameter, matmul):
         return None
-    return PlainLinear(module_path(matmul) or matmul.name, matmul, a, w, parameter)
+    name = linear_name(matmul) or matmul.name
+    return PlainLinear(name, matmul, a, w, parameter, is_opt_in(matmul))
 
 
 def _is_weight(source: fx.Node, matmul: fx.Node) -> bool:
@@ -134,6 +138,74 @@ def mark_inputs(graph: fx.Graph, parameters: Container[str]) -> None:
     """Note of every graph input by its name whether it is a parameter."""
     for node in graph.find_nodes(op="placeholder"):
         node.meta[_PARAMETER] = node.name in parameters
+
+
+_WEIGHT = "mxnorm_pass.weight"
+# From a weight to its product there are a cast, a dequantisation and their views.
+_MAX_WEIGHT_NODES = 64
+
+
+def mark_weights(graph: fx.Graph, weights: Mapping[Any, Weight]) -> None:
+    """Note the names of weights.
+
+    Args:
+        weights: by position among the inputs that AOTAutograd was given, by the attribute that it
+            found them in, or by the name of the graph input.
+    """
+    for node in graph.find_nodes(op="placeholder"):
+        desc = node.meta.get("desc")
+        while hasattr(desc, "base"):  # of an inner tensor of a subclass
+            desc = desc.base
+        keys = (getattr(desc, "idx", None), getattr(desc, "target", None), node.name)
+        weight = next((weights[key] for key in keys if key in weights), None)
+        if weight is not None:
+            node.meta[_WEIGHT] = weight
+
+
+def linear_name(matmul: fx.Node) -> str:
+    """Name of the linear that a matrix product is: of its module, or without one of its weight."""
+    module, weight = module_path(matmul), _weight_of(matmul)
+    return module if weight is None else weight.linear_in(module)
+
+
+def is_opt_in(matmul: fx.Node) -> bool:
+    """Is it, in no module of its own, a product with the weight of an embedding or the head?"""
+    module, weight = module_path(matmul), _weight_of(matmul)
+    if weight is None:
+        return not module and any(map(_is_looked_up, _weight_inputs(matmul) or ()))
+    looked_up = weight.opt_in or any(map(_is_looked_up, _weight_inputs(matmul) or ()))
+    return looked_up and module not in weight.linears
+
+
+def _is_looked_up(parameter: fx.Node) -> bool:
+    return any(is_call(user, (aten.embedding.default,)) for user in parameter.users)
+
+
+def _weight_of(matmul: fx.Node) -> Weight | None:
+    """The weight that alone makes a product's second matrix; None of any other."""
+    found = {node.meta.get(_WEIGHT) for node in _weight_inputs(matmul) or ()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _weight_inputs(matmul: fx.Node) -> set[fx.Node] | None:
+    """The tensors among a graph's inputs that a product's second matrix is made of.
+
+    None where they are many nodes away.
+    """
+    operand = matmul.args[_LINEAR_OPERANDS.get(matmul.target, (0, 1))[1]]
+    if not isinstance(operand, fx.Node) or (value := tensor_of(operand)) is None or value.ndim != 2:
+        return None
+    found, seen, pending = set[fx.Node](), {operand}, [operand]
+    while pending:
+        node = pending.pop()
+        if node.op == "placeholder" and tensor_of(node) is not None:
+            found.add(node)
+        new = set(node.all_input_nodes) - seen
+        seen |= new
+        pending += new
+        if len(seen) > _MAX_WEIGHT_NODES:
+            return None
+    return found
 
 
 @dataclass(frozen=True)
@@ -256,7 +328,8 @@ def _quantized_matmul(
     of_scales = frozenset(n for n in nodes if holds[n] is _Holds.SCALES)
     operands = [n for n in inputs[matmul] if n in of_scales]
     blocked = operands[0] if len(operands) == 1 and is_blocked(cast.scales, operands[0]) else None
-    return QuantizedMatmul(module_path(matmul) or matmul.name, matmul, nodes, of_scales, blocked)
+    name = linear_name(matmul) or matmul.name
+    return QuantizedMatmul(name, matmul, nodes, of_scales, blocked)
 
 
 class _Holds(Enum):

@@ -22,6 +22,7 @@ from mxnorm_pass.match.linear import (
     Reader,
     cast_use,
     casts_by_matmul,
+    is_opt_in,
     narrowest_dtype,
     plain_linear,
     readers,
@@ -231,7 +232,7 @@ def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
     resolved = context.config.resolve(norm.name)
     read_by = readers(norm.output, context.casts)
     found = _consumers(norm, read_by, context)
-    enabled = tuple(c for c in found.consumers if context.config.resolve(c.name).enabled)
+    enabled = tuple(c for c in found.consumers if _is_enabled(c, context.config))
     skip = _legality(norm, context, found, enabled, resolved.enabled)
     names = tuple(dict.fromkeys(c.name for c in found.consumers))
     if skip is not None:
@@ -254,6 +255,11 @@ def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
 
 def _backward_reads(nodes: Iterable[fx.Node]) -> list[Read]:
     return [(node, user) for node in nodes for user in node.users if is_backward(user)]
+
+
+def _is_enabled(consumer: Consumer, config: MXNormConfig) -> bool:
+    opt_in = is_opt_in(consumer.linear.matmul)
+    return config.resolve(consumer.name, opt_in).enabled
 
 
 def _refuse(norm: Norm, skip: Skip, consumers: tuple[str, ...]) -> Refusal:

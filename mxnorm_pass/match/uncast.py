@@ -34,7 +34,7 @@ def obstacle(linear: PlainLinear, config: MXNormConfig) -> str | None:
     """
     if config.quantize == "existing":
         return "that quantize='existing' leaves without a cast"
-    if not config.resolve(linear.name, opt_in=is_router(linear)).enabled:
+    if not config.resolve(linear.name, opt_in=linear.opt_in or is_router(linear)).enabled:
         if config.turns_off(linear.name):
             return "that `modules` turns off"
         return "that is cast only if `modules` names it"
