@@ -25,7 +25,8 @@ from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.graph_utils import SubgraphCache, created_nodes, input_position, is_backward
 from mxnorm_pass.insert import insert_casts
 from mxnorm_pass.match import Fusion, find_sites
-from mxnorm_pass.match.linear import is_matmul, mark_parameters
+from mxnorm_pass.match.linear import mark_parameters
+from mxnorm_pass.match.matmul import is_matmul
 from mxnorm_pass.match.norm import Norm, find_norms
 from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import Graph, Site, SkipReason, count_ops

@@ -45,6 +45,7 @@ LAYERS = [
     {"match.statistic"},
     {
         "match.skip",
+        "match.matmul",
         "lowering",
         "graph_code",
         "canonicalize",

@@ -6,7 +6,6 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from heapq import heappop, heappush
-from typing import Any
 
 import torch
 from torch import fx
@@ -26,28 +25,10 @@ from mxnorm_pass.graph_utils import (
     tensor_of,
 )
 from mxnorm_pass.match.cast import Cast
+from mxnorm_pass.match.matmul import LINEAR_OPERANDS, is_matmul
 from mxnorm_pass.match.scale_layout import is_blocked, moves_bytes
 from mxnorm_pass.module_names import module_path
 
-_MATMULS = frozenset(
-    {
-        aten.mm.default,
-        aten.addmm.default,
-        aten.bmm.default,
-        aten.baddbmm.default,
-        aten.matmul.default,
-        aten.linear.default,
-        aten._scaled_mm.default,
-        aten._scaled_mm_v2.default,
-    }
-)
-# Position of activation and weight among the operands.
-_LINEAR_OPERANDS: dict[Any, tuple[int, int]] = {
-    aten.mm.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    aten.matmul.default: (0, 1),
-    aten.linear.default: (0, 1),
-}
 _LAYOUT = frozenset({aten.permute.default, aten.t.default, aten.transpose.int, aten.slice.Tensor})
 # What turns scales into numbers, beside pointwise ops.
 _DECODING = frozenset({aten.view.dtype, aten.where.self, aten.full_like.default, aten.full.default})
@@ -74,7 +55,7 @@ class PlainLinear:
 
     @property
     def operand_positions(self) -> tuple[int, int]:
-        return _LINEAR_OPERANDS[self.matmul.target]
+        return LINEAR_OPERANDS[self.matmul.target]
 
     @property
     def transposes(self) -> bool:
@@ -88,9 +69,9 @@ def _transposes_weight(matmul: fx.Node) -> bool:
 
 def plain_linear(matmul: fx.Node) -> PlainLinear | None:
     """The linear that a matmul node is, if one operand is a parameter."""
-    if not is_call(matmul, _LINEAR_OPERANDS):
+    if not is_call(matmul, LINEAR_OPERANDS):
         return None
-    a, w = (matmul.args[i] for i in _LINEAR_OPERANDS[matmul.target])
+    a, w = (matmul.args[i] for i in LINEAR_OPERANDS[matmul.target])
     if not isinstance(a, fx.Node) or not isinstance(w, fx.Node):
         return None
     value = tensor_of(w)
@@ -308,10 +289,6 @@ def _ancestors(
         found |= new
         pending += new
     return tuple(sorted(found))
-
-
-def is_matmul(node: fx.Node) -> bool:
-    return is_call(node, _MATMULS)
 
 
 def _is_float8(node: fx.Node) -> bool:

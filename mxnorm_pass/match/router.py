@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import fx
 
 from mxnorm_pass.graph_utils import aten, forward_users
-from mxnorm_pass.match.linear import PlainLinear, is_matmul
+from mxnorm_pass.match.linear import PlainLinear
+from mxnorm_pass.match.matmul import is_matmul
 
 _PICKS = frozenset({aten.topk.default, aten.sort.default, aten.sort.stable, aten.argmax.default})
 # Routers are a handful of ops away from their top-k: softmax or sigmoid, a bias, groups.
