@@ -46,7 +46,7 @@ class PassResult:
         graph: code, op counts and sites, named "inference" or "training".
         matmul_modules: dotted names of the modules that multiply matrices in the forward graph.
         seconds: time the pass took, the report included.
-        eps_inputs: positions of the graph inputs that hold a norm's eps.
+        eps_inputs: positions of the graph inputs that a norm's eps is computed from.
     """
 
     graph: Graph
@@ -97,12 +97,11 @@ def run_pass(
         remove_dead(graph)
         graph.lint()
     result = _report(before, Snapshot(graph, before) if changed else before, site_graphs)
-    eps_inputs = map(_eps_position, norms)
     return PassResult(
         result,
         modules,
         time.perf_counter() - start,
-        tuple(dict.fromkeys(i for i in eps_inputs if i is not None)),
+        tuple(dict.fromkeys(i for norm in norms for i in _eps_positions(norm))),
     )
 
 
@@ -154,11 +153,11 @@ def _check_width(fusion: Fusion, calibration: Calibration) -> None:
         )
 
 
-def _eps_position(norm: Norm) -> int | None:
-    """Position of the graph input that alone keeps the norm from being rewritten."""
+def _eps_positions(norm: Norm) -> list[int]:
+    """Positions of the graph inputs that alone keep the norm from being rewritten."""
     if norm.problem is None or norm.problem.reason is not SkipReason.EPS_INPUT:
-        return None
-    return input_position(norm.eps_input) if norm.eps_input is not None else None
+        return []
+    return [i for i in map(input_position, norm.eps_inputs) if i is not None]
 
 
 def _op_counts(snapshot: Snapshot) -> dict[str, int]:

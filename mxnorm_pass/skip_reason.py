@@ -53,9 +53,17 @@ class SkipReason(Enum):
     )
     NORM_FORM = (
         "not 1 / sqrt(mean(x^2) + eps)",
-        "eps is added outside the root, negative or infinite, or the sum of squares is not scaled "
-        "by 1 / D.",
-        "Compute x / sqrt(mean(x²) + eps), as `nn.RMSNorm` does.",
+        "eps is a lower bound (`clamp`, `F.normalize`), added outside the root, negative or "
+        "infinite; the sum of squares is not scaled by 1 / D, or x / rms by a constant; or rows "
+        "that a linear or a cast reads are divided by another function of their norm.",
+        "Compute x / sqrt(mean(x²) + eps), as `nn.RMSNorm` does, with constants in the gain.",
+    )
+    AFTER_LINEAR = (
+        "the norm is applied to what a linear makes of x, not to x",
+        "A linear reads x as it is, and its result is divided by the norm of x, as in "
+        "hyper-connections; then the linear's input is no norm's output.",
+        "Nothing is wrong. Normalise x in front of the linear, if the model allows it: without a "
+        "bias that is the same.",
     )
     LAYER_NORM = (
         "a LayerNorm: it subtracts the mean, which MXNorm does not estimate",

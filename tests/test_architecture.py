@@ -41,8 +41,10 @@ LAYERS = [
     {"match.backward", "match.linear"},
     {"match.cast", "match.norm"},
     {"match.cast_op", "match.cast_program", "match.scale_layout"},
-    {"match.layer_norm", "match.norm_tail", "match.program"},
-    {"match.statistic"},
+    {"match.norm_tail", "match.program", "match.scaling", "match.start"},
+    {"match.layer_norm", "match.radial", "match.statistic"},
+    {"match.row_program"},
+    {"match.constant"},
     {
         "match.skip",
         "match.matmul",

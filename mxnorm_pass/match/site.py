@@ -185,9 +185,23 @@ def find_sites(
         config=config,
         subclass=tensor_subclass,
     )
-    sites = [_find_site(norm, context) for norm in norms]
+    sites = [_find_site(norm, context) for norm in norms if _counts(norm, context)]
     sites += [_refuse_layer_norm(norm, config) for norm in find_layer_norms(graph)]
     return list(_with_residual_adds(sorted(sites, key=_anchor)))
+
+
+def _counts(norm: Norm, context: _Context) -> bool:
+    """Is it an RMSNorm, or does a linear or a cast read it as if it were one?"""
+    if norm.is_rms_norm:
+        return True
+    for reader in readers(norm.output, context.casts):
+        end = reader.path[-1] if reader.path else norm.output
+        linear = plain_linear(reader.node)
+        if linear is not None and linear.activation is end:
+            return True
+        if reader.cast is not None or end in context.unknown:
+            return True
+    return False
 
 
 def _with_residual_adds(sites: Iterable[Fusion | Refusal]) -> Iterator[Fusion | Refusal]:
