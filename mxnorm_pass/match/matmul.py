@@ -1,4 +1,4 @@
-"""Which ops multiply matrices, and which of their operands is a linear's activation."""
+"""Which ops multiply matrices or more, and which operand is a linear's activation."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _MATMULS = frozenset(
         aten._scaled_mm_v2.default,
     }
 )
+_PRODUCTS = ("attention", "grouped_mm", "convolution")
 # Position of activation and weight among the operands.
 LINEAR_OPERANDS: dict[Any, tuple[int, int]] = {
     aten.mm.default: (0, 1),
@@ -31,3 +32,8 @@ LINEAR_OPERANDS: dict[Any, tuple[int, int]] = {
 
 def is_matmul(node: fx.Node) -> bool:
     return is_call(node, _MATMULS)
+
+
+def is_product(node: fx.Node) -> bool:
+    """Does it multiply matrices, or attend, convolve or run experts?"""
+    return is_matmul(node) or any(name in str(node.target) for name in _PRODUCTS)

@@ -13,7 +13,7 @@ rows is found by evaluation, see ``scaling``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,15 +121,23 @@ class _Normalization:
 
 def find_norms(graph: fx.Graph) -> list[Norm]:
     """All RMSNorms of the forward graph, in graph order."""
-    norms = []
+    norms, products = [], set()
     for node in graph.nodes:
         start = find_start(node) if not is_backward(node) else None
         found = _normalization(start) if start is not None else None
         if start is not None and found is not None:
             norms.append(_norm(start, found))
-    known = {node for norm in norms for node in norm.nodes}
-    norms += map(_norm_of_scaling, find_scalings(graph, known))
-    return sorted(norms, key=lambda norm: norm.anchor)
+            products.add(found.node)
+    known = _nodes_of_rms_norms(norms)
+    norms += map(_norm_of_scaling, find_scalings(graph, known | products))
+    # Derivatives divide by an RMSNorm's numbers once more.
+    known = _nodes_of_rms_norms(norms)
+    counted = (norm for norm in norms if norm.is_rms_norm or known.isdisjoint(norm.nodes))
+    return sorted(counted, key=lambda norm: norm.anchor)
+
+
+def _nodes_of_rms_norms(norms: Iterable[Norm]) -> set[fx.Node]:
+    return {node for norm in norms if norm.is_rms_norm for node in norm.nodes}
 
 
 def _normalization(start: Start) -> _Normalization | None:
@@ -185,7 +193,8 @@ def _norm(start: Start, found: _Normalization) -> Norm:
     upcasts = _exclusive_upcasts(start, found)
     x: fx.Node = upcasts[0].args[0] if upcasts else found.x  # type: ignore[assignment]
     statistic = found.statistic
-    factor = (statistic.scale * start.count) ** -0.5
+    mean_scale = statistic.scale * start.count
+    factor = mean_scale**-0.5 if mean_scale > 0 else math.inf
     tail = follow_output(found.node, width, found.gain, factor)
     nodes = {found.node, *upcasts, *statistic.trail, *tail.nodes}
     nodes |= {n for n in (start.squares, found.scaled) if n is not None}
