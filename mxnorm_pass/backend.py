@@ -173,7 +173,7 @@ class CompileJob:
         return PassSequence.of(_inductor_setting(self.options, slot), ours)
 
     def _accept(self, result: PassResult) -> None:
-        _specialize(self.gm, result.eps_inputs)
+        _specialize(self.gm, result.float_inputs)
         self.results.append(result)
 
     def report_key(self) -> str:
@@ -221,8 +221,8 @@ def _parameter_positions(gm: fx.GraphModule) -> frozenset[int]:
 def _specialize(gm: fx.GraphModule, positions: Sequence[int]) -> None:
     """Have Dynamo start over with these Python floats as constants.
 
-    Under ``dynamic=True`` Dynamo turns a norm's eps into a graph input. Inductor restarts Dynamo
-    in this way for floats that it cannot hold in tensors
+    Under ``dynamic=True`` Dynamo turns floats into graph inputs, a norm's eps among them. Inductor
+    restarts Dynamo in this way for floats that it cannot hold in tensors
     (``torch/fx/passes/_tensorify_python_scalars.py``).
     """
     placeholders = _placeholders(gm)

@@ -46,13 +46,13 @@ class PassResult:
         graph: code, op counts and sites, named "inference" or "training".
         matmul_modules: dotted names of the modules that multiply matrices in the forward graph.
         seconds: time the pass took, the report included.
-        eps_inputs: positions of the graph inputs that a norm's eps is computed from.
+        float_inputs: positions of the graph inputs that a norm's eps or factor depends on.
     """
 
     graph: Graph
     matmul_modules: tuple[str, ...]
     seconds: float
-    eps_inputs: tuple[int, ...] = ()
+    float_inputs: tuple[int, ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -101,7 +101,7 @@ def run_pass(
         result,
         modules,
         time.perf_counter() - start,
-        tuple(dict.fromkeys(i for norm in norms for i in _eps_positions(norm))),
+        tuple(dict.fromkeys(i for norm in norms for i in _float_positions(norm))),
     )
 
 
@@ -153,11 +153,11 @@ def _check_width(fusion: Fusion, calibration: Calibration) -> None:
         )
 
 
-def _eps_positions(norm: Norm) -> list[int]:
+def _float_positions(norm: Norm) -> list[int]:
     """Positions of the graph inputs that alone keep the norm from being rewritten."""
     if norm.problem is None or norm.problem.reason is not SkipReason.EPS_INPUT:
         return []
-    return [i for i in map(input_position, norm.eps_inputs) if i is not None]
+    return [i for i in map(input_position, norm.float_inputs) if i is not None]
 
 
 def _op_counts(snapshot: Snapshot) -> dict[str, int]:

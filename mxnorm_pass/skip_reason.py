@@ -71,8 +71,9 @@ class SkipReason(Enum):
         "None for a trained model; build a new one with `nn.RMSNorm`.",
     )
     EPS_INPUT = (
-        "eps is an input of the graph, not a constant",
-        "eps is a tensor: a buffer, a parameter or an argument.",
+        "eps or a factor is an input of the graph, not a constant",
+        "eps, or a number that the norm is multiplied with, is a tensor: a buffer, a parameter or "
+        "an argument, or is computed from one.",
         "Make it a Python float.",
     )
     WIDTH = (

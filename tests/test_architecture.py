@@ -35,7 +35,7 @@ LAYERS = [
     {"match"},
     {"match.site"},
     {"match.uncast"},
-    {"match.router"},
+    {"match.router", "match.feeds"},
     {"match.residual", "match.dequantize"},
     {"match.transposed_cast"},
     {"match.backward", "match.linear"},

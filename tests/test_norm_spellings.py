@@ -122,6 +122,16 @@ def test_no_norms(function: NormFunction, inner: str, train: bool) -> None:
     assert_untouched(report)
 
 
+def scale_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    return F.normalize(x, dim=-1) * w
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (WIDTH,)], ids=str)
+def test_a_linear_reads_it_through_any_gain(shape: tuple[int, ...]) -> None:
+    report = explained(Model(scale_norm, gain_shape=shape), inputs())
+    assert_skipped(report, SkipReason.NORM_FORM)
+
+
 def cosine_similarity(x: Tensor, y: Tensor) -> Tensor:
     return F.cosine_similarity(x, y, dim=-1)
 

@@ -1,4 +1,4 @@
-"""Read numbers off a graph: literals, and tensors that hold one number throughout."""
+"""Read numbers off a graph: literals, tensors that hold one number throughout, and float inputs."""
 
 from __future__ import annotations
 
@@ -51,6 +51,36 @@ def constant_of(arg: Any, depth: int = _DEPTH) -> float | None:
     if is_pointwise(arg) and not arg.kwargs:
         return _computed(arg, depth)
     return None
+
+
+def float_inputs(arg: Any) -> tuple[fx.Node, ...]:
+    """The Python floats that a number is computed from, where it is nothing but such.
+
+    Under ``dynamic=True`` Dynamo makes them inputs of the graph, each a tensor of float64 without
+    dimensions. The backend can ask for their values.
+    """
+    found: dict[fx.Node, None] = {}
+    pending = [arg] if isinstance(arg, fx.Node) else []
+    for _ in range(2 * _DEPTH):
+        if not pending:
+            break
+        node = pending.pop()
+        if constant_of(node) is not None:
+            continue
+        if not _is_number(node):
+            return ()
+        if node.op == "placeholder":
+            found[node] = None
+        pending += node.all_input_nodes
+    return () if pending else tuple(found)
+
+
+def _is_number(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+    is_float = value.dtype == torch.float64 or node.op == "call_function"
+    return value.ndim == 0 and is_float
 
 
 def is_pointwise(node: fx.Node) -> bool:

@@ -36,8 +36,9 @@ from mxnorm_pass.graph_utils import (
     strip,
     tensor_of,
 )
+from mxnorm_pass.match.constant import float_inputs
 from mxnorm_pass.match.layer_norm import centered
-from mxnorm_pass.match.norm_tail import Rounding, Tail, follow_output, rounding_skip
+from mxnorm_pass.match.norm_tail import Rounding, Tail, follow_output, is_one, rounding_skip
 from mxnorm_pass.match.row_program import RowProgram
 from mxnorm_pass.match.scaling import Scaling, find_scalings
 from mxnorm_pass.match.skip import Skip
@@ -53,7 +54,6 @@ from mxnorm_pass.match.statistic import (
 from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import SkipReason
 
-_MAX_EPS_NODES = 16
 _BOUNDS = frozenset(
     {
         aten.clamp.default,
@@ -80,7 +80,7 @@ class Norm:
         rounding: a Skip where the norm rounds in a way that the fused op cannot repeat.
         nodes: the forward nodes from x (excluded) to output (included).
         problem: why the norm cannot be rewritten, whoever reads it.
-        eps_inputs: the graph inputs that eps is computed from; empty where it is a constant.
+        float_inputs: the Python floats among the graph's inputs that eps or a factor depends on.
         is_rms_norm: 1 / rms has no factor but the gain, or is at least meant as one. What is not
             may be any number, such as the cosine of an angle, unless a linear or a cast reads it.
     """
@@ -95,7 +95,7 @@ class Norm:
     rounding: Rounding | Skip
     nodes: frozenset[fx.Node]
     problem: Skip | None = None
-    eps_inputs: tuple[fx.Node, ...] = ()
+    float_inputs: tuple[fx.Node, ...] = ()
     is_rms_norm: bool = True
 
     @property
@@ -205,13 +205,13 @@ def _norm(start: Start, found: _Normalization) -> Norm:
         x=x,
         output=tail.output,
         width=width if isinstance(width, int) else -1,
-        eps=statistic.eps if _is_one(factor) else statistic.eps * factor**2,
+        eps=statistic.eps if is_one(factor) else statistic.eps * factor**2,
         gain=tail.gain,
         rounding=next(_inexact(start, found), tail.rounding),
         nodes=frozenset(nodes),
         problem=_problem(start, found, x, tail),
-        eps_inputs=_numbers_behind(statistic.eps_input),
-        is_rms_norm=_is_one(tail.factor),
+        float_inputs=(*float_inputs(statistic.eps_input), *tail.float_inputs),
+        is_rms_norm=is_one(tail.factor) or bool(tail.float_inputs),
     )
 
 
@@ -224,7 +224,8 @@ def _norm_of_scaling(scaling: Scaling) -> Norm:
     while _is_upcast(x) and nodes.issuperset(forward_users(x)):
         nodes.add(x)
         x = x.args[0]  # type: ignore[assignment]
-    is_rms_norm = _is_one(tail.factor) and scaling.inverse.guard != "other"
+    inputs = [i for n in (*scaling.inputs, *tail.float_inputs) for i in float_inputs(n)]
+    is_rms_norm = is_one(tail.factor) and scaling.inverse.guard != "other"
     return Norm(
         name=module_path(scaling.anchor) or scaling.anchor.name,
         anchor=scaling.anchor,
@@ -236,8 +237,8 @@ def _norm_of_scaling(scaling: Scaling) -> Norm:
         rounding=rounding_skip(product, "x * rsqrt(mean(x^2) + eps) and nothing else"),
         nodes=frozenset(nodes),
         problem=_problem_of_scaling(scaling, x, tail),
-        eps_inputs=scaling.program.scalars,
-        is_rms_norm=is_rms_norm or scaling.operand.linear is not None,
+        float_inputs=tuple(inputs),
+        is_rms_norm=is_rms_norm or bool(inputs) or scaling.operand.linear is not None,
     )
 
 
@@ -245,10 +246,6 @@ def _width(x: fx.Node) -> Any:
     value = tensor_of(x)
     assert value is not None
     return value.shape[-1]
-
-
-def _is_one(factor: float) -> bool:
-    return math.isclose(factor, 1.0, rel_tol=1e-5)
 
 
 def _is_upcast(node: fx.Node) -> bool:
@@ -290,20 +287,6 @@ def _inexact(start: Start, found: _Normalization) -> Iterator[Skip]:
         yield rounding_skip(statistic.node, "aten.rsqrt")
     if found.gain is not None:
         yield rounding_skip(found.scaled or statistic.node, "the gain after x / rms")
-
-
-def _numbers_behind(eps: fx.Node | None) -> tuple[fx.Node, ...]:
-    """The graph inputs that eps is computed from; empty if that is a long way."""
-    found: dict[fx.Node, None] = {}
-    pending, steps = [eps] if eps is not None else [], 0
-    while pending:
-        node, steps = pending.pop(), steps + 1
-        if steps > _MAX_EPS_NODES:
-            return ()
-        if node.op == "placeholder":
-            found[node] = None
-        pending += node.all_input_nodes
-    return tuple(found)
 
 
 def _problem(start: Start, found: _Normalization, x: fx.Node, tail: Tail) -> Skip | None:
@@ -362,6 +345,8 @@ def _form_problem(statistic: Statistic, width: int, tail: Tail) -> Skip | None:
         add = next(n for n in statistic.trail if statistic.eps_input in n.args)
         detail = f"eps is {call_text(strip(statistic.eps_input, is_view, is_dtype_cast))}"
         return Skip(SkipReason.EPS_INPUT, detail, add, "a constant eps")
+    if tail.float_inputs:
+        return _factor_input(tail)
     outside = statistic.eps_outside_root
     if outside is not None:
         expected = "eps inside the root, mean(x^2) + eps"
@@ -369,7 +354,7 @@ def _form_problem(statistic: Statistic, width: int, tail: Tail) -> Skip | None:
     if not 0 <= statistic.eps < math.inf:
         detail = f"eps is {statistic.eps:g}"
         return Skip(SkipReason.NORM_FORM, detail, statistic.last(ADDS), "a finite eps >= 0")
-    if _is_one(tail.factor):
+    if is_one(tail.factor):
         return None
     detail = f"sum(x^2) is scaled by {statistic.scale:g}, not by 1/{width}"
     return Skip(SkipReason.NORM_FORM, detail, statistic.last(FACTORS), f"sum(x^2) / {width}")
@@ -379,13 +364,16 @@ def _guard_problem(scaling: Scaling, tail: Tail) -> Skip | None:
     """Where the scaling is not x / sqrt(mean(x^2) + eps), with a constant eps."""
     inverse, product, program = scaling.inverse, scaling.product, scaling.program
     expected = "x / sqrt(mean(x^2) + eps)"
-    if program.scalars:
-        names = ", ".join(map(call_text, program.scalars))
-        return Skip(SkipReason.EPS_INPUT, f"eps is {names}", product, "a constant eps")
+    if scaling.inputs:
+        names = ", ".join(map(call_text, scaling.inputs))
+        detail = f"eps or a factor is {names}"
+        return Skip(SkipReason.EPS_INPUT, detail, product, "a constant")
+    if tail.float_inputs:
+        return _factor_input(tail)
     if inverse.guard == "other":
         detail = "x is divided by another function of its norm"
         return Skip(SkipReason.NORM_FORM, detail, _bound(program) or product, expected)
-    if not _is_one(tail.factor):
+    if not is_one(tail.factor):
         detail = f"x / rms is multiplied by {tail.factor:g}"
         return Skip(SkipReason.NORM_FORM, detail, product, f"{expected} and no factor but the gain")
     if len(scaling.gains) > 1:
@@ -397,6 +385,11 @@ def _guard_problem(scaling: Scaling, tail: Tail) -> Skip | None:
     if inverse.guard == "outside":
         return Skip(SkipReason.NORM_FORM, "eps is added outside the root", product, expected)
     return None
+
+
+def _factor_input(tail: Tail) -> Skip:
+    names = ", ".join(map(call_text, tail.float_inputs))
+    return Skip(SkipReason.EPS_INPUT, f"a factor is {names}", tail.output, "a constant")
 
 
 def _bound(program: RowProgram) -> fx.Node | None:

@@ -20,7 +20,7 @@ from mxnorm_pass.graph_utils import (
     strip,
     tensor_of,
 )
-from mxnorm_pass.match.constant import constant_of
+from mxnorm_pass.match.constant import constant_of, float_inputs
 from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.match.statistic import DIVISIONS, FACTORS, is_per_channel
 from mxnorm_pass.report import SkipReason
@@ -42,6 +42,7 @@ class Tail:
         output: what its readers see.
         gain: [D], None where none is met.
         factor: by which number x / rms is multiplied.
+        float_inputs: the graph inputs from which another such number is computed.
         rounding: a Skip where the fused op cannot repeat it.
         nodes: from the normalised x (excluded) to ``output`` (included).
         problem: a parameter scales the norm without having one element per channel.
@@ -53,6 +54,7 @@ class Tail:
     nodes: tuple[fx.Node, ...]
     problem: Skip | None
     factor: float
+    float_inputs: tuple[fx.Node, ...]
 
 
 def follow_output(
@@ -69,6 +71,7 @@ def follow_output(
     after: list[fx.Node] = []
     nodes: list[fx.Node] = []
     numbers: list[fx.Node] = []
+    inputs: list[fx.Node] = []
     while True:
         users = forward_users(node)
         if len(users) != 1:
@@ -78,8 +81,11 @@ def follow_output(
             (before if gain is None else after).append(user)
         elif is_call(user, (aten.alias.default, aten.detach.default)):
             pass
-        elif not math.isclose(factor, 1.0, rel_tol=1e-5) and (number := _number(user)) is not None:
+        elif not is_one(factor) and (number := _number(user)) is not None:
             factor *= number
+            numbers.append(user)
+        elif not is_one(factor) and (found := _factor_inputs(user, node)):
+            inputs += found
             numbers.append(user)
         elif gain is None and is_call(user, (aten.mul.Tensor,)):
             by = user.args[1] if user.args[0] is node else user.args[0]
@@ -94,7 +100,21 @@ def follow_output(
     rounding = _rounding(normalized, before, at_gain, after, node)
     if numbers:
         rounding = rounding_skip(numbers[0], "no factor but the gain")
-    return Tail(node, gain, rounding, tuple(nodes), problem, factor)
+    return Tail(node, gain, rounding, tuple(nodes), problem, factor, tuple(inputs))
+
+
+def is_one(factor: float) -> bool:
+    return math.isclose(factor, 1.0, rel_tol=1e-5)
+
+
+def _factor_inputs(product: fx.Node, node: fx.Node) -> tuple[fx.Node, ...]:
+    """The float inputs behind a number that ``node`` is multiplied with or divided by."""
+    if not is_call(product, FACTORS):
+        return ()
+    first, second = product.args[:2]
+    if first is not node and product.target in DIVISIONS:
+        return ()
+    return float_inputs(second if first is node else first)
 
 
 def _number(product: fx.Node) -> float | None:

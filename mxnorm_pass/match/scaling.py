@@ -26,7 +26,7 @@ from mxnorm_pass.graph_utils import (
     strip,
     tensor_of,
 )
-from mxnorm_pass.match.constant import constant_of
+from mxnorm_pass.match.constant import constant_of, float_inputs
 from mxnorm_pass.match.layer_norm import centered
 from mxnorm_pass.match.matmul import LINEAR_OPERANDS
 from mxnorm_pass.match.radial import InverseNorm, inverse_norm
@@ -46,6 +46,7 @@ class Operand:
     Attributes:
         x: the tensor.
         factor, gain: by which it is multiplied, a number and [D].
+        float_inputs: the graph inputs from which another such number is computed.
         nodes: from x (excluded) to the product (excluded).
         linear: the matmul whose activation x is; None where x itself is multiplied.
     """
@@ -53,6 +54,7 @@ class Operand:
     x: fx.Node
     factor: float = 1.0
     gain: fx.Node | None = None
+    float_inputs: tuple[fx.Node, ...] = ()
     nodes: tuple[fx.Node, ...] = ()
     linear: fx.Node | None = None
 
@@ -84,6 +86,11 @@ class Scaling:
         """The first node with one number per row; a norm of x may have it, too, after a linear."""
         numbers = (n for n in self.program.nodes if _is_per_row(n, self.x))
         return self.product if self.operand.linear is not None else next(numbers, self.product)
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """Graph inputs of one number each that enter."""
+        return (*self.program.scalars, *self.operand.float_inputs)
 
     @property
     def nodes(self) -> frozenset[fx.Node]:
@@ -207,11 +214,16 @@ def _without_factor(operand: Operand) -> Operand | None:
     if not is_call(node, MULTIPLICATIONS | DIVISIONS):
         return None
     first, second = node.args[:2]
-    if node.target in MULTIPLICATIONS and constant_of(first) is not None:
+    is_number = constant_of(first) is not None or float_inputs(first)
+    if node.target in MULTIPLICATIONS and is_number:
         first, second = second, first
     number = constant_of(second)
-    if number is None or not isinstance(first, fx.Node):
+    if not isinstance(first, fx.Node):
         return None
+    if number is None:
+        inputs = float_inputs(second)
+        known = (*operand.float_inputs, *inputs)
+        return replace(operand, x=first, float_inputs=known) if inputs else None
     if node.target in DIVISIONS:
         number = 1 / number if number else 0.0
     return replace(operand, x=first, factor=operand.factor * number)

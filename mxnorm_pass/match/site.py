@@ -23,6 +23,7 @@ from mxnorm_pass.match.backward import (
 )
 from mxnorm_pass.match.cast import Cast, UnknownCast, find_casts
 from mxnorm_pass.match.dequantize import dequantization
+from mxnorm_pass.match.feeds import feeds_linear_or_cast
 from mxnorm_pass.match.layer_norm import LayerNorm, find_layer_norms
 from mxnorm_pass.match.linear import (
     CastIndex,
@@ -191,17 +192,8 @@ def find_sites(
 
 
 def _counts(norm: Norm, context: _Context) -> bool:
-    """Is it an RMSNorm, or does a linear or a cast read it as if it were one?"""
-    if norm.is_rms_norm:
-        return True
-    for reader in readers(norm.output, context.casts):
-        end = reader.path[-1] if reader.path else norm.output
-        linear = plain_linear(reader.node)
-        if linear is not None and linear.activation is end:
-            return True
-        if reader.cast is not None or end in context.unknown:
-            return True
-    return False
+    """Is it an RMSNorm, or does what reads it make it stand for one?"""
+    return norm.is_rms_norm or feeds_linear_or_cast(norm.output, context.casts, context.unknown)
 
 
 def _with_residual_adds(sites: Iterable[Fusion | Refusal]) -> Iterator[Fusion | Refusal]:
