@@ -53,6 +53,11 @@ def constant_of(arg: Any, depth: int = _DEPTH) -> float | None:
     return None
 
 
+def is_filled(node: fx.Node) -> bool:
+    """Is it an attribute of the graph, or a tensor that is filled with a number?"""
+    return node.op == "get_attr" or node.target in _FILLS
+
+
 def float_inputs(arg: Any) -> tuple[fx.Node, ...]:
     """The Python floats that a number is computed from, where it is nothing but such.
 

@@ -36,4 +36,8 @@ def is_matmul(node: fx.Node) -> bool:
 
 def is_product(node: fx.Node) -> bool:
     """Does it multiply matrices, or attend, convolve or run experts?"""
-    return is_matmul(node) or any(name in str(node.target) for name in _PRODUCTS)
+    return (
+        is_matmul(node)
+        or is_call(node, (aten.mv.default,))
+        or any(name in str(node.target) for name in _PRODUCTS)
+    )

@@ -145,7 +145,7 @@ def _normalization(start: Start) -> _Normalization | None:
     root = strip(start.squared, is_view, is_dtype_cast)
     for statistic, user in follow(start.statistic):
         operand = _scaled_by(user, statistic)
-        if operand is None or not _broadcasts_over(start.dims, statistic, operand):
+        if operand is None or not _broadcasts_over(start, statistic, operand):
             continue
         if same_value(strip(operand, is_view, is_dtype_cast), root):
             return _Normalization(user, statistic, operand, statistic.gain)
@@ -165,12 +165,12 @@ def _without_gain(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     return node, None
 
 
-def _broadcasts_over(dims: tuple[int, ...], statistic: Statistic, x: fx.Node) -> bool:
+def _broadcasts_over(start: Start, statistic: Statistic, x: fx.Node) -> bool:
     """Does each row's statistic meet its own row, and not the row it broadcasts to?"""
     own, value = tensor_of(strip(statistic.per_row, is_expand)), tensor_of(x)
-    if own is None or value is None or own.ndim != value.ndim:
+    if own is None or value is None or not same_shape(start.shape, value.shape):
         return False
-    expected = [1 if d in dims else size for d, size in enumerate(value.shape)]
+    expected = [1 if d in start.dims else size for d, size in enumerate(value.shape)]
     return same_shape(own.shape, expected)
 
 
@@ -227,7 +227,7 @@ def _norm_of_scaling(scaling: Scaling) -> Norm:
     inputs = [i for n in (*scaling.inputs, *tail.float_inputs) for i in float_inputs(n)]
     is_rms_norm = is_one(tail.factor) and scaling.inverse.guard != "other"
     return Norm(
-        name=module_path(scaling.anchor) or scaling.anchor.name,
+        name=module_path(scaling.number) or scaling.anchor.name,
         anchor=scaling.anchor,
         x=x,
         output=tail.output,

@@ -8,9 +8,10 @@ rms = norm / sqrt(D) the outcome is compared with the ways in which RMSNorms gua
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby, pairwise, takewhile
 from typing import Literal
 
 import torch
@@ -31,8 +32,9 @@ _TOLERANCE = 1e-8
 _MAX_WIDTH = 1 << 16
 # Magnitudes of rows: thresholds lie between two of them.
 _EXPONENTS = range(-64, 65, 2)
-# By which power of the norm a row may be divided.
+# By which powers of the norm a row may be divided, and between how many magnitudes.
 _SLOPES = (0.1, 4.0)
+_LEAST_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,9 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _classify(rms: Tensor, multipliers: Tensor) -> InverseNorm | None:
     """Name the function whose values on the probe's magnitudes are ``multipliers``."""
-    before, last = multipliers[-2:].tolist()
-    if not (math.isfinite(before) and math.isfinite(last)) or before * last <= 0:
+    if not _falls(multipliers[1:].tolist()):
         return None
-    slope = math.log2(before / last) / (_EXPONENTS[-1] - _EXPONENTS[-2])
-    if not _SLOPES[0] <= slope <= _SLOPES[1]:
-        return None
-    factor = last * float(rms[-1])
+    factor = float(multipliers[-1] * rms[-1])
     guarded = factor / multipliers
     for guard, function in _GUARDED.items():
         # What guards the division is all that a row of zeros sees.
@@ -140,6 +138,18 @@ def _classify(rms: Tensor, multipliers: Tensor) -> InverseNorm | None:
         if _close(guarded, function(rms, eps)):
             return InverseNorm(guard, _spelled(factor), eps)
     return InverseNorm("other")
+
+
+def _falls(multipliers: Sequence[float]) -> bool:
+    """Do they fall as a power of the magnitude for a while? Exponentials, such as gates, do not."""
+    sizes = list(map(abs, multipliers))
+    regular = list(takewhile(lambda size: 0 < size < math.inf, reversed(sizes)))
+    step = _EXPONENTS[1] - _EXPONENTS[0]
+    slopes = [math.log2(b / a) / step for a, b in pairwise(regular)]
+    least, most = _SLOPES
+    falling = [slope >= least for slope in slopes]
+    runs = (sum(1 for _ in run) for falls, run in groupby(falling) if falls)
+    return max(runs, default=0) >= _LEAST_STEPS and max(slopes) <= most
 
 
 def _spelled(number: float) -> float:

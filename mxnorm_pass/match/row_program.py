@@ -30,7 +30,8 @@ from mxnorm_pass.graph_utils import (
     strip,
     tensor_of,
 )
-from mxnorm_pass.match.constant import constant_of, is_pointwise
+from mxnorm_pass.match.constant import constant_of, is_filled, is_pointwise
+from mxnorm_pass.match.matmul import is_product
 
 _MAX_NODES = 48
 # What stands for a symbolic width, and for a graph input that holds one number.
@@ -179,21 +180,27 @@ class _Rows:
     def nodes_to(self, result: fx.Node) -> list[fx.Node] | None:
         """What leads from the rows to the result, in topological order; None if it is too much."""
         order: dict[fx.Node, None] = {}
+        constants: set[fx.Node] = set()
         visited = {result}
         stack = [(result, iter(_operands(result)))]
         while stack:
             node, operands = stack[-1]
             child = next(operands, None)
             if child is None:
-                order[node] = None
                 stack.pop()
+                is_constant = node.all_input_nodes and constants.issuperset(node.all_input_nodes)
+                if is_constant and constant_of(node) is not None:
+                    constants.add(node)
+                else:
+                    order[node] = None
             elif child not in visited:
                 visited.add(child)
-                if constant_of(child) is not None:
-                    continue
-                if len(visited) > _MAX_NODES or is_backward(child):
+                if is_filled(child) and constant_of(child) is not None:
+                    constants.add(child)
+                elif len(visited) > _MAX_NODES or is_backward(child) or _is_encoded(child):
                     return None
-                stack.append((child, iter(() if self.is_leaf(child) else _operands(child))))
+                else:
+                    stack.append((child, iter(() if self.is_leaf(child) else _operands(child))))
         return list(order)
 
 
@@ -201,6 +208,14 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     """Operands, without the sizes that views take: their results have them."""
     reshapes = _keeps_order(node) or is_expand(node)
     return node.all_input_nodes[:1] if reshapes else node.all_input_nodes
+
+
+def _is_encoded(node: fx.Node) -> bool:
+    """Does it hold integers, as scales' exponents are computed with, or a quantised value?"""
+    value = tensor_of(node)
+    if value is None or value.dtype == torch.bool or value.dtype.is_complex:
+        return False
+    return not value.dtype.is_floating_point or value.dtype.itemsize == 1
 
 
 def _keeps_order(node: fx.Node) -> bool:
@@ -248,6 +263,8 @@ class _Writer:
             return None
         if is_call(node, _CONVERSIONS):
             return self._conversion(node, shape)
+        if _keeps_order(node) and shape is None:
+            return _Step(Tensor.double, (self._read(node.args[0], node),))
         if _keeps_order(node) or is_expand(node):
             reshape = torch.reshape if _keeps_order(node) else Tensor.expand
             return _Step(reshape, (self._read(node.args[0], node), shape), (), shape)
@@ -272,17 +289,28 @@ class _Writer:
         if not isinstance(arg, fx.Node):
             return arg
         if arg not in self._results:
-            return self._append(_constant(arg, reader))
+            return self._append(self._constant(arg, reader))
         return self._results[arg]
+
+    def _constant(self, node: fx.Node, reader: fx.Node) -> _Step:
+        """A number where it meets each element, else the tensor."""
+        number, value, shape = constant_of(node), tensor_of(node), self._rows.shape_of(node)
+        assert number is not None and value is not None
+        if is_pointwise(reader):
+            return _number(number)
+        # A matrix may happen to have as many rows as x.
+        sizes = tuple(value.shape) if shape is None or is_product(reader) else shape
+        return _Step(torch.full, (sizes, number), (("dtype", torch.float64),))
 
 
 def _is_evaluated(node: fx.Node) -> bool:
     """May the op run on a CPU in place of what the graph is for, with the same result each time?"""
     if getattr(operator, getattr(node.target, "__name__", ""), None) is node.target:
         return True
-    tags = getattr(node.target, "tags", ())
-    namespace = getattr(node.target, "namespace", None)
-    return namespace in ("aten", "prims") and torch.Tag.nondeterministic_seeded not in tags
+    if getattr(node.target, "namespace", None) not in ("aten", "prims"):
+        return False
+    is_random = torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
+    return not (is_random or node.target._schema.is_mutable)  # type: ignore[union-attr]
 
 
 def _has_dimensions(node: fx.Node) -> bool:
@@ -299,12 +327,3 @@ def _is_number(node: fx.Node) -> bool:
 
 def _number(number: float) -> _Step:
     return _Step(torch.tensor, (number,), (("dtype", torch.float64),))
-
-
-def _constant(node: fx.Node, reader: fx.Node) -> _Step:
-    """A number where it meets each element, else the tensor."""
-    number, value = constant_of(node), tensor_of(node)
-    assert number is not None and value is not None
-    if is_pointwise(reader) or not all(isinstance(size, int) for size in value.shape):
-        return _number(number)
-    return _Step(torch.full, (tuple(value.shape), number), (("dtype", torch.float64),))

@@ -82,10 +82,14 @@ class Scaling:
         return self.operand.x
 
     @property
+    def number(self) -> fx.Node:
+        """The first node with one number per row."""
+        return next((n for n in self.program.nodes if _is_per_row(n, self.x)), self.product)
+
+    @property
     def anchor(self) -> fx.Node:
-        """The first node with one number per row; a norm of x may have it, too, after a linear."""
-        numbers = (n for n in self.program.nodes if _is_per_row(n, self.x))
-        return self.product if self.operand.linear is not None else next(numbers, self.product)
+        """What tells the norm from others: one of x may have its number, too, after a linear."""
+        return self.number if self.operand.linear is None else self.product
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -122,7 +126,9 @@ def find_scalings(graph: fx.Graph, known: Collection[fx.Node]) -> Iterator[Scali
             norm, computed again, unless it is applied after a linear.
     """
     taken = set(known)
-    for node in graph.nodes:
+    targets = (aten.mul.Tensor, aten.div.Tensor)
+    products = [n for t in targets for n in graph.find_nodes(op="call_function", target=t)]
+    for node in sorted(products):
         if node in taken or is_backward(node):
             continue
         for scaled, factor in _products(node):
@@ -136,16 +142,12 @@ def find_scalings(graph: fx.Graph, known: Collection[fx.Node]) -> Iterator[Scali
 
 def _products(node: fx.Node) -> Iterator[tuple[fx.Node, _Factor]]:
     """Each way to read the node as a tensor [..., D] times a number per row."""
-    if not is_call(node, (aten.mul.Tensor, aten.div.Tensor)):
-        return
     first, second = node.args[:2]
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         return
-    pairs = (
-        [(first, second)] if node.target is aten.div.Tensor else [(first, second), (second, first)]
-    )
-    for scaled, by in pairs:
-        factor = _per_row(by, scaled, node.target is aten.div.Tensor)
+    divides = node.target is aten.div.Tensor
+    for scaled, by in [(first, second)] if divides else [(first, second), (second, first)]:
+        factor = _per_row(by, scaled, divides)
         if factor is not None:
             yield scaled, factor
 

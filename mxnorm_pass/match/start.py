@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -23,13 +24,15 @@ class Start:
         statistic: what the node holds.
         squared: the tensor.
         squares: the node of its squares, None where the op squares by itself.
-        dims: over which it is summed.
+        shape: of what is summed.
+        dims: over which it is.
         count: how many elements they have, as far as that is no symbol.
     """
 
     statistic: Statistic
     squared: fx.Node
     squares: fx.Node | None
+    shape: tuple[Any, ...]
     dims: tuple[int, ...]
     count: int
 
@@ -67,7 +70,7 @@ def find_start(node: fx.Node) -> Start | None:
         power=0.5 if node.target in _VECTOR_NORMS else 1.0,
         trail=(node,),
     )
-    return Start(statistic, squared, squares, dims, count)
+    return Start(statistic, squared, squares, tuple(source.shape), dims, count)
 
 
 def _squared(node: fx.Node) -> fx.Node | None:
