@@ -269,7 +269,7 @@ class CompileJob:
 
     def _accept(self, scope: Scope, result: PassResult) -> None:
         if scope.kind == "whole":
-            self.specialize(result.eps_inputs)
+            self.specialize(result.float_inputs)
         # A branch stands in the graph once more, in its backward.
         layers = renamings(scope, self._weight_names)
         self.by_scope.setdefault(scope.number, _of_all_layers(layers, result))
@@ -328,8 +328,8 @@ def _parameter_positions(gm: fx.GraphModule) -> frozenset[int]:
 def _specialize(gm: fx.GraphModule, positions: Sequence[int]) -> None:
     """Have Dynamo start over with these Python floats as constants.
 
-    Under ``dynamic=True`` Dynamo turns a norm's eps into a graph input. Inductor restarts Dynamo
-    in this way for floats that it cannot hold in tensors
+    Under ``dynamic=True`` Dynamo turns floats into graph inputs, a norm's eps among them. Inductor
+    restarts Dynamo in this way for floats that it cannot hold in tensors
     (``torch/fx/passes/_tensorify_python_scalars.py``).
     """
     placeholders = _placeholders(gm)
@@ -555,7 +555,7 @@ def _analyze(job: CompileJob) -> list[tuple[Analysis, Provenance]] | None:
         pass
     for analysis, provenance in found:
         if provenance.scope.kind == "whole":
-            job.specialize(analysis.eps_inputs)
+            job.specialize(analysis.float_inputs)
     return found or None
 
 

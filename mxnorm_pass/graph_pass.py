@@ -33,7 +33,8 @@ from mxnorm_pass.graph_utils import (
 )
 from mxnorm_pass.insert import insert_casts
 from mxnorm_pass.match import Fusion, Obstacle, Refusal, find_sites
-from mxnorm_pass.match.linear import is_matmul, linear_name, mark_parameters, mark_weights
+from mxnorm_pass.match.linear import linear_name, mark_parameters, mark_weights
+from mxnorm_pass.match.matmul import is_matmul
 from mxnorm_pass.match.norm import Norm, find_norms
 from mxnorm_pass.provenance import Provenance, take_marks
 from mxnorm_pass.report import Graph, Site, SkipReason, count_ops
@@ -56,13 +57,13 @@ class PassResult:
         matmul_modules: dotted names of the linears, and of the modules that multiply other
             matrices, in the forward graph.
         seconds: time the pass took, the report included.
-        eps_inputs: positions of the graph inputs that hold a norm's eps.
+        float_inputs: positions of the graph inputs that a norm's eps or factor depends on.
     """
 
     graph: Graph
     matmul_modules: tuple[str, ...]
     seconds: float
-    eps_inputs: tuple[int, ...] = ()
+    float_inputs: tuple[int, ...] = ()
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -92,9 +93,8 @@ class Analysis:
         return tuple(site for site in self.found if isinstance(site, Fusion))
 
     @property
-    def eps_inputs(self) -> tuple[int, ...]:
-        positions = map(_eps_position, self.norms)
-        return tuple(dict.fromkeys(i for i in positions if i is not None))
+    def float_inputs(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(i for norm in self.norms for i in _float_positions(norm)))
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def run_pass(
         _report(shown.before, after, site_graphs, one_graph=original is None),
         shown.matmul_modules,
         time.perf_counter() - start,
-        shown.eps_inputs,
+        shown.float_inputs,
     )
 
 
@@ -269,11 +269,11 @@ def _check_width(fusion: Fusion, calibration: Calibration) -> None:
         )
 
 
-def _eps_position(norm: Norm) -> int | None:
-    """Position of the graph input that alone keeps the norm from being rewritten."""
+def _float_positions(norm: Norm) -> list[int]:
+    """Positions of the graph inputs that alone keep the norm from being rewritten."""
     if norm.problem is None or norm.problem.reason is not SkipReason.EPS_INPUT:
-        return None
-    return input_position(norm.eps_input) if norm.eps_input is not None else None
+        return []
+    return [i for i in map(input_position, norm.float_inputs) if i is not None]
 
 
 def _op_counts(snapshot: Snapshot) -> dict[str, int]:

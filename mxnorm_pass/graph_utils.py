@@ -108,6 +108,10 @@ def forward_users(node: fx.Node) -> list[fx.Node]:
 
 def is_view(node: fx.Node) -> bool:
     """Does the node hold its first operand's elements in the same row-major order?"""
+    if is_call(node, (aten.permute.default,)):
+        # As einsum spells them, whether or not dimensions move.
+        order = node.args[1]
+        return [int(d) % len(order) for d in order] == list(range(len(order)))  # type: ignore
     if not is_call(node, _VIEWS):
         return False
     if node.target is not aten.expand.default:

@@ -53,9 +53,17 @@ class SkipReason(Enum):
     )
     NORM_FORM = (
         "not 1 / sqrt(mean(x^2) + eps)",
-        "eps is added outside the root, negative or infinite, or the sum of squares is not scaled "
-        "by 1 / D.",
-        "Compute x / sqrt(mean(x²) + eps), as `nn.RMSNorm` does.",
+        "eps is a lower bound (`clamp`, `F.normalize`), added outside the root, negative or "
+        "infinite; the sum of squares is not scaled by 1 / D, or x / rms by a constant; or rows "
+        "that a linear or a cast reads are divided by another function of their norm.",
+        "Compute x / sqrt(mean(x²) + eps), as `nn.RMSNorm` does, with constants in the gain.",
+    )
+    AFTER_LINEAR = (
+        "the norm is applied to what a linear makes of x, not to x",
+        "A linear reads x as it is, and its result is divided by the norm of x, as in "
+        "hyper-connections; then the linear's input is no norm's output.",
+        "Nothing is wrong. Normalise x in front of the linear, if the model allows it: without a "
+        "bias that is the same.",
     )
     LAYER_NORM = (
         "a LayerNorm: it subtracts the mean, which MXNorm does not estimate",
@@ -63,8 +71,9 @@ class SkipReason(Enum):
         "None for a trained model; build a new one with `nn.RMSNorm`.",
     )
     EPS_INPUT = (
-        "eps is an input of the graph, not a constant",
-        "eps is a tensor: a buffer, a parameter or an argument.",
+        "eps or a factor is an input of the graph, not a constant",
+        "eps, or a number that the norm is multiplied with, is a tensor: a buffer, a parameter or "
+        "an argument, or is computed from one.",
         "Make it a Python float.",
     )
     WIDTH = (

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from norm_spellings import UNUSUAL, WITHOUT_EPS, mean_square
 from torch import Tensor, nn
 
 import mxnorm_pass
@@ -36,10 +37,6 @@ GRADIENT_TOLERANCE = {F32: 1e-5, BF16: 1e-2}
 
 
 # Norms
-
-
-def mean_square(h: Tensor) -> Tensor:
-    return h.pow(2).mean(-1, keepdim=True)
 
 
 def huggingface(x: Tensor, w: Tensor, eps: float) -> Tensor:
@@ -391,6 +388,8 @@ SPELLINGS = {
     "gain on rho": Spelling(gain_on_rho),
     "eps before the division": Spelling(eps_before_the_division),
     "vector norm": Spelling(vector_norm, eps=0.0),
+    **{name: Spelling(function) for name, function in UNUSUAL.items()},
+    **{name: Spelling(function, eps=0.0) for name, function in WITHOUT_EPS.items()},
 }
 DTYPES = {
     "fp32": (F32, F32),

@@ -182,7 +182,8 @@ class RandomNorm(nn.Module):
 
     @property
     def eps(self) -> float:
-        return 0.0 if self.spec.spelling == "vector norm" else self.spec.eps
+        spelling = SPELLINGS.get(self.spec.spelling)
+        return 0.0 if spelling is not None and not spelling.eps else self.spec.eps
 
     @property
     def reason(self) -> SkipReason | None:

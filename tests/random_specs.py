@@ -24,6 +24,7 @@ from matching import (
     layer_norm_of_variance,
     variance_norm,
 )
+from norm_spellings import LAYER_NORMS, NO_NORMS, OTHER_FORMS
 from test_match_casts import HAND_CASTS
 from torch import Tensor
 
@@ -45,6 +46,9 @@ NEAR_MISSES = {
     "layer norm of var_mean": NearMiss(layer_norm_of_var_mean, SkipReason.LAYER_NORM),
     "eps outside sqrt": NearMiss(eps_outside_sqrt, SkipReason.NORM_FORM),
     "variance norm": NearMiss(variance_norm, None),
+    **{name: NearMiss(f, SkipReason.LAYER_NORM) for name, f in LAYER_NORMS.items()},
+    **{name: NearMiss(f, SkipReason.NORM_FORM) for name, f in OTHER_FORMS.items()},
+    **{name: NearMiss(f, None) for name, f in NO_NORMS.items()},
 }
 
 # Each keeps the elements in row-major order.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -26,11 +29,13 @@ from matching import (
     inputs,
     layer_norm,
     mean_over_tokens,
+    mean_square,
     olmo,
     reference,
     rms_norm,
     run,
     sum_and_sqrt,
+    uncompiled,
 )
 from torch import Tensor, nn
 
@@ -60,6 +65,93 @@ def test_dynamic_true() -> None:
     got, report = run(model, x, dynamic=True)
     assert_fused(report)
     assert_same_bits(got, reference(model, x, model.norm.weight))
+
+
+def total(x: Tensor) -> Tensor:
+    return x.square().sum(-1, keepdim=True)
+
+
+class Floats(Model):
+    """A norm whose numbers are computed from attributes."""
+
+    def __init__(self, rho: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__(None)
+        self.rho = rho
+        self.eps, self.width, self.root, self.half = EPS, float(WIDTH), WIDTH**0.5, 0.5
+        self.register_buffer("eps_buffer", torch.tensor(EPS))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x * self.rho(self, x) * self.norm.weight
+        return self.first(y), self.second(y)
+
+
+FLOATS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "width * eps": lambda m, x: torch.rsqrt(total(x) + x.shape[-1] * m.eps) * WIDTH**0.5,
+    "float * eps": lambda m, x: torch.rsqrt(total(x) + m.width * m.eps) * m.root,
+    "sum / float": lambda m, x: torch.rsqrt(total(x) / m.width + m.eps),
+    "power": lambda m, x: (mean_square(x) + m.eps) ** (-m.half),
+    "two halves": lambda m, x: torch.rsqrt(mean_square(x) + m.half * m.eps + m.half * m.eps),
+    "einsum": lambda m, x: torch.rsqrt(
+        torch.einsum("...d,...d->...", x, x)[..., None] / m.width + m.eps
+    ),
+}
+
+
+@in_both_modes
+@pytest.mark.parametrize("rho", FLOATS.values(), ids=list(FLOATS))
+def test_numbers_that_are_computed_from_floats(
+    rho: Callable[[Any, Tensor], Tensor], train: bool
+) -> None:
+    model, x = Floats(rho), inputs().requires_grad_(train)
+    got, report = run(model, x, train=train, dynamic=True)
+    (site,) = report.sites
+    assert (site.status, site.consumers) == ("fused", ("first", "second")), str(site)
+    assert_same_bits(got, reference(model, x, model.norm.weight))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: x * torch.rsqrt(total(x) + m.width * m.eps) * m.root,
+        lambda m, x: m.root * x * torch.rsqrt(total(x) + m.width * m.eps),
+        lambda m, x: x / x.norm(dim=-1, keepdim=True) * m.root * m.norm.weight,
+    ],
+    ids=["after", "before", "of a unit row"],
+)
+def test_a_factor_that_is_a_float(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    model = Floats(lambda m, x: x)
+    model.forward = lambda x: model.first(forward(model, x))  # type: ignore[method-assign]
+    _, report = run(model, inputs(), dynamic=True)
+    assert [site.status for site in report.sites] == ["fused"]
+
+
+NO_FLOATS: dict[str, tuple[Callable[[Any, Tensor], Tensor], SkipReason]] = {
+    "clamp": (lambda m, x: torch.rsqrt(mean_square(x).clamp(min=m.eps)), SkipReason.NORM_FORM),
+    "factor": (lambda m, x: torch.rsqrt(mean_square(x) + m.eps) * m.half, SkipReason.NORM_FORM),
+    "buffer": (
+        lambda m, x: torch.rsqrt(mean_square(x) + m.eps_buffer),
+        SkipReason.EPS_INPUT,
+    ),
+    "buffer * float": (
+        lambda m, x: torch.rsqrt(mean_square(x) + m.eps_buffer * m.width),
+        SkipReason.EPS_INPUT,
+    ),
+    "clamp at a buffer": (
+        lambda m, x: torch.rsqrt(torch.maximum(mean_square(x), m.eps_buffer)),
+        SkipReason.EPS_INPUT,
+    ),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("rho, reason", NO_FLOATS.values(), ids=list(NO_FLOATS))
+def test_numbers_that_keep_the_norm(
+    rho: Callable[[Any, Tensor], Tensor], reason: SkipReason, dynamic: bool
+) -> None:
+    model, x = Floats(rho), inputs()
+    got, report = run(model, x, dynamic=dynamic)
+    assert [site.reason for site in report.sites] == [reason]
+    assert_same_bits(got, uncompiled(model, x))
 
 
 # Properties

@@ -29,6 +29,7 @@ from matching import (
     rms_norm,
     sum_and_sqrt,
 )
+from norm_spellings import clamped_rms, einsum, halved, without_root
 from test_match_casts import (
     E4M3_FLOOR,
     HandCast,
@@ -92,6 +93,11 @@ class Reads(Model):
 
     def forward(self, x: Tensor) -> Any:
         return self.read(self, self.norm(x))
+
+
+class AfterLinear(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) * torch.rsqrt(mean_square(x) + self.norm.eps)
 
 
 def rotated(model: Model, y: Tensor) -> Tensor:
@@ -208,6 +214,38 @@ CASES = {
         "sum(x^2) is scaled by 0.01, not by 1/128",
         "/ 100 + eps",
     ),
+    "clamp": Case(
+        model_of(clamped_rms),
+        R.NORM_FORM,
+        "aten.clamp.default",
+        "x / sqrt(mean(x^2) + eps)",
+        "eps by clamp, not added: rms is at least 1e-05",
+        "return x / mean_square(x).sqrt().clamp(min=eps) * w",
+    ),
+    "factor": Case(
+        model_of(halved),
+        R.NORM_FORM,
+        "aten.mul.Tensor",
+        "no factor but the gain",
+        "x / rms is multiplied by 0.5",
+        "return 0.5 * x * torch.rsqrt(mean_square(x) + eps) * w",
+    ),
+    "another function": Case(
+        model_of(without_root),
+        R.NORM_FORM,
+        "aten.div.Tensor",
+        "x / sqrt(mean(x^2) + eps)",
+        "x is divided by another function of its norm",
+        "return x / (mean_square(x) + eps) * w",
+    ),
+    "after the linear": Case(
+        lambda: (AfterLinear(rms_norm), inputs()),
+        R.AFTER_LINEAR,
+        "aten.mul.Tensor",
+        "the norm before the linear",
+        "aten.addmm.default f32[16, 64] is divided by the norm of what it reads",
+        "return self.first(x) * torch.rsqrt(mean_square(x) + self.norm.eps)",
+    ),
     "LayerNorm": Case(
         model_of(layer_norm),
         R.LAYER_NORM,
@@ -263,6 +301,15 @@ CASES = {
         "f32",
         "bf16[2, 8, 128]",
         "return h.pow(2).mean(-1, keepdim=True)",
+        {"estimator": "exact"},
+    ),
+    "einsum": Case(
+        model_of(einsum),
+        R.ROUNDING,
+        "aten.mul.Tensor",
+        "x * rsqrt(mean(x^2) + eps) and nothing else",
+        "aten.mul.Tensor f32[2, 8, 128]",
+        "return (x.float() * rho * w).type_as(x)",
         {"estimator": "exact"},
     ),
     "power": Case(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass
 
@@ -19,12 +18,10 @@ from mxnorm_pass.graph_utils import (
     strip,
     tensor_of,
 )
-from mxnorm_pass.match.statistic import Statistic, follow
 from mxnorm_pass.module_names import module_path
 
 _FUSED = frozenset({aten.native_layer_norm.default, aten.layer_norm.default})
 _VAR_MEANS = frozenset({aten.var_mean.correction})
-_VARIANCES = frozenset({aten.var.correction, *_VAR_MEANS})
 _MEANS = frozenset({aten.mean.dim})
 
 
@@ -37,44 +34,29 @@ class LayerNorm:
 
 
 def find_layer_norms(graph: fx.Graph) -> list[LayerNorm]:
-    """All LayerNorms of the forward graph that take a variance, in graph order.
+    """All LayerNorms of the forward graph that are one op, in graph order.
 
-    Those that square x - mean(x) are found as RMSNorms of it, see :func:`is_centered`.
+    Those that divide x - mean(x) by its norm are found as norms of it, see :func:`centered`.
     """
     return [
         LayerNorm(module_path(node) or node.name, node)
         for node in graph.nodes
-        if node.op == "call_function"
-        and not is_backward(node)
-        and (node.target in _FUSED or _divides_by_deviation(node))
+        if is_call(node, _FUSED) and not is_backward(node)
     ]
 
 
-def is_centered(node: fx.Node) -> bool:
-    """Does the node hold x - mean(x), the mean over the last dimension?"""
+def centered(node: fx.Node) -> fx.Node | None:
+    """x where the node holds x - mean(x), the mean over the last dimension."""
     node = strip(node, is_view, is_dtype_cast)
     if not is_call(node, (aten.sub.Tensor,)) or node.kwargs:
-        return False
+        return None
     x, mean = node.args[:2]
     if not isinstance(x, fx.Node) or not isinstance(mean, fx.Node):
-        return False
+        return None
     source = _mean_of(strip(mean, is_view, is_dtype_cast, is_expand))
-    return source is not None and same_value(source, strip(x, is_view, is_dtype_cast))
-
-
-def _divides_by_deviation(variance: fx.Node) -> bool:
-    if not is_call(variance, _VARIANCES) or not _over_last_dimension(variance):
-        return False
-    values = [variance]
-    if variance.target in _VAR_MEANS:
-        values = [user for user in variance.users if user.args[1] == 0]
-    for value in values:
-        start = Statistic(value, scale=1.0, eps=0.0, power=1.0, trail=(value,))
-        for statistic, user in follow(start):
-            others = [n for n in user.all_input_nodes if n is not statistic.node]
-            if math.isclose(abs(statistic.power), 0.5) and any(map(is_centered, others)):
-                return True
-    return False
+    if source is None or not same_value(source, strip(x, is_view, is_dtype_cast)):
+        return None
+    return x
 
 
 def _mean_of(node: fx.Node) -> fx.Node | None:

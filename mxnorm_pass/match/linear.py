@@ -26,29 +26,11 @@ from mxnorm_pass.graph_utils import (
     tensor_of,
 )
 from mxnorm_pass.match.cast import Cast
+from mxnorm_pass.match.matmul import LINEAR_OPERANDS, is_matmul
 from mxnorm_pass.match.scale_layout import is_blocked, moves_bytes
 from mxnorm_pass.module_names import module_path
 from mxnorm_pass.weight_names import Weight
 
-_MATMULS = frozenset(
-    {
-        aten.mm.default,
-        aten.addmm.default,
-        aten.bmm.default,
-        aten.baddbmm.default,
-        aten.matmul.default,
-        aten.linear.default,
-        aten._scaled_mm.default,
-        aten._scaled_mm_v2.default,
-    }
-)
-# Position of activation and weight among the operands.
-_LINEAR_OPERANDS: dict[Any, tuple[int, int]] = {
-    aten.mm.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    aten.matmul.default: (0, 1),
-    aten.linear.default: (0, 1),
-}
 _LAYOUT = frozenset({aten.permute.default, aten.t.default, aten.transpose.int, aten.slice.Tensor})
 # What turns scales into numbers, beside pointwise ops.
 _DECODING = frozenset({aten.view.dtype, aten.where.self, aten.full_like.default, aten.full.default})
@@ -77,7 +59,7 @@ class PlainLinear:
 
     @property
     def operand_positions(self) -> tuple[int, int]:
-        return _LINEAR_OPERANDS[self.matmul.target]
+        return LINEAR_OPERANDS[self.matmul.target]
 
     @property
     def transposes(self) -> bool:
@@ -91,9 +73,9 @@ def _transposes_weight(matmul: fx.Node) -> bool:
 
 def plain_linear(matmul: fx.Node) -> PlainLinear | None:
     """The linear that a matmul node is, if one operand is a parameter."""
-    if not is_call(matmul, _LINEAR_OPERANDS):
+    if not is_call(matmul, LINEAR_OPERANDS):
         return None
-    a, w = (matmul.args[i] for i in _LINEAR_OPERANDS[matmul.target])
+    a, w = (matmul.args[i] for i in LINEAR_OPERANDS[matmul.target])
     if not isinstance(a, fx.Node) or not isinstance(w, fx.Node):
         return None
     value = tensor_of(w)
@@ -192,7 +174,7 @@ def _weight_inputs(matmul: fx.Node) -> set[fx.Node] | None:
 
     None where they are many nodes away.
     """
-    operand = matmul.args[_LINEAR_OPERANDS.get(matmul.target, (0, 1))[1]]
+    operand = matmul.args[LINEAR_OPERANDS.get(matmul.target, (0, 1))[1]]
     if not isinstance(operand, fx.Node) or (value := tensor_of(operand)) is None or value.ndim != 2:
         return None
     found, seen, pending = set[fx.Node](), {operand}, [operand]
@@ -381,10 +363,6 @@ def _ancestors(
         found |= new
         pending += new
     return tuple(sorted(found))
-
-
-def is_matmul(node: fx.Node) -> bool:
-    return is_call(node, _MATMULS)
 
 
 def is_float8(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,9 @@ from mxnorm_pass.graph_utils import (
     strip,
     tensor_of,
 )
+from mxnorm_pass.match.constant import constant_of, float_inputs
 from mxnorm_pass.match.skip import Skip
-from mxnorm_pass.match.statistic import is_per_channel
+from mxnorm_pass.match.statistic import DIVISIONS, FACTORS, is_per_channel
 from mxnorm_pass.report import SkipReason
 
 
@@ -38,8 +40,10 @@ class Tail:
 
     Attributes:
         output: what its readers see.
-        product: x / rms with the gain applied, before any dtype cast behind it.
+        product: x / rms with gain and factors applied, before any dtype cast behind them.
         gain: [D], None where none is met.
+        factor: by which number x / rms is multiplied.
+        float_inputs: the graph inputs from which another such number is computed.
         rounding: a Skip where the fused op cannot repeat it.
         nodes: from the normalised x (excluded) to ``output`` (included).
         problem: a parameter scales the norm without having one element per channel.
@@ -51,14 +55,25 @@ class Tail:
     rounding: Rounding | Skip
     nodes: tuple[fx.Node, ...]
     problem: Skip | None
+    factor: float
+    float_inputs: tuple[fx.Node, ...]
 
 
-def follow_output(normalized: fx.Node, width: object, gain: fx.Node | None) -> Tail:
-    """Walk through dtype casts and, unless it was met before, one gain to what readers see."""
+def follow_output(
+    normalized: fx.Node, width: object, gain: fx.Node | None, factor: float = 1.0
+) -> Tail:
+    """Walk through dtype casts and, unless it was met before, one gain to what readers see.
+
+    Args:
+        normalized: x / rms times the gain and the factor. Numbers that multiply it belong to the
+            norm until they have made up for the factor.
+    """
     node, product, at_gain, problem = normalized, normalized, None, None
     before: list[fx.Node] = []
     after: list[fx.Node] = []
     nodes: list[fx.Node] = []
+    numbers: list[fx.Node] = []
+    inputs: list[fx.Node] = []
     while True:
         users = forward_users(node)
         if len(users) != 1:
@@ -68,18 +83,63 @@ def follow_output(normalized: fx.Node, width: object, gain: fx.Node | None) -> T
             (before if gain is None else after).append(user)
         elif is_call(user, (aten.alias.default, aten.detach.default)):
             pass
+        elif not is_one(factor) and (number := _number(user)) is not None:
+            factor, product = factor * number, user
+            numbers.append(user)
+        elif not is_one(factor) and (found := _factor_inputs(user, node)):
+            inputs += found
+            product = user
+            numbers.append(user)
         elif gain is None and is_call(user, (aten.mul.Tensor,)):
-            factor = user.args[1] if user.args[0] is node else user.args[0]
-            if not is_per_channel(factor, width):
-                problem = _odd_gain(factor, user, node, width)
+            by = user.args[1] if user.args[0] is node else user.args[0]
+            if not is_per_channel(by, width):
+                problem = _odd_gain(by, user, node, width)
                 break
-            gain, at_gain, product = factor, node, user  # type: ignore[assignment]
+            gain, at_gain, product = by, node, user  # type: ignore[assignment]
         else:
             break
         nodes.append(user)
         node = user
     rounding = _rounding(normalized, before, at_gain, after, node)
-    return Tail(node, product, gain, rounding, tuple(nodes), problem)
+    if numbers:
+        rounding = rounding_skip(numbers[0], "no factor but the gain")
+    return Tail(
+        output=node,
+        product=product,
+        gain=gain,
+        rounding=rounding,
+        nodes=tuple(nodes),
+        problem=problem,
+        factor=factor,
+        float_inputs=tuple(inputs),
+    )
+
+
+def is_one(factor: float) -> bool:
+    return math.isclose(factor, 1.0, rel_tol=1e-5)
+
+
+def _factor_inputs(product: fx.Node, node: fx.Node) -> tuple[fx.Node, ...]:
+    """The float inputs behind a number that ``node`` is multiplied with or divided by."""
+    if not is_call(product, FACTORS):
+        return ()
+    first, second = product.args[:2]
+    if first is not node and product.target in DIVISIONS:
+        return ()
+    return float_inputs(second if first is node else first)
+
+
+def _number(product: fx.Node) -> float | None:
+    """The number by which the node multiplies something."""
+    if is_call(product, (aten.neg.default,)):
+        return -1.0
+    if not is_call(product, FACTORS):
+        return None
+    first, second = product.args[:2]
+    if product.target in DIVISIONS:
+        number = constant_of(second)
+        return 1 / number if number else None
+    return constant_of(second) if constant_of(first) is None else constant_of(first)
 
 
 def _odd_gain(factor: object, user: fx.Node, node: fx.Node, width: object) -> Skip | None:

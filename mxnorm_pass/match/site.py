@@ -15,6 +15,7 @@ from mxnorm_pass.graph_code import call_text
 from mxnorm_pass.graph_utils import is_backward, same_size, tensor_of
 from mxnorm_pass.match.cast import Cast, UnknownCast, find_casts
 from mxnorm_pass.match.dequantize import dequantization
+from mxnorm_pass.match.feeds import feeds_linear_or_cast
 from mxnorm_pass.match.layer_norm import LayerNorm, find_layer_norms
 from mxnorm_pass.match.linear import (
     CastIndex,
@@ -195,9 +196,14 @@ def find_sites(
         differentiated=differentiated,
         obstacle=obstacle,
     )
-    sites = [_find_site(norm, context) for norm in norms]
+    sites = [_find_site(norm, context) for norm in norms if _counts(norm, context)]
     sites += [_refuse_layer_norm(norm, config) for norm in find_layer_norms(graph)]
     return list(_with_residual_adds(sorted(sites, key=_anchor)))
+
+
+def _counts(norm: Norm, context: _Context) -> bool:
+    """Is it an RMSNorm, or does what reads it make it stand for one?"""
+    return norm.is_rms_norm or feeds_linear_or_cast(norm.output, context.casts, context.unknown)
 
 
 def _with_residual_adds(sites: Iterable[Fusion | Refusal]) -> Iterator[Fusion | Refusal]:

@@ -19,11 +19,12 @@ from mxnorm_pass.graph_utils import (
     same_size,
     tensor_of,
 )
+from mxnorm_pass.match.constant import constant_of
 
 ADDS = frozenset({aten.add.Tensor, aten.add.Scalar})
-_MULS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
-_DIVS = frozenset({aten.div.Tensor, aten.div.Scalar})
-FACTORS = _MULS | _DIVS
+MULTIPLICATIONS = frozenset({aten.mul.Tensor, aten.mul.Scalar})
+DIVISIONS = frozenset({aten.div.Tensor, aten.div.Scalar})
+FACTORS = MULTIPLICATIONS | DIVISIONS
 _POWER_OF = {
     aten.sqrt.default: 0.5,
     aten.rsqrt.default: -0.5,
@@ -106,7 +107,7 @@ def _next_statistic(s: Statistic, user: fx.Node) -> Iterator[Statistic]:
 def _arithmetic(s: Statistic, user: fx.Node, onward: Statistic) -> Iterator[Statistic]:
     first, second = user.args[:2]
     other = second if first is s.node else first
-    constant = _constant(other)
+    constant = constant_of(other)
     if user.kwargs.get("alpha", 1) != 1:
         return
     if constant is None:
@@ -121,24 +122,13 @@ def _arithmetic(s: Statistic, user: fx.Node, onward: Statistic) -> Iterator[Stat
         elif constant != 0:
             yield replace(onward, eps_outside_root=user)
         return
-    if user.target in _DIVS and first is not s.node:
+    if user.target in DIVISIONS and first is not s.node:
         onward = replace(onward, power=-s.power)
-    elif user.target in _DIVS:
+    elif user.target in DIVISIONS:
         constant = 1 / constant if constant else 0.0
     if constant > 0:
         factor = constant ** (1 / onward.power)
         yield replace(onward, scale=s.scale * factor, eps=s.eps * factor)
-
-
-def _constant(arg: object) -> float | None:
-    if isinstance(arg, (int, float)) and not isinstance(arg, bool):
-        return float(arg)
-    if isinstance(arg, fx.Node):
-        if is_call(arg, (aten.full.default,)) and isinstance(arg.args[1], (int, float)):
-            return float(arg.args[1])
-        if is_call(arg, (aten.scalar_tensor.default,)) and isinstance(arg.args[0], (int, float)):
-            return float(arg.args[0])
-    return None
 
 
 def is_per_channel(factor: object, width: object) -> bool:

@@ -12,7 +12,8 @@ from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.formats import MX_BLOCK_SIZE
 from mxnorm_pass.graph_code import call_text, type_name
 from mxnorm_pass.graph_utils import aten, forward_users, is_call, tensor_of
-from mxnorm_pass.match.linear import PlainLinear, Reader, is_matmul, plain_linear
+from mxnorm_pass.match.linear import PlainLinear, Reader, plain_linear
+from mxnorm_pass.match.matmul import is_product
 from mxnorm_pass.match.router import is_router
 from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.module_names import module_path
@@ -22,7 +23,6 @@ _LINEAR_DTYPES = (torch.bfloat16, torch.float32)
 _SHOWN = 3
 # From a norm to the attention or the experts it feeds there is a handful of ops.
 _MAX_STEPS = 64
-_PRODUCTS = ("attention", "grouped_mm", "convolution")
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 
 
@@ -92,7 +92,7 @@ def _fed_product(reader: fx.Node, known: set[fx.Node]) -> fx.Node | None:
     while queue and steps < _MAX_STEPS:
         # In graph order, so that a node's operands are known before it is.
         node, steps = heappop(queue), steps + 1
-        if _is_product(node):
+        if is_product(node):
             return node
         operands = [n for n in node.all_input_nodes if tensor_of(n) is not None]
         if node in known or (is_call(node, _SUMS) and not known.issuperset(operands)):
@@ -101,7 +101,3 @@ def _fed_product(reader: fx.Node, known: set[fx.Node]) -> fx.Node | None:
         for user in forward_users(node):
             heappush(queue, user)
     return None
-
-
-def _is_product(node: fx.Node) -> bool:
-    return is_matmul(node) or any(name in str(node.target) for name in _PRODUCTS)
