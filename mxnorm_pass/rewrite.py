@@ -23,6 +23,7 @@ cotangent that comes from the fused consumers. All other readers keep the exact 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 
 import torch
@@ -57,6 +58,7 @@ from mxnorm_pass.residual import fuse_residual_add
 
 def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
     """Edit one fusion into the graph; dead nodes are left for the caller to remove."""
+    fusion = replace(fusion, norm=_with_flat_gain(graph, fusion.norm))
     weights = _block_weights(graph, fusion)
     rhos = [_fuse_casts(graph, fusion, cast, weights) for cast in fusion.casts]
     merge_equal(sorted({node for c in fusion.consumers for node in c.linear.slice}))
@@ -69,6 +71,19 @@ def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
     if fusion.residual is not None:
         op, _ = rhos[0].args
         fuse_residual_add(graph, op, fusion.residual)  # type: ignore[arg-type]
+
+
+def _with_flat_gain(graph: fx.Graph, norm: Norm) -> Norm:
+    """The norm with its gain as [D], where it may be [1, D] or [1, 1, D]."""
+    gain = norm.gain
+    if gain is None or len(gain.meta["val"].shape) == 1:
+        return norm
+    # Graph inputs stay in front of all else.
+    inputs = graph.find_nodes(op="placeholder")
+    after = inputs[-1] if gain in inputs else gain
+    with graph.inserting_after(after):
+        flat = call(graph, gain, aten.reshape.default, gain, [norm.width])
+    return replace(norm, gain=flat)
 
 
 def _block_weights(graph: fx.Graph, fusion: Fusion) -> fx.Node | None:
