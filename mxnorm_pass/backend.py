@@ -35,6 +35,7 @@ from mxnorm_pass.graph_pass import (
 from mxnorm_pass.graph_utils import aten
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
 from mxnorm_pass.module_names import module_paths, parameter_name, qualify_modules, subgraphs
+from mxnorm_pass.run_graph import Interpreter, run_graph
 
 log = logging.getLogger("mxnorm_pass")
 
@@ -339,31 +340,15 @@ def _compile_with_aot(
 
 
 def _compile_with_aot_eager(job: CompileJob) -> CompiledFunction:
-    from torch._dynamo.backends.debugging import boxed_nop
-
-    return _compile_with_aot(job, boxed_nop, _norm_decompositions())
+    return _compile_with_aot(job, run_graph, _norm_decompositions())
 
 
 def compile_with_interpreter(
-    job: CompileJob, interpreter: Callable[[fx.GraphModule], fx.Interpreter] = fx.Interpreter
+    job: CompileJob, interpreter: Interpreter = fx.Interpreter
 ) -> CompiledFunction:
     """Run node by node, so that an error names the node and the model's source line."""
-    run = partial(_interpreted, make=interpreter)
+    run = partial(run_graph, interpreter=interpreter)
     return _compile_with_aot(job, run, _norm_decompositions())
-
-
-def _interpreted(
-    gm: fx.GraphModule, inputs: Any, make: Callable[[fx.GraphModule], fx.Interpreter]
-) -> CompiledFunction:
-    interpreter = make(gm)
-
-    def run(args: list[Any]) -> Any:
-        values = list(args)
-        args.clear()
-        return interpreter.run(*values)
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
 
 
 _INNER: dict[str, Callable[[CompileJob], CompiledFunction]] = {

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
     in_kernel_invocation_manager,
     unset_fake_temporarily,
 )
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import make_fx, snapshot_fake
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -427,7 +427,9 @@ def _may_alias(target: Any) -> bool:
 def _evaluate(node: fx.Node, mode: Any) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with mode, torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+    # As in traced graphs: a fake tensor that is autograd's view of another cannot be pickled.
+    return pytree.tree_map_only(FakeTensor, snapshot_fake, value)
 
 
 def _fresh(mode: Any, like: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ def module_path(node: fx.Node) -> str:
 
 def parameter_name(placeholder: fx.Node, prefix: str) -> str:
     """Full name of the parameter or buffer that an input of Dynamo's graph holds."""
-    source = placeholder.meta["grapharg"].source.name
+    # Unlike the meta of the node this is there under aot_compile, too.
+    source = placeholder._dynamo_source.name  # type: ignore[attr-defined]
     name = clean_module_path(source() if callable(source) else source)
     return f"{prefix}.{name}" if prefix else name
 
