@@ -20,7 +20,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import recording
-from mxnorm_pass.announce import announce
+from mxnorm_pass.announce import announce, announce_failure
 from mxnorm_pass.channel_order import check_channels
 from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
 from mxnorm_pass.errors import InvalidOptionsError
@@ -60,6 +60,19 @@ def mxnorm(
     Raises:
         ValueError: an option is unknown or has a wrong value; the message names it.
     """
+    try:
+        return _compile(gm, example_inputs, mode, options)
+    except Exception as error:
+        announce_failure(error, gm)
+        raise
+
+
+def _compile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None,
+    options: Mapping[str, Any] | None,
+) -> CompiledFunction:
     job = CompileJob.of(gm, example_inputs, parse(options, mode))
     order_known = job.check_channels()
     key = job.report_key()

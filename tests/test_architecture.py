@@ -27,7 +27,7 @@ LAYERS = [
     {"layers", "tracing", "channels"},
     {"backend", "export", "fake_models"},
     {"announce"},
-    {"recording", "inductor_e8m0", "freezing", "run_graph"},
+    {"recording", "inductor_e8m0", "freezing", "run_graph", "exported_autocast"},
     {"graph_pass"},
     {"insert", "rewrite", "site_graphs"},
     {"traffic"},
