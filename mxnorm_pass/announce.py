@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
+from torch import fx
+from torch._dynamo import exc
 from torch._logging._internal import trace_structured
 
 from mxnorm_pass import recording
@@ -16,6 +18,7 @@ from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.graph_pass import PassResult
 from mxnorm_pass.name_patterns import UnmatchedPattern
 from mxnorm_pass.report import Graph, Site, SkipReason, site_rows
+from mxnorm_pass.source_line import source_line
 
 log = logging.getLogger("mxnorm_pass")
 
@@ -79,6 +82,36 @@ def _log(result: PassResult) -> None:
         log.debug("%s", site)
     log.debug("before:\n%s\nafter:\n%s", result.graph.before, result.graph.after)
     _trace(result.graph)
+
+
+def announce_failure(error: Exception, gm: fx.GraphModule) -> None:
+    """Warn of an exception in the backend that Dynamo may swallow and run the code uncompiled.
+
+    To be called where the exception goes on to Dynamo. What Dynamo raises speaks for itself.
+
+    Args:
+        gm: the graph that was to be compiled.
+    """
+    if isinstance(error, exc.RestartAnalysis):
+        return
+    if isinstance(error, exc.SkipFrame):
+        cause, cure = "it asks Dynamo to leave the code alone", "find out who raises it"
+    elif isinstance(error, exc.exceptions_allowed_to_be_fallback):
+        cause = "Dynamo takes it for an op that cannot be compiled"
+        cure = "compile with fullgraph=True, which raises the error with its traceback"
+    elif torch._dynamo.config.suppress_errors:
+        cause = "torch._dynamo.config.suppress_errors is set"
+        cure = "unset that, and the error is raised with its traceback"
+    else:
+        return
+    start = source_line(*gm.graph.nodes) or "an unknown line"
+    said = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+    message = MXNormWarning(
+        f"mxnorm: the graph that starts at {start} does not compile, and without fullgraph=True "
+        "the code now runs as it is, with no norm fused and nothing cast. "
+        f"{said}. Cause: {cause}. To do: {cure}"
+    )
+    warnings.warn(message, stacklevel=3)
 
 
 def _trace(graph: Graph) -> None:

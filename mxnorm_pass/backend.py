@@ -20,7 +20,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import recording
-from mxnorm_pass.announce import announce
+from mxnorm_pass.announce import announce, announce_failure
 from mxnorm_pass.channel_order import check_channels
 from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
 from mxnorm_pass.errors import InvalidOptionsError
@@ -50,6 +50,7 @@ from mxnorm_pass.provenance import Provenance, mark_ends, marked_copy, take_mark
 from mxnorm_pass.recording import StoredCompile
 from mxnorm_pass.regions import Renaming, names_in_layers, renamings, site_of_layer, split_regions
 from mxnorm_pass.report import SkipReason
+from mxnorm_pass.run_graph import Interpreter, run_graph
 from mxnorm_pass.scopes import Scope, scopes_of
 from mxnorm_pass.substitute import substitute
 from mxnorm_pass.weight_names import Weight
@@ -77,6 +78,19 @@ def mxnorm(
     Raises:
         ValueError: an option is unknown or has a wrong value; the message names it.
     """
+    try:
+        return _compile(gm, example_inputs, mode, options)
+    except Exception as error:
+        announce_failure(error, gm)
+        raise
+
+
+def _compile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None,
+    options: Mapping[str, Any] | None,
+) -> CompiledFunction:
     job = CompileJob.of(gm, example_inputs, parse(options, mode))
     order_known = job.check_channels()
     key = job.report_key()
@@ -449,31 +463,15 @@ def _compile_with_aot(
 
 
 def _compile_with_aot_eager(job: CompileJob) -> CompiledFunction:
-    from torch._dynamo.backends.debugging import boxed_nop
-
-    return _compile_with_aot(job, boxed_nop, _norm_decompositions())
+    return _compile_with_aot(job, run_graph, _norm_decompositions())
 
 
 def compile_with_interpreter(
-    job: CompileJob, interpreter: Callable[[fx.GraphModule], fx.Interpreter] = fx.Interpreter
+    job: CompileJob, interpreter: Interpreter = fx.Interpreter
 ) -> CompiledFunction:
     """Run node by node, so that an error names the node and the model's source line."""
-    run = partial(_interpreted, make=interpreter)
+    run = partial(run_graph, interpreter=interpreter)
     return _compile_with_aot(job, run, _norm_decompositions())
-
-
-def _interpreted(
-    gm: fx.GraphModule, inputs: Any, make: Callable[[fx.GraphModule], fx.Interpreter]
-) -> CompiledFunction:
-    interpreter = make(gm)
-
-    def run(args: list[Any]) -> Any:
-        values = list(args)
-        args.clear()
-        return interpreter.run(*values)
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
 
 
 _INNER: dict[str, Callable[[CompileJob], CompiledFunction]] = {

@@ -70,23 +70,25 @@ def block_absmax(x: Tensor, block_size: int) -> Tensor:
     return blocks(x, block_size).abs().amax(-1)
 
 
-def _power_mean(absmax: Tensor, p: float, weights: Tensor | None = None) -> Tensor:
-    """(mean of absmax^p)^(1/p), [..., K] -> [..., 1], within the range of absmax itself.
-
-    With ``weights`` [K] their sum of absmax^p takes the place of the mean.
-    """
+def _power_mean(absmax: Tensor, p: float) -> Tensor:
+    """(mean of absmax^p)^(1/p), [..., K] -> [..., 1], within the range of absmax itself."""
     # m^p leaves float32's range long before m does, so take the largest block out.
     largest = absmax.amax(-1, keepdim=True).detach()
     largest = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
     ratio = absmax / largest
     # The derivative of 0^p is infinite for p < 1 and would turn 0 * inf into NaN.
     powers = torch.where(ratio > 0, torch.where(ratio > 0, ratio, 1.0).pow(p), ratio)
-    if weights is None:
-        mean = powers.mean(-1, keepdim=True)
-    else:
-        mean = (powers * weights).sum(-1, keepdim=True)
+    mean = powers.mean(-1, keepdim=True)
     root = torch.where(mean > 0, torch.where(mean > 0, mean, 1.0).pow(1 / p), mean)
     return largest * root
+
+
+def _weighted_power_sum(absmax: Tensor, p: float, weights: Tensor) -> Tensor:
+    """(sum of w_k absmax_k^p)^(1/p), [..., K] -> [..., 1], within the range of absmax itself."""
+    heaviest = weights.amax().clamp(min=torch.finfo(weights.dtype).tiny)
+    # Weights go under the power: a block that has hardly any may be the largest by far.
+    relative = absmax * (weights / heaviest).pow(1 / p)
+    return _power_mean(relative, p) * (heaviest * len(weights)).pow(1 / p)
 
 
 def mean_square_from_absmax(
@@ -94,10 +96,11 @@ def mean_square_from_absmax(
 ) -> Tensor:
     """rms~^2 from block absmaxes [..., K] -> [..., 1]; p = 2 needs no root.
 
-    ``block_weights`` [K] stand for 1 / (K c^p): rms~^p = sum_k w_k m_k^p.
+    ``block_weights`` [K] stand for 1 / (K c^p): rms~^p = sum_k w_k m_k^p. A square may leave the
+    dtype's range where rms~ does not, as in RMSNorm itself.
     """
     if block_weights is not None:
-        return _weighted_mean_square(absmax, p, block_weights)
+        return _weighted_mean_square(absmax, p, _checked_weights(block_weights, absmax))
     c = rms_constant(p, block_size)
     if p == 2:
         return absmax.square().mean(-1, keepdim=True) / c**2
@@ -106,19 +109,22 @@ def mean_square_from_absmax(
     return (_power_mean(absmax, p) / c).square()
 
 
-def _weighted_mean_square(absmax: Tensor, p: float, block_weights: Tensor) -> Tensor:
+def _weighted_mean_square(absmax: Tensor, p: float, weights: Tensor) -> Tensor:
+    if p == 2:
+        return (absmax.square() * weights).sum(-1, keepdim=True)
+    if p == 1:
+        return (absmax * weights).sum(-1, keepdim=True).square()
+    return _weighted_power_sum(absmax, p, weights).square()
+
+
+def _checked_weights(block_weights: Tensor, absmax: Tensor) -> Tensor:
     width = absmax.shape[-1]
     if block_weights.shape != (width,):
         raise ValueError(
             f"block_weights has shape {tuple(block_weights.shape)}; the rows have {width} blocks, "
             f"so it must be [{width}]"
         )
-    weights = block_weights.to(absmax.dtype)
-    if p == 2:
-        return (absmax.square() * weights).sum(-1, keepdim=True)
-    if p == 1:
-        return (absmax * weights).sum(-1, keepdim=True).square()
-    return _power_mean(absmax, p, weights).square()
+    return block_weights.to(absmax.dtype)
 
 
 def rms_estimate(
@@ -138,7 +144,7 @@ def rms_estimate(
     """
     absmax = block_absmax(x.to(compute_dtype(x)), block_size)
     if block_weights is not None:
-        return _weighted_mean_square(absmax, p, block_weights).sqrt()
+        return _weighted_power_sum(absmax, p, _checked_weights(block_weights, absmax))
     return _power_mean(absmax, p) / rms_constant(p, block_size)
 
 

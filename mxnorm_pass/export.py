@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -18,8 +17,9 @@ from mxnorm_pass import lowering
 from mxnorm_pass.announce import announce
 from mxnorm_pass.channel_order import check_channels
 from mxnorm_pass.config import MXNormConfig, parse_options
+from mxnorm_pass.exported_autocast import as_exported
 from mxnorm_pass.graph_pass import GraphFacts, foreign_subclass, run_pass
-from mxnorm_pass.graph_utils import CONSTANT_PREFIX, aten, prims, tensor_of, unwrap_constants
+from mxnorm_pass.graph_utils import CONSTANT_PREFIX, aten, prims, unwrap_constants
 from mxnorm_pass.match.linear import mark_inputs
 from mxnorm_pass.module_names import module_paths
 from mxnorm_pass.weight_names import Weight, named_weights
@@ -44,6 +44,8 @@ def apply(
     The result is functional ATen, for inference: its parameters take no gradient. Composite ops
     are decomposed (``rms_norm`` must be seen in its parts) other than ``linear``, ``matmul`` and
     ``scaled_dot_product_attention``. The bodies of ``torch.cond`` and its like stay as they are.
+    The dtypes are those that the program notes: of one that was exported under an autocast, the
+    result holds the casts, and runs without it.
     The result shares weights and constants with the given program, which is not changed. Where
     nothing is rewritten it is a copy of the given program, with nothing decomposed.
 
@@ -133,20 +135,11 @@ def functional_program(program: ExportedProgram) -> ExportedProgram:
     # To rebuild a structure such as a DynamicCache may take ops, which would be traced along.
     call, original = _call_signature(traceable), _call_signature(program)
     call.out_spec = pytree.tree_structure((0,) * original.out_spec.num_leaves)
-    with _without_autocast(program.graph):
+    with as_exported(program.graph_module):
         functional: ExportedProgram = traceable.run_decompositions(_decompositions())
     _call_signature(functional).out_spec = original.out_spec
     _drop_metadata_checks(functional.graph)
     return functional
-
-
-def _without_autocast(graph: fx.Graph) -> ExitStack:
-    """The caller's autocast is not the program's."""
-    stack = ExitStack()
-    for device in {value.device.type for value in map(tensor_of, graph.nodes) if value is not None}:
-        if torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
 
 
 def _interpret(module: fx.GraphModule, *args: Any) -> Any:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._functorch import config as functorch_config
+
+from mxnorm_pass.errors import InvalidOptionsError
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,20 @@ class FrozenGraph:
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FrozenGraph:
-        """Copy ``gm``; from now on Dynamo compiles anew where a weight is another tensor."""
+        """Copy ``gm``; from now on Dynamo compiles anew where a weight is another tensor.
+
+        Raises:
+            InvalidOptionsError: ``aot_compile`` asks, and Inductor saves no frozen graphs.
+        """
+        if functorch_config.bundled_autograd_cache:
+            raise InvalidOptionsError(
+                "freezing=True makes weights part of the code, which aot_compile cannot save: "
+                "leave it out, or compile without aot_compile"
+            )
         frozen, placeholders = _copy(gm)
         for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
             if is_static(node):
-                source = node.meta["grapharg"].source
+                source = node._dynamo_source  # type: ignore[attr-defined]
                 install_guard(source.make_guard(GuardBuilder.ID_MATCH))
                 name = attribute_of(index)
                 _make_attribute(frozen, node, name, value)

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
     in_kernel_invocation_manager,
     unset_fake_temporarily,
 )
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import make_fx, snapshot_fake
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -340,14 +340,33 @@ class SubgraphCache:
                 return function(*[next(it) if isinstance(a, fx.Node) else a for a in args])
 
             values = [n.meta["val"] for n in nodes]
-            no_autocast = torch.autocast("cpu", enabled=False)
             # Some ops take symbolic sizes in their Python implementation only.
-            with _fake_mode(*nodes), no_autocast, enable_python_dispatcher():
+            with _fake_mode(*nodes), _undisturbed(values), enable_python_dispatcher():
                 traced = make_fx(on_tensors, decomposition_table=self._decompositions)(*values)
             _drop_detaches(traced.graph)
             traced.graph.eliminate_dead_code()
             self._traced[key] = traced
         return self._traced[key]
+
+
+@contextmanager
+def _undisturbed(values: Iterable[Any]) -> Iterator[None]:
+    """Keep the modes in which the user compiles out of a trace.
+
+    Autocast adds casts; anomaly mode asks for the values of gradients.
+    """
+    devices = {tensor.device.type for value in values for tensor in _tensors(value)}
+    with without_autocast(devices), torch.autograd.set_detect_anomaly(False):
+        yield
+
+
+def without_autocast(devices: Iterable[str]) -> ExitStack:
+    """A context without autocast for these types of devices."""
+    stack = ExitStack()
+    for device in devices:
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def _drop_detaches(graph: fx.Graph) -> None:
@@ -430,7 +449,9 @@ def _may_alias(target: Any) -> bool:
 def _evaluate(node: fx.Node, mode: Any) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with mode, torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+    # As in traced graphs: a fake tensor that is autograd's view of another cannot be pickled.
+    return pytree.tree_map_only(FakeTensor, snapshot_fake, value)
 
 
 def _fresh(mode: Any, like: Tensor) -> Tensor:

@@ -48,8 +48,9 @@ def module_path(node: fx.Node) -> str:
 
 def spelling_of(placeholder: fx.Node) -> str:
     """How Dynamo spells where it found an input of its graph; "" where it does not say."""
-    argument = placeholder.meta.get("grapharg")
-    name = argument.source.name if argument is not None else ""
+    # Unlike the meta of the node this is there under aot_compile, too.
+    source = getattr(placeholder, "_dynamo_source", None)
+    name = source.name if source is not None else ""
     return str(name() if callable(name) else name)
 
 

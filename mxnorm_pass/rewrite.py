@@ -23,6 +23,7 @@ same op::
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -48,12 +49,14 @@ from mxnorm_pass.graph_utils import (
 from mxnorm_pass.match import FusedCast, Fusion
 from mxnorm_pass.match.cast import Cast
 from mxnorm_pass.match.linear import Consumer, WeightCast, cast_use
+from mxnorm_pass.match.norm import Norm
 from mxnorm_pass.match.norm_tail import Rounding
 from mxnorm_pass.residual import fuse_residual_add
 
 
 def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
     """Edit one fusion into the graph; dead nodes are left for the caller to remove."""
+    fusion = replace(fusion, norm=_with_flat_gain(graph, fusion.norm))
     at = fusion.norm.anchor if fusion.norm.estimated else fusion.norm.output.next
     weights = _block_weights(graph, fusion, at)
     rhos = [_fuse_casts(graph, fusion, cast, weights, at) for cast in fusion.casts]
@@ -65,6 +68,19 @@ def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
     if fusion.residual is not None:
         op, _ = rhos[0].args
         fuse_residual_add(graph, op, fusion.residual)  # type: ignore[arg-type]
+
+
+def _with_flat_gain(graph: fx.Graph, norm: Norm) -> Norm:
+    """The norm with its gain as [D], where it may be [1, D] or [1, 1, D]."""
+    gain = norm.gain
+    if gain is None or len(gain.meta["val"].shape) == 1:
+        return norm
+    # Graph inputs stay in front of all else.
+    inputs = graph.find_nodes(op="placeholder")
+    after = inputs[-1] if gain in inputs else gain
+    with graph.inserting_after(after):
+        flat = call(graph, gain, aten.reshape.default, gain, [norm.width])
+    return replace(norm, gain=flat)
 
 
 def _share_rho(

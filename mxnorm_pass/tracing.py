@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from mxnorm_pass.announce import announce_failure
 from mxnorm_pass.backend import CompileJob, parse, trace_only
 from mxnorm_pass.fake_models import traceable
 from mxnorm_pass.report import Report
@@ -39,8 +40,12 @@ def explain(
         job = CompileJob.of(gm, example_inputs, parsed)
         job.check_channels()
         stand_in = _without_content(gm)
-        job.prepare()
-        trace_only(job)
+        try:
+            job.prepare()
+            trace_only(job)
+        except Exception as error:
+            announce_failure(error, gm)
+            raise
         for result in job.results:
             report.add(result.graph)
         return stand_in

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchao.prototype.moe_training.mxfp8_linear import MXFP8Linear
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
 from torchao.quantization import quantize_
@@ -86,6 +85,9 @@ def convert_to_mxfp8_training(
     model: nn.Module, mode: str = "rceil", wgrad_with_hp: bool = False
 ) -> nn.Module:
     """torchao's MXFP8 training linears in the place of every nn.Linear but lm_head."""
+    # Not at the top: torchao 0.17, with which test_lowest.py runs, has them elsewhere.
+    from torchao.prototype.moe_training.mxfp8_linear import MXFP8Linear
+
     for name, module in list(model.named_modules()):
         if not _is_converted(module, name):
             continue

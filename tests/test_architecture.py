@@ -28,7 +28,7 @@ LAYERS = [
     {"backend", "export", "fake_models"},
     {"announce"},
     {"graph_names"},
-    {"recording", "inductor_e8m0", "freezing"},
+    {"recording", "inductor_e8m0", "freezing", "run_graph", "exported_autocast"},
     {"graph_pass"},
     {"insert", "rewrite", "site_graphs"},
     {"traffic"},

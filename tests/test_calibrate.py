@@ -189,6 +189,15 @@ def test_gain_and_eps_are_read_off_any_norm(eps: float) -> None:
     torch.testing.assert_close(constants.gain, (1 + norm.weight).detach(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(1, 64), (1, 1, 64)], ids=str)
+def test_gain_and_eps_of_a_gain_with_leading_ones(shape: tuple[int, ...]) -> None:
+    norm = OnePlus(1e-6)
+    flat = probe(norm, 64, CPU)
+    norm.weight = nn.Parameter(norm.weight.detach().reshape(shape))
+    found = probe(norm, 64, CPU)
+    assert torch.equal(found.gain, flat.gain) and found.eps == flat.eps
+
+
 WRONG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "exact": ({"estimator": "exact"}, "estimator='exact', which needs no calibration"),
     "p": ({"modules": {"*.input_*": {"p": 1}}}, "p = 1, the options' p is 2"),

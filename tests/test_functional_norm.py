@@ -154,6 +154,42 @@ def test_estimate_within_the_range_of_the_elements(p: float, scale: float) -> No
     )
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e20, 1e37, 1e-24, 1e-35])
+@pytest.mark.parametrize("p", [0.3, 1, 2, 3, 3.7, 16])
+def test_weighted_estimate_within_the_range_of_the_elements(p: float, scale: float) -> None:
+    """The plain estimate's weights give the plain estimate; others the formula in float64."""
+    x = normal(16, WIDTH) * scale
+    plain = torch.full((BLOCKS,), 1 / (BLOCKS * rms_constant(p, BLOCK_SIZE) ** p))
+    uneven = plain * torch.linspace(0.0, 3.0, BLOCKS)
+    m = x.double().reshape(16, BLOCKS, BLOCK_SIZE).abs().amax(-1)
+    for weights in (plain, uneven):
+        actual = rms_estimate(x, p=p, block_weights=weights)
+        unit = m.amax(-1, keepdim=True)
+        expected = unit * ((m / unit).pow(p) @ weights.double()[:, None]).pow(1 / p)
+        # Beside the mean's powers one of each weight, a product with it and one with their sum.
+        tolerance = 2 * estimate_error(p) + 4 * U
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 16])
+def test_a_huge_block_without_weight_does_not_count(p: float) -> None:
+    x = normal(4, 64)
+    x[:, 32:] *= 1e20
+    weights = torch.tensor([0.5, 0.0])
+    expected = 0.5 ** (1 / p) * x[:, :32].abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(rms_estimate(x, p=p, block_weights=weights), expected)
+
+
+def test_rows_and_weights_of_zeros_estimate_zero() -> None:
+    for x, weights in ((torch.zeros(2, 64), torch.ones(2)), (torch.ones(2, 64), torch.zeros(2))):
+        for p in (0.5, 1.0, 2.0, 3.0):
+            x = x.clone().requires_grad_()
+            estimate = rms_estimate(x, p=p, block_weights=weights)
+            assert not estimate.any()
+            (grad,) = torch.autograd.grad(estimate.sum(), x)
+            assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("p", [0.3, 1, 2, 3.7])
 def test_estimate_in_float64(p: float) -> None:
     x = normal(4, WIDTH, dtype=torch.float64)

@@ -29,7 +29,8 @@ class NormConstants:
 def probe(norm: nn.Module, width: int, device: torch.device) -> NormConstants:
     """Run ``norm`` on constant rows [2, width], which the gain and eps follow from."""
     rows = torch.tensor([[_LARGE], [_SMALL]], device=device).expand(2, width).contiguous()
-    large, small = norm.forward(rows).float()  # past all hooks
+    # Past all hooks. A gain of [1, 1, D] adds a dimension.
+    large, small = norm.forward(rows).float().reshape(rows.shape)
     known = large != 0
     if not known.any():
         return NormConstants(large, 0.0)

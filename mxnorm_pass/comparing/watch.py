@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mxnorm_pass import functional, ops
+from mxnorm_pass.announce import announce_failure
 from mxnorm_pass.backend import CompileJob, compile_with_interpreter, parse
 from mxnorm_pass.calibrating.batches import Batch, token_rows
 from mxnorm_pass.dispatch import NormCastCall
@@ -95,8 +96,12 @@ class WatchedModel:
     def _backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         job = CompileJob.of(gm, example_inputs, self._parsed)
         job.check_channels()
-        job.prepare()
-        compiled = compile_with_interpreter(job, lambda graph: _Watching(graph, self))
+        try:
+            job.prepare()
+            compiled = compile_with_interpreter(job, lambda graph: _Watching(graph, self))
+        except Exception as error:
+            announce_failure(error, gm)
+            raise
         for result in job.results:
             self.report.add(result.graph)
         return compiled

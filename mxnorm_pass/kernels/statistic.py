@@ -17,20 +17,23 @@ from mxnorm_pass.kernels.rounding import round_to
 def accumulate(x, block_weights, partial, largest, EXACT: tl.constexpr, P: tl.constexpr):
     """Add a tile to its rows' sums: of x^2, or of w_k m_k^p over its blocks.
 
-    For p other than 1 and 2 the sums are of (m_k / largest)^p: m_k^p leaves float32's range.
+    For p other than 1 and 2 the sums are of (m_k / largest)^p: m_k^p leaves float32's range. The
+    weights' roots are then in m_k: a block that has no weight may be the largest by far.
 
     Args:
         block_weights: [K] or None.
-        partial, largest: [ROWS], the sums and the largest finite block absmax so far.
+        partial, largest: [ROWS], the sums and the largest finite m_k so far.
     """
     if EXACT:
         return partial + tl.sum(tl.sum(x * x, 2), 1), largest
     m = absmax_bits(x, 2).to(tl.float32, bitcast=True)
     if P == 2.0:
-        powers = m * m
+        powers = weighted(m * m, block_weights)
     elif P == 1.0:
-        powers = m
+        powers = weighted(m, block_weights)
     else:
+        if block_weights is not None:
+            m = weighted(m, power(block_weights, 1.0 / P))
         before = largest
         largest = tl.maximum(largest, tl.max(tl.where(m < float("inf"), m, 0.0), 1))
         unit = divisor(largest)
@@ -38,9 +41,12 @@ def accumulate(x, block_weights, partial, largest, EXACT: tl.constexpr, P: tl.co
         scales = (before > 0) & (partial < float("inf"))
         partial = tl.where(scales, partial * power(before / unit, P), partial)
         powers = power(m / unit[:, None], P)
-    if block_weights is not None:
-        powers = powers * block_weights[None, :]
     return partial + tl.sum(powers, 1), largest
+
+
+@triton.jit
+def weighted(powers, block_weights):
+    return powers if block_weights is None else powers * block_weights[None, :]
 
 
 @triton.jit

@@ -76,13 +76,16 @@ def rho_error(x: Tensor, options: NormCastSpec, block_weights: Tensor | None) ->
         return ((1 + weighting + blocks + 2) + 2) * U / 2 + 2 * U
     if p == 1:
         return ((weighting + blocks + 2) * 2 + 1 + 2) * U / 2 + 2 * U
-    m = absmax64(x, options.block_size)
+    m, each = absmax64(x, options.block_size), 4 * U
+    if block_weights is not None:
+        weights = block_weights[block_weights > 0].double()
+        m = m[..., block_weights > 0] * weights.pow(1 / p)
+        each += power_error(1 / p, float(weights.log2().abs().max())) + U
     ratio = m / m.amax(-1, keepdim=True)
-    mean = ratio.pow(p)
-    mean = mean.mean(-1) if block_weights is None else (mean * block_weights.double()).sum(-1)
+    mean = ratio.pow(p).sum(-1) if weighting else ratio.pow(p).mean(-1)
     # A chunk's terms are scaled once more for each chunk that follows: at most three times.
-    term = 4 * (p * 4 * U + power_error(p, -math.log2(ratio.min())) + U)
-    total = term + (weighting + blocks + 2) * U
+    term = 4 * (p * each + power_error(p, -math.log2(ratio.min())) + U)
+    total = term + (blocks + 2) * U
     root = total / p + power_error(1 / p, float(mean.log2().abs().max())) + 3 * U
     return root + (1 + 2) * U / 2 + 2 * U
 
@@ -109,6 +112,18 @@ def test_rho_with_block_weights(p: float, config: Config) -> None:
     x, options = normal(8, 544, dtype=BF16), spec(p=p)
     block_weights = gain(17, F32, 0.0, 0.1)
     block_weights[::5] = 0.0
+    rho = kernel(x, None, options, block_weights=block_weights, config=config).rho
+    expected = rho64(x, options, block_weights)
+    assert relative(rho, expected) <= rho_error(x, options, block_weights)
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0, 3.0, 16.0])
+@all_configs
+def test_a_huge_block_without_weight_does_not_count(p: float, config: Config) -> None:
+    x, options = normal(8, 128), spec(p=p)
+    x[:, 64:96] *= 1e4
+    block_weights = gain(4, F32, 0.05, 0.1)
+    block_weights[2] = 0.0
     rho = kernel(x, None, options, block_weights=block_weights, config=config).rho
     expected = rho64(x, options, block_weights)
     assert relative(rho, expected) <= rho_error(x, options, block_weights)
