@@ -13,8 +13,6 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.symbolic_convert import TensorifyState
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -33,25 +31,24 @@ from mxnorm_pass.graph_pass import (
     LowerOps,
     MXNormPass,
     PassResult,
-    analyze,
     foreign_subclass,
-    note_backward,
 )
 from mxnorm_pass.graph_utils import aten
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
-from mxnorm_pass.match import Fusion, Obstacle, Refusal
+from mxnorm_pass.match import Obstacle
 from mxnorm_pass.match.derivatives import inner_derivative
-from mxnorm_pass.match.skip import Skip
-from mxnorm_pass.match.substitution import Substitution, find_substitution
+from mxnorm_pass.match.substitution import Substitution
 from mxnorm_pass.module_names import module_paths, subgraphs
-from mxnorm_pass.plan import from_json as plan_from_json
-from mxnorm_pass.plan import to_json as plan_to_json
-from mxnorm_pass.provenance import Provenance, mark_ends, marked_copy, take_marks
+from mxnorm_pass.plan import find_plan
+from mxnorm_pass.plan_json import from_json as plan_from_json
+from mxnorm_pass.plan_json import to_json as plan_to_json
+from mxnorm_pass.provenance import mark_ends
 from mxnorm_pass.recording import StoredCompile
-from mxnorm_pass.regions import Renaming, names_in_layers, renamings, site_of_layer, split_regions
+from mxnorm_pass.regions import names_in_layers, renamings, site_of_layer, split_regions
 from mxnorm_pass.report import SkipReason
 from mxnorm_pass.run_graph import Interpreter, run_graph
 from mxnorm_pass.scopes import Scope, scopes_of
+from mxnorm_pass.specialize import specialize
 from mxnorm_pass.substitute import substitute
 from mxnorm_pass.weight_names import Weight
 
@@ -215,14 +212,17 @@ class CompileJob:
         mark_ends(self.scopes)
 
     def _find_plan(self) -> None:
-        analyses = _analyze(self)
-        if analyses is None:
-            self.differentiated = False
-            return
-        for analysis, provenance in analyses:
-            decided, found = find_substitutions(analysis, provenance)
-            self.originals[provenance.scope.number] = decided
-            self.plan += found
+        found = find_plan(
+            self.scopes,
+            self.example_inputs,
+            self.config,
+            facts=self.facts,
+            decompositions=_trace_decompositions(self),
+        )
+        self.differentiated = found is not None
+        if found is not None:
+            self.plan, self.originals = list(found.substitutions), dict(found.originals)
+            specialize(self.gm, self.originals[0].float_inputs)
 
     @cached_property
     def _weight_names(self) -> dict[fx.Node, str]:
@@ -283,19 +283,21 @@ class CompileJob:
 
     def _accept(self, scope: Scope, result: PassResult) -> None:
         if scope.kind == "whole":
-            self.specialize(result.float_inputs)
+            specialize(self.gm, result.float_inputs)
         # A branch stands in the graph once more, in its backward.
         layers = renamings(scope, self._weight_names)
-        self.by_scope.setdefault(scope.number, _of_all_layers(layers, result))
+        sites = tuple(site_of_layer(site, names) for names in layers for site in result.sites)
+        result = replace(
+            result,
+            graph=replace(result.graph, sites=sites),
+            matmul_modules=names_in_layers(result.matmul_modules, layers),
+        )
+        self.by_scope.setdefault(scope.number, result)
 
     @property
     def results(self) -> list[PassResult]:
         """What the pass did to each graph, the whole first."""
         return [self.by_scope[number] for number in sorted(self.by_scope)]
-
-    def specialize(self, positions: Sequence[int]) -> None:
-        """Have Dynamo start over with these inputs, Python floats, as constants."""
-        _specialize(self.gm, positions)
 
     def report_key(self) -> str:
         """Hash of all that decides the result of the pass, computed before gm is consumed."""
@@ -337,28 +339,6 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
 def _parameter_positions(gm: fx.GraphModule) -> frozenset[int]:
     """Which inputs of Dynamo's graph are parameters or buffers of a module."""
     return frozenset(i for i, node in enumerate(_placeholders(gm)) if is_static(node))
-
-
-def _specialize(gm: fx.GraphModule, positions: Sequence[int]) -> None:
-    """Have Dynamo start over with these Python floats as constants.
-
-    Under ``dynamic=True`` Dynamo turns floats into graph inputs, a norm's eps among them. Inductor
-    restarts Dynamo in this way for floats that it cannot hold in tensors
-    (``torch/fx/passes/_tensorify_python_scalars.py``).
-    """
-    placeholders = _placeholders(gm)
-    symbols = [name for i in positions for name in _float_symbols(placeholders[i])]
-    new = [name for name in symbols if not TensorifyState.should_specialize(name)]
-    for name in new:
-        TensorifyState.specialize(name)
-    if new:
-        raise TensorifyScalarRestartAnalysis
-
-
-def _float_symbols(placeholder: fx.Node) -> list[str]:
-    values = [placeholder.meta.get("example_value")]
-    values += [user.meta.get("example_value") for user in placeholder.users]
-    return [str(v.node.expr) for v in values if isinstance(v, torch.SymFloat)]
 
 
 def _describe(value: Any) -> str:
@@ -510,79 +490,6 @@ def _needs_gradients(example_inputs: Sequence[Any]) -> bool:
     """May autograd differentiate the graph?"""
     tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-class _Analyzed(Exception):
-    """Ends a trace of which nothing more is wanted."""
-
-
-def _analyze(job: CompileJob) -> list[tuple[Analysis, Provenance]] | None:
-    """What the graphs hold before there are estimates; None where nothing is differentiated.
-
-    The graph is traced once for that alone.
-    """
-    found: list[tuple[Analysis, Provenance]] = []
-
-    def joint(gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        provenance = take_marks(gm.graph, job.scopes)
-        if provenance is not None:
-            scope = provenance.scope
-            note_backward(gm.graph, provenance)
-            facts = replace(job.facts(scope), differentiated=False)
-            found.append((analyze(gm.graph, job.config, facts), provenance))
-            if scope.kind == "whole":
-                raise _Analyzed
-        return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
-
-    def inference(gm: fx.GraphModule, inputs: Any) -> Any:
-        found.clear()
-        raise _Analyzed
-
-    compiler = aot_autograd(
-        fw_compiler=_never_compiled,
-        bw_compiler=_never_compiled,
-        inference_compiler=inference,
-        partition_fn=joint,
-        decompositions=_trace_decompositions(job),
-        keep_inference_input_mutations=True,
-    )
-    try:
-        with torch._functorch.config.patch(enable_autograd_cache=False):
-            compiler(marked_copy(job.scopes), job.example_inputs)
-    except _Analyzed:
-        pass
-    for analysis, provenance in found:
-        if provenance.scope.kind == "whole":
-            job.specialize(analysis.float_inputs)
-    return found or None
-
-
-def _never_compiled(gm: fx.GraphModule, inputs: Any) -> Any:
-    raise AssertionError("the trace ends before anything is compiled")
-
-
-def _of_all_layers(layers: Sequence[Sequence[Renaming]], result: PassResult) -> PassResult:
-    """The result of a body that several layers share, with the sites of each."""
-    sites = tuple(site_of_layer(site, names) for names in layers for site in result.sites)
-    modules = names_in_layers(result.matmul_modules, layers)
-    return replace(result, graph=replace(result.graph, sites=sites), matmul_modules=modules)
-
-
-def find_substitutions(
-    analysis: Analysis, provenance: Provenance
-) -> tuple[Analysis, list[Substitution]]:
-    """The estimates to put into Dynamo's graph; where there can be none the norm is refused."""
-    decided: list[Fusion | Refusal] = []
-    accepted: list[Substitution] = []
-    for site in analysis.found:
-        if isinstance(site, Fusion) and site.estimator == "mxnorm":
-            found = find_substitution(site, provenance)
-            if isinstance(found, Skip):
-                site = site.refused(found)
-            else:
-                accepted.append(found)
-        decided.append(site)
-    return replace(analysis, found=tuple(decided)), accepted
 
 
 _IN_A_BRANCH = Obstacle(

@@ -1,62 +1,128 @@
-"""Substitutions as JSON, so that a warm compile cache need not trace for them again.
+"""Decide, before autograd differentiates a graph, which of its norms become estimates.
 
-Nodes are named as in Dynamo's graph, which is the same wherever the cache key is.
+Dynamo's graph is traced once for that alone, as it will be traced again with the estimates in it:
+decisions are made where ops are ATen's, and carried back by the marks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from mxnorm_pass.match.substitution import Estimate, Substitution
+from mxnorm_pass.config import MXNormConfig
+from mxnorm_pass.graph_pass import Analysis, GraphFacts, analyze, note_backward
+from mxnorm_pass.match import Fusion, Refusal
+from mxnorm_pass.match.skip import Skip
+from mxnorm_pass.match.substitution import Substitution, find_substitution
+from mxnorm_pass.provenance import Provenance, marked_copy, take_marks
 from mxnorm_pass.scopes import Scope
 
-_DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
+@dataclass(frozen=True)
+class Plan:
+    """What is to become of the norms of a graph that is differentiated.
 
-def to_json(plan: Iterable[Substitution]) -> list[dict[str, Any]]:
-    return [_entry(substitution) for substitution in plan]
-
-
-def from_json(entries: Iterable[Mapping[str, Any]], scopes: Sequence[Scope]) -> list[Substitution]:
-    """The substitutions, in the graphs of ``scopes``.
-
-    Raises:
-        KeyError, IndexError, TypeError: the entries are not of these graphs.
+    Attributes:
+        substitutions: the estimates to put into Dynamo's graphs.
+        originals: by scope number, what each graph holds before there are estimates.
     """
-    return [_substitution(entry, scopes) for entry in entries]
+
+    substitutions: tuple[Substitution, ...]
+    originals: Mapping[int, Analysis]
 
 
-def _entry(substitution: Substitution) -> dict[str, Any]:
-    entry = {f.name: _named(getattr(substitution, f.name)) for f in fields(substitution)}
-    estimate = asdict(substitution.estimate)
-    dtype = estimate["norm_dtype"]
-    estimate["norm_dtype"] = None if dtype is None else str(dtype)
-    return entry | {"scope": substitution.scope.number, "estimate": estimate}
+def find_plan(
+    scopes: Sequence[Scope],
+    example_inputs: Sequence[Any],
+    config: MXNormConfig,
+    *,
+    facts: Callable[[Scope], GraphFacts],
+    decompositions: Mapping[Any, Any],
+) -> Plan | None:
+    """The plan for a graph of Dynamo's; None where autograd turns out to differentiate nothing.
+
+    Args:
+        facts: of a scope's graph.
+        decompositions: that the graph will be traced with.
+    """
+    substitutions: list[Substitution] = []
+    originals: dict[int, Analysis] = {}
+    traced = _trace(scopes, example_inputs, config, facts, dict(decompositions))
+    for analysis, provenance in traced:
+        decided, found = _substitutions(analysis, provenance)
+        originals[provenance.scope.number] = decided
+        substitutions += found
+    return Plan(tuple(substitutions), originals) if traced else None
 
 
-def _named(value: Any) -> Any:
-    if isinstance(value, fx.Node):
-        return value.name
-    return [node.name for node in value] if isinstance(value, tuple) else None
+class _Analyzed(Exception):
+    """Ends a trace of which nothing more is wanted."""
 
 
-def _substitution(entry: Mapping[str, Any], scopes: Sequence[Scope]) -> Substitution:
-    scope = scopes[entry["scope"]]
-    nodes = {node.name: node for node in scope.nodes}
-    values: dict[str, Any] = {}
-    for name in (f.name for f in fields(Substitution)):
-        value = entry[name]
-        if isinstance(value, list):
-            values[name] = tuple(nodes[n] for n in value)
-        elif name not in ("scope", "estimate"):
-            values[name] = None if value is None else nodes[value]
-    estimate = dict(entry["estimate"])
-    dtype, weights = estimate["norm_dtype"], estimate["block_weights"]
-    estimate["norm_dtype"] = None if dtype is None else _DTYPES[dtype]
-    estimate["block_weights"] = None if weights is None else tuple(weights)
-    return Substitution(**{**values, "scope": scope, "estimate": Estimate(**estimate)})
+def _trace(
+    scopes: Sequence[Scope],
+    example_inputs: Sequence[Any],
+    config: MXNormConfig,
+    facts: Callable[[Scope], GraphFacts],
+    decompositions: dict[Any, Any],
+) -> list[tuple[Analysis, Provenance]]:
+    """What each joint graph holds, the whole last; nothing where there is none."""
+    found: list[tuple[Analysis, Provenance]] = []
+
+    def joint(gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        provenance = take_marks(gm.graph, scopes)
+        if provenance is not None:
+            scope = provenance.scope
+            note_backward(gm.graph, provenance)
+            # Not yet: what is found may still become an estimate.
+            undifferentiated = replace(facts(scope), differentiated=False)
+            found.append((analyze(gm.graph, config, undifferentiated), provenance))
+            if scope.kind == "whole":
+                raise _Analyzed
+        return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+
+    def inference(gm: fx.GraphModule, inputs: Any) -> Any:
+        found.clear()
+        raise _Analyzed
+
+    trace = aot_autograd(
+        fw_compiler=_never_compiled,
+        bw_compiler=_never_compiled,
+        inference_compiler=inference,
+        partition_fn=joint,
+        decompositions=decompositions,
+        keep_inference_input_mutations=True,
+    )
+    try:
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            trace(marked_copy(scopes), example_inputs)
+    except _Analyzed:
+        pass
+    return found
+
+
+def _never_compiled(gm: fx.GraphModule, inputs: Any) -> Any:
+    raise AssertionError("the trace ends before anything is compiled")
+
+
+def _substitutions(
+    analysis: Analysis, provenance: Provenance
+) -> tuple[Analysis, list[Substitution]]:
+    """The estimates to put into Dynamo's graph; where there can be none the norm is refused."""
+    decided: list[Fusion | Refusal] = []
+    accepted: list[Substitution] = []
+    for site in analysis.found:
+        if isinstance(site, Fusion) and site.estimator == "mxnorm":
+            found = find_substitution(site, provenance)
+            if isinstance(found, Skip):
+                site = site.refused(found)
+            else:
+                accepted.append(found)
+        decided.append(site)
+    return replace(analysis, found=tuple(decided)), accepted
