@@ -70,6 +70,13 @@ def tensor_of(node: fx.Node) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def makes_tensors(node: fx.Node) -> bool:
+    """Is a tensor among what the node computes? Of one that says nothing, yes."""
+    if "val" not in node.meta:
+        return True
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta["val"]))
+
+
 def dtype_of(node: Any) -> torch.dtype:
     """The dtype of a node that is known to hold a tensor."""
     value = tensor_of(node)

@@ -25,7 +25,7 @@ import torch
 from torch import fx
 
 from mxnorm_pass.config import Gradient
-from mxnorm_pass.graph_utils import is_dtype_cast, is_view, strip, tensor_of
+from mxnorm_pass.graph_utils import is_dtype_cast, is_view, makes_tensors, strip
 from mxnorm_pass.match.linear import cast_use, is_float8
 from mxnorm_pass.match.site import Fusion
 from mxnorm_pass.match.skip import Skip
@@ -319,6 +319,9 @@ class _Search:
                 detail = f"{fused[0].name} does not read the norm through Dynamo's graph"
                 raise self._refuse(detail, "a reader in the body of the norm", fused[0])
             found[reader] = None
+        if not found:
+            detail = "no op of Dynamo's graph reads the norm for its fused linears"
+            raise self._refuse(detail, "fused linears that read the norm", self._norm.product)
         return tuple(found)
 
     def _readers(self) -> dict[fx.Node, list[fx.Node]]:
@@ -326,7 +329,7 @@ class _Search:
         found: dict[fx.Node, list[fx.Node]] = {}
         read = (user for node in sorted(self._held) for user in self._provenance.readers_of(node))
         for traced in dict.fromkeys(read):
-            if traced in self._held or tensor_of(traced) is None:
+            if traced in self._held or not makes_tensors(traced):
                 continue
             origin = self._provenance.origins[traced].seen_from(self._scope)
             if origin is None:
@@ -365,7 +368,7 @@ class _Search:
     def _only_repeats(self, node: fx.Node) -> bool:
         """Does a node of Dynamo's compute nothing but views and casts of the norm's output?"""
         traced = self._provenance.computed_by(node)
-        return all(n in self._held or tensor_of(n) is None for n in traced)
+        return all(n in self._held or not makes_tensors(n) for n in traced)
 
 
 def _tracked(node: fx.Node) -> bool:
