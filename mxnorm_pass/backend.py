@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -138,6 +139,7 @@ class CompileJob:
     Attributes:
         module_paths: dotted name of the module of each node; ``modules`` selects by them.
         weights: names of the inputs that are parameters or buffers, by position.
+        weight_names: the first name of each, by its node in Dynamo's graph.
         elsewhere: modules of what is compiled that are not in this graph.
         tensor_subclass: name of a subclass that the inputs have, torchao's aside.
         is_backward: compiled autograd captured the graph. The forward's compile has rewritten
@@ -146,6 +148,7 @@ class CompileJob:
         differentiated: autograd differentiates the graph.
         plan: the estimates that are put into the graphs.
         originals: by scope number, what was found before there were estimates.
+        plan_seconds: what deciding on the estimates has taken.
         by_scope: by scope number, what the pass did; empty after a warm cache.
     """
 
@@ -156,11 +159,13 @@ class CompileJob:
     tensor_subclass: str | None
     is_backward: bool
     weights: Mapping[Any, Weight] = field(default_factory=dict)
+    weight_names: Mapping[fx.Node, str] = field(default_factory=dict)
     elsewhere: frozenset[str] = frozenset()
     scopes: tuple[Scope, ...] = ()
     differentiated: bool = False
     plan: list[Substitution] = field(default_factory=list)
     originals: dict[int, Analysis] = field(default_factory=dict)
+    plan_seconds: float = 0.0
     by_scope: dict[int, PassResult] = field(default_factory=dict)
 
     @classmethod
@@ -179,13 +184,9 @@ class CompileJob:
             module_paths(gm),
             subclass,
             is_backward,
-            weights,
-            names.elsewhere(gm, weights, options.config),
+            weights=weights,
+            elsewhere=names.elsewhere(gm, weights, options.config),
         )
-
-    def __deepcopy__(self, memo: Any) -> CompileJob:
-        """Itself: who copies Inductor's config copies our pass, but not the user's model."""
-        return self
 
     @property
     def config(self) -> MXNormConfig:
@@ -199,7 +200,9 @@ class CompileJob:
         """
         if self.is_backward:
             return
-        split_regions(self.gm, self.config, self._weight_names)
+        placeholders = _placeholders(self.gm)
+        self.weight_names = {placeholders[i]: w.names[0] for i, w in self.weights.items()}
+        split_regions(self.gm, self.config, self.weight_names)
         self.scopes = scopes_of(self.gm)
         self.differentiated = _needs_gradients(self.example_inputs)
         if stored is not None:
@@ -212,6 +215,7 @@ class CompileJob:
         mark_ends(self.scopes)
 
     def _find_plan(self) -> None:
+        start = time.perf_counter()
         found = find_plan(
             self.scopes,
             self.example_inputs,
@@ -223,11 +227,7 @@ class CompileJob:
         if found is not None:
             self.plan, self.originals = list(found.substitutions), dict(found.originals)
             specialize(self.gm, self.originals[0].float_inputs)
-
-    @cached_property
-    def _weight_names(self) -> dict[fx.Node, str]:
-        placeholders = _placeholders(self.gm)
-        return {placeholders[i]: weight.names[0] for i, weight in self.weights.items()}
+        self.plan_seconds = time.perf_counter() - start
 
     @cached_property
     def _obstacle(self) -> Obstacle | None:
@@ -284,8 +284,9 @@ class CompileJob:
     def _accept(self, scope: Scope, result: PassResult) -> None:
         if scope.kind == "whole":
             specialize(self.gm, result.float_inputs)
+            result = replace(result, seconds=result.seconds + self.plan_seconds)
         # A branch stands in the graph once more, in its backward.
-        layers = renamings(scope, self._weight_names)
+        layers = renamings(scope, self.weight_names)
         sites = tuple(site_of_layer(site, names) for names in layers for site in result.sites)
         result = replace(
             result,

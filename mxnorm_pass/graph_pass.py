@@ -347,6 +347,10 @@ class MXNormPass(CustomGraphPass):
         if self._on_result is not None:
             self._on_result(scope, result)
 
+    def __deepcopy__(self, memo: Any) -> MXNormPass:
+        """Itself: who copies Inductor's config is not to copy the user's model."""
+        return self
+
     def uuid(self) -> str:
         parts = (
             source_digest(),

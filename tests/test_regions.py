@@ -90,8 +90,8 @@ def gradients(model: nn.Module, x: Tensor, function: Callable[[Tensor], Any]) ->
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert got.keys() == want.keys()
     for name, value in want.items():
-        error = float((got[name] - value).norm() / value.norm())
-        assert error <= GRADIENT_TOLERANCE[F32], f"{name}: {error}"
+        error = float((got[name] - value).norm())
+        assert error <= GRADIENT_TOLERANCE[F32] * float(value.norm()), f"{name}: {error}"
 
 
 NAMES = [f"layers.{i}.norm" for i in range(3)]
@@ -169,7 +169,7 @@ def test_calls_of_a_function_are_told_apart_by_their_weights() -> None:
     model = Function()
     with torch.no_grad():
         _, report = run(model, inputs(), inner="aot_eager")
-    assert len(report.fused) == 2
+    assert [site.consumers for site in report.fused] == [("a.lin",), ("b.lin",)]
 
 
 class Cond(nn.Module):
@@ -179,9 +179,7 @@ class Cond(nn.Module):
         self.shallow, self.deep = Layer(), Layer()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cond(
-            x.sum() > -1e9, lambda t: self.shallow(t), lambda t: self.deep(t), (x,)
-        )
+        return torch.cond(x.sum() > -1e9, lambda t: self.shallow(t), lambda t: self.deep(t), (x,))
 
 
 @both_compilers

@@ -235,6 +235,10 @@ class _Search:
         """The one node outside of the region from which it reads x, or the gain."""
         holders = [n for n in self._sources() if _same_elements(self._value(n), traced)]
         if not holders:
+            written = next((n for n in self._sources() if _is_written(n)), None)
+            if written is not None:
+                expected = f"{what} as the result of the op that writes it, as in `x = x.mul_(2)`"
+                raise self._refuse(f"{written.name} is written to in place", expected, traced)
             expected = f"{what} as a value of Dynamo's graph"
             raise self._refuse(f"{what} is computed inside of the norm", expected, traced)
         holders.sort(key=lambda n: self._value(n) is not traced)
@@ -286,8 +290,7 @@ class _Search:
 
     def _check_unwritten(self, nodes: Iterable[fx.Node]) -> None:
         for node in nodes:
-            value = example_value(node)
-            if value is not None and value._version != 0:
+            if _is_written(node):
                 detail = f"{node.name} is written to in place"
                 raise self._refuse(detail, "an output that nothing writes to", self._value(node))
 
@@ -369,6 +372,11 @@ class _Search:
         """Does a node of Dynamo's compute nothing but views and casts of the norm's output?"""
         traced = self._provenance.computed_by(node)
         return all(n in self._held or not makes_tensors(n) for n in traced)
+
+
+def _is_written(node: fx.Node) -> bool:
+    value = example_value(node)
+    return value is not None and value._version != 0
 
 
 def _tracked(node: fx.Node) -> bool:
