@@ -45,7 +45,7 @@ from mxnorm_pass.plan_json import from_json as plan_from_json
 from mxnorm_pass.plan_json import to_json as plan_to_json
 from mxnorm_pass.provenance import mark_ends
 from mxnorm_pass.recording import StoredCompile
-from mxnorm_pass.regions import names_in_layers, renamings, site_of_layer, split_regions
+from mxnorm_pass.regions import names_in_layers, passed, renamings, site_of_layer, split_regions
 from mxnorm_pass.report import SkipReason
 from mxnorm_pass.run_graph import Interpreter, run_graph
 from mxnorm_pass.scopes import Scope, scopes_of
@@ -139,7 +139,7 @@ class CompileJob:
     Attributes:
         module_paths: dotted name of the module of each node; ``modules`` selects by them.
         weights: names of the inputs that are parameters or buffers, by position.
-        weight_names: the first name of each, by its node in Dynamo's graph.
+        weight_nodes: the same by the node of Dynamo's graph.
         elsewhere: modules of what is compiled that are not in this graph.
         tensor_subclass: name of a subclass that the inputs have, torchao's aside.
         is_backward: compiled autograd captured the graph. The forward's compile has rewritten
@@ -159,7 +159,7 @@ class CompileJob:
     tensor_subclass: str | None
     is_backward: bool
     weights: Mapping[Any, Weight] = field(default_factory=dict)
-    weight_names: Mapping[fx.Node, str] = field(default_factory=dict)
+    weight_nodes: Mapping[fx.Node, Weight] = field(default_factory=dict)
     elsewhere: frozenset[str] = frozenset()
     scopes: tuple[Scope, ...] = ()
     differentiated: bool = False
@@ -201,8 +201,8 @@ class CompileJob:
         if self.is_backward:
             return
         placeholders = _placeholders(self.gm)
-        self.weight_names = {placeholders[i]: w.names[0] for i, w in self.weights.items()}
-        split_regions(self.gm, self.config, self.weight_names)
+        self.weight_nodes = {placeholders[i]: weight for i, weight in self.weights.items()}
+        split_regions(self.gm, self.config, self.weight_nodes)
         self.scopes = scopes_of(self.gm)
         self.differentiated = _needs_gradients(self.example_inputs)
         if stored is not None:
@@ -241,7 +241,7 @@ class CompileJob:
         return GraphFacts(
             tensor_subclass=self.tensor_subclass,
             parameters=_parameter_positions(self.gm) if scope.kind == "whole" else frozenset(),
-            weights=self.weights if scope.kind == "whole" else {},
+            weights=self.weights if scope.kind == "whole" else passed(scope, self.weight_nodes),
             differentiated=self.differentiated,
             obstacle=obstacle,
         )
@@ -286,7 +286,7 @@ class CompileJob:
             specialize(self.gm, result.float_inputs)
             result = replace(result, seconds=result.seconds + self.plan_seconds)
         # A branch stands in the graph once more, in its backward.
-        layers = renamings(scope, self.weight_names)
+        layers = renamings(scope, self.weight_nodes)
         sites = tuple(site_of_layer(site, names) for names in layers for site in result.sites)
         result = replace(
             result,

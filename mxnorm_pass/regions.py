@@ -17,9 +17,10 @@ from mxnorm_pass.module_names import module_path, rename_modules
 from mxnorm_pass.provenance import copied_graph_module
 from mxnorm_pass.report import Site
 from mxnorm_pass.scopes import Scope, kind_of_call
+from mxnorm_pass.weight_names import Weight
 
-# Of the graph inputs that are weights.
-WeightNames = Mapping[fx.Node, str]
+# The inputs of Dynamo's graph that are weights.
+Weights = Mapping[fx.Node, Weight]
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,14 @@ class Renaming:
         return name
 
 
-def split_regions(gm: fx.GraphModule, config: MXNormConfig, weights: WeightNames) -> None:
+def split_regions(gm: fx.GraphModule, config: MXNormConfig, weights: Weights) -> None:
     """Give callers of one body that ``modules`` treats differently bodies of their own."""
     for body, calls in list(_shared_bodies(gm)):
         by_options: dict[object, list[fx.Node]] = {}
         for call in calls:
             renaming = _renaming(body, calls, call, weights)
             names = [renaming(path) for path in _module_paths(body)]
+            names += [n for w in _passed(call, weights).values() for n in (*w.names, *w.linears)]
             by_options.setdefault(config.treatment(names), []).append(call)
         for number, group in enumerate(list(by_options.values())[1:], start=1):
             renaming = _renaming(body, calls, group[0], weights)
@@ -54,7 +56,23 @@ def split_regions(gm: fx.GraphModule, config: MXNormConfig, weights: WeightNames
         split_regions(child, config, weights)
 
 
-def renamings(scope: Scope, weights: WeightNames) -> list[tuple[Renaming, ...]]:
+def passed(scope: Scope, weights: Weights) -> dict[int, Weight]:
+    """By position, the weights that a region's first caller passes to it."""
+    if scope.kind != "region" or scope.parent is None:
+        return {}
+    outer = dict(weights)
+    if scope.parent.kind == "region":
+        inputs = scope.parent.gm.graph.find_nodes(op="placeholder")
+        outer = {inputs[i]: weight for i, weight in passed(scope.parent, weights).items()}
+    return _passed(_caller_named_in(scope.gm, scope.callers), outer)
+
+
+def _passed(call: fx.Node, weights: Weights) -> dict[int, Weight]:
+    operands = enumerate(call.args[2:])
+    return {i: weights[n] for i, n in operands if isinstance(n, fx.Node) and n in weights}
+
+
+def renamings(scope: Scope, weights: Weights) -> list[tuple[Renaming, ...]]:
     """For each layer that runs the scope's graph: how to get its names from the graph's."""
     if scope.parent is None:
         return [()]
@@ -100,7 +118,7 @@ def _module_paths(body: fx.GraphModule) -> list[str]:
 
 
 def _renaming(
-    body: fx.GraphModule, calls: Sequence[fx.Node], call: fx.Node, weights: WeightNames
+    body: fx.GraphModule, calls: Sequence[fx.Node], call: fx.Node, weights: Weights
 ) -> Renaming:
     first = _caller_named_in(body, calls)
     if first is call:
@@ -121,7 +139,7 @@ def _caller_named_in(body: fx.GraphModule, calls: Sequence[fx.Node]) -> fx.Node:
     return calls[0]
 
 
-def _by_weights(first: fx.Node, call: fx.Node, weights: WeightNames) -> Renaming:
+def _by_weights(first: fx.Node, call: fx.Node, weights: Weights) -> Renaming:
     """Calls of a function: by the first weight in which they differ."""
     for a, b in zip(first.args[2:], call.args[2:], strict=False):
         left, right = _components(a, weights), _components(b, weights)
@@ -133,10 +151,10 @@ def _by_weights(first: fx.Node, call: fx.Node, weights: WeightNames) -> Renaming
     return Renaming("", "")
 
 
-def _components(argument: object, weights: WeightNames) -> list[str]:
+def _components(argument: object, weights: Weights) -> list[str]:
     """The name of the weight that an argument is, in its parts; none for anything else."""
-    name = weights.get(argument) if isinstance(argument, fx.Node) else None
-    return name.split(".") if name is not None else []
+    weight = weights.get(argument) if isinstance(argument, fx.Node) else None
+    return weight.names[0].split(".") if weight is not None else []
 
 
 def _give_own_body(

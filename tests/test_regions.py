@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from matching import GRADIENT_TOLERANCE, F32, expected_warnings
+from matching import F32, GRADIENT_TOLERANCE, expected_warnings
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -169,7 +169,10 @@ def test_calls_of_a_function_are_told_apart_by_their_weights() -> None:
     model = Function()
     with torch.no_grad():
         _, report = run(model, inputs(), inner="aot_eager")
-    assert [site.consumers for site in report.fused] == [("a.lin",), ("b.lin",)]
+        assert [site.consumers for site in report.fused] == [("a.lin.weight",), ("b.lin.weight",)]
+        _, report = run(model, inputs(), inner="aot_eager", modules={"b.*": False})
+    assert [site.consumers for site in report.fused] == [("a.lin.weight",)]
+    assert [site.reason for site in report.skipped] == [SkipReason.DISABLED]
 
 
 class Cond(nn.Module):

@@ -131,14 +131,15 @@ def mark_weights(graph: fx.Graph, weights: Mapping[Any, Weight]) -> None:
     """Note the names of weights.
 
     Args:
-        weights: by position among the inputs that AOTAutograd was given, by the attribute that it
-            found them in, or by the name of the graph input.
+        weights: by position among the inputs that AOTAutograd was given (of a body, its own), by
+            the attribute that it found them in, or by the name of the graph input.
     """
-    for node in graph.find_nodes(op="placeholder"):
+    for position, node in enumerate(graph.find_nodes(op="placeholder")):
         desc = node.meta.get("desc")
         while hasattr(desc, "base"):  # of an inner tensor of a subclass
             desc = desc.base
-        keys = (getattr(desc, "idx", None), getattr(desc, "target", None), node.name)
+        index = position if desc is None else getattr(desc, "idx", None)
+        keys = (index, getattr(desc, "target", None), node.name)
         weight = next((weights[key] for key in keys if key in weights), None)
         if weight is not None:
             node.meta[_WEIGHT] = weight
