@@ -42,6 +42,7 @@ from mxnorm_pass.graph_utils import (
     outputs_of,
     partition_of,
     prims,
+    real_tensors,
     same_shape,
     same_size,
     tensor_of,
@@ -128,8 +129,10 @@ def _weights_of(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     weights = node.args[names.index("block_weights")]
     if weights is None:
         return None
+    with real_tensors():
+        values = torch.tensor(weights, dtype=torch.float32)
     with graph.inserting_before(node):
-        return constant(graph, node, torch.tensor(weights, dtype=torch.float32))
+        return constant(graph, node, values)
 
 
 def _inverse_rms(
