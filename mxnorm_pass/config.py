@@ -149,10 +149,10 @@ class MXNormConfig:
     scale_mode: ScaleMode = "rceil"
     modules: Mapping[str, bool | Mapping[str, Any]] = field(default_factory=dict)
     calibration: Calibration | None = None
-    verify: bool = False
     inner: Inner = "inductor"
     freezing: bool = False
     prefix: str = ""
+    verify: bool = False
 
     def __post_init__(self) -> None:
         for name, validate in _VALIDATORS.items():

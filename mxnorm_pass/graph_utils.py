@@ -45,6 +45,16 @@ _VIEWS = frozenset(
         aten.contiguous.default,
     }
 )
+# Of these the shape is the operand's, too.
+_IDENTITIES = frozenset(
+    {
+        aten.alias.default,
+        aten.detach.default,
+        aten.clone.default,
+        aten.lift_fresh_copy.default,
+        aten.contiguous.default,
+    }
+)
 _TRANSPOSES = frozenset({aten.permute.default, aten.t.default, aten.transpose.int})
 _DTYPE_CASTS = frozenset({prims.convert_element_type.default, aten._to_copy.default, aten.to.dtype})
 # Noted by this package where autograd's tracer has left no tag.
@@ -127,6 +137,10 @@ def is_view(node: fx.Node) -> bool:
     return source is not None and result is not None and same_size(source.numel(), result.numel())
 
 
+def _is_identity(node: fx.Node) -> bool:
+    return is_call(node, _IDENTITIES)
+
+
 def is_expand(node: fx.Node) -> bool:
     return is_call(node, (aten.expand.default,))
 
@@ -165,6 +179,18 @@ def strip(node: fx.Node, *through: Callable[[fx.Node], bool]) -> fx.Node:
     return node
 
 
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """All nodes that the node is computed from."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                pending.append(source)
+    return found
+
+
 def ancestors_after(node: fx.Node, first: fx.Node) -> set[fx.Node]:
     """``node`` and all that it is computed from, as far as it stands at ``first`` or below."""
     found: set[fx.Node] = set()
@@ -188,6 +214,9 @@ def same_value(a: Any, b: Any, depth: int = _SAME_VALUE_DEPTH) -> bool:
         return len(a) == len(b) and all(same_value(x, y, depth) for x, y in zip(a, b, strict=True))
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return type(a) is type(b) and bool(a == b)
+    a, b = strip(a, _is_identity), strip(b, _is_identity)
+    if a is b:
+        return True
     if depth == 0 or a.op != "call_function" or b.op != "call_function" or a.target != b.target:
         return False
     if torch.Tag.nondeterministic_seeded in getattr(a.target, "tags", ()):

@@ -28,7 +28,7 @@ from mxnorm_pass import ops
 from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.errors import VerificationError
 from mxnorm_pass.float64 import Float64Interpreter
-from mxnorm_pass.graph_utils import is_backward
+from mxnorm_pass.graph_utils import ancestors, is_backward
 from mxnorm_pass.module_names import module_path
 
 log = logging.getLogger("mxnorm_pass")
@@ -125,23 +125,12 @@ def _site(joint: JointGraph, wrong: set[int]) -> str:
     differentiable = {positions[node] for node in joint.gradients}
 
     def likelihood(node: fx.Node) -> float:
-        above = {positions[n] for n in _ancestors(node) if n in positions} & differentiable
+        above = {positions[n] for n in ancestors(node) if n in positions} & differentiable
         return len(above & wrong) / max(len(above | wrong), 1)
 
     fused = [n for n in joint.graph.nodes if n.target in ops.NORM_CASTS and not is_backward(n)]
     best = max(fused, key=likelihood, default=None)
     return repr(module_path(best) or best.name) if best is not None else "unknown"
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                pending.append(source)
-    return found
 
 
 def _gradient_errors(joint: JointGraph, config: MXNormConfig) -> dict[int, float]:

@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "inner": "inductor",
     "freezing": False,
     "prefix": "",
+    "verify": False,
 }
 ALLOWED = {
     "estimator": ("mxnorm", "exact"),

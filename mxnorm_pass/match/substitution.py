@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from mxnorm_pass.config import Gradient
-from mxnorm_pass.graph_utils import is_dtype_cast, is_view, makes_tensors, strip
+from mxnorm_pass.graph_utils import ancestors, is_dtype_cast, is_view, makes_tensors, strip
 from mxnorm_pass.match.linear import cast_use, is_float8
 from mxnorm_pass.match.site import Fusion
 from mxnorm_pass.match.skip import Skip
@@ -265,11 +266,13 @@ class _Search:
             found += inputs
 
     def _check_sources(self, x: fx.Node, gain: fx.Node | None) -> None:
-        """What else the region reads must carry no gradient, such as a constant."""
+        """What else the region reads must be constant, or once more what x or the gain is."""
         held = [self._value(n) for n in (x, gain) if n is not None]
-        for source in self._sources():
-            known = any(_same_elements(self._value(source), value) for value in held)
-            if not known and _tracked(source):
+        sources = self._sources()
+        known = [n for n in sources if any(_same_elements(self._value(n), v) for v in held)]
+        for source in sources:
+            again = any(_same_computation(source, n) for n in known)
+            if not again and not _is_constant(self._value(source)):
                 detail = f"the norm also reads {source.name}"
                 raise self._refuse(detail, "x and the gain alone", self._value(source))
 
@@ -374,14 +377,22 @@ class _Search:
         return all(n in self._held or not makes_tensors(n) for n in traced)
 
 
+def _is_constant(traced: fx.Node | None) -> bool:
+    """Does no input of the graph have a part in it?"""
+    if traced is None:
+        return False
+    return not any(n.op == "placeholder" for n in (traced, *ancestors(traced)))
+
+
 def _is_written(node: fx.Node) -> bool:
     value = example_value(node)
     return value is not None and value._version != 0
 
 
 def _tracked(node: fx.Node) -> bool:
-    value = example_value(node)
-    return value is not None and value.requires_grad
+    """Does autograd follow what the node makes, one tensor or several?"""
+    values = pytree.tree_leaves(node.meta.get("example_value"))
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 def _keeps_gradient(node: fx.Node) -> bool:
@@ -389,6 +400,24 @@ def _keeps_gradient(node: fx.Node) -> bool:
     if is_higher_order(node):
         return False
     return _tracked(node) == any(map(_tracked, node.all_input_nodes))
+
+
+def _same_computation(a: fx.Node, b: fx.Node) -> bool:
+    """Are two nodes one, or one expression that is written twice, with the same gradients?"""
+    if a is b:
+        return True
+    if a.op == "placeholder" or (a.op, a.target, _tracked(a)) != (b.op, b.target, _tracked(b)):
+        return False
+    if is_higher_order(a) or _is_written(a) or _is_written(b):
+        return False
+    left, right = (pytree.tree_flatten((n.args, n.kwargs)) for n in (a, b))
+    return left[1] == right[1] and all(map(_same_argument, left[0], right[0]))
+
+
+def _same_argument(a: object, b: object) -> bool:
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        return _same_computation(a, b)
+    return type(a) is type(b) and a == b
 
 
 def _same_elements(a: fx.Node | None, b: fx.Node | None) -> bool:
