@@ -390,12 +390,10 @@ def without_log2(form: dict[str, Any]) -> dict[str, Any]:
 
 
 def linear_name(spec: ModelSpec, stage: int, reader: int) -> str:
-    """The module by which the report knows a linear."""
-    kind = spec.stages[stage].readers[reader].kind
-    if spec.stages[stage].inline:
-        return f"stages.{stage}"
-    own = f"stages.{stage}.readers.{reader}"
-    return f"{own}.linear" if kind in ("linear", "router") else own
+    """The module by which the report knows a linear, or its weight."""
+    linear = f"stages.{stage}.readers.{reader}.linear"
+    is_module = spec.stages[stage].readers[reader].kind in ("linear", "router")
+    return linear if is_module and not spec.stages[stage].inline else f"{linear}.weight"
 
 
 def is_cast_by_backend(reader: Linear, name: str, norm: RandomNorm, config: MXNormConfig) -> bool:
