@@ -15,7 +15,7 @@ from itertools import chain
 from torch import fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.graph_utils import forward_users, is_backward
+from mxnorm_pass.graph_utils import forward_users, is_backward, is_view
 from mxnorm_pass.match import Fusion, Refusal
 from mxnorm_pass.match.linear import CastIndex, readers
 from mxnorm_pass.match.norm import Norm
@@ -187,9 +187,21 @@ def _parts_of_fusion(fusion: Fusion, before: Snapshot) -> Iterator[tuple[fx.Node
 
 
 def _backward_of(norm: Norm) -> Iterator[fx.Node]:
-    """The backward nodes that read what is inside of the norm, most of its derivative."""
-    inside = norm.nodes - {norm.output}
-    found = {user for node in inside for user in node.users if is_backward(user)}
+    """The backward nodes that read the norm and its gain, and what is computed from them alone."""
+    # Autograd saves results through views.
+    saved = {user for node in norm.nodes for user in node.users if is_view(user)}
+    sources = {norm.x, *norm.nodes, *saved, *([norm.gain] if norm.gain is not None else [])}
+    found: set[fx.Node] = set()
+    pending = [user for node in sources - {norm.x, norm.output} for user in node.users]
+    pending += [user for user in norm.x.users if user.all_input_nodes == [norm.x]]
+    pending = [user for user in pending if is_backward(user)]
+    while pending and len(found) < _MAX_MODULE_NODES:
+        node = pending.pop()
+        if node in found or node.op != "call_function":
+            continue
+        found.add(node)
+        known = {*sources, *found}
+        pending += [user for user in node.users if known.issuperset(user.all_input_nodes)]
     return iter(found)
 
 
