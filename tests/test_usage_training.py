@@ -24,10 +24,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import (
-    GRADIENT_TOLERANCE,
     IDS,
     Gradients,
-    assert_gradients_close,
+    assert_gradients_equal,
     gradients_of,
     repeat_by_hand,
     train,
@@ -60,7 +59,7 @@ def assert_step_is_that_of(
 ) -> None:
     want, want_gradients = train(reference, reference)
     assert torch.equal(got, want)
-    assert_gradients_close(gradients, want_gradients, GRADIENT_TOLERANCE[dtype])
+    assert_gradients_equal(gradients, want_gradients)
 
 
 # Gradient checkpointing
@@ -225,7 +224,7 @@ def test_training_on_changing_batches_compiles_twice() -> None:
                 results.append((output.logits, gradients_of(parameters)))
             (got, gradients), (want, want_gradients) = results
             assert torch.equal(got, want)
-            assert_gradients_close(gradients, want_gradients, GRADIENT_TOLERANCE[F32])
+            assert_gradients_equal(gradients, want_gradients)
 
 
 # Autocast
@@ -407,7 +406,7 @@ def test_ddp_in_buckets_keeps_names_and_bits(process_group, monkeypatch) -> None
     assert report.fused
     assert all(set(s.consumers) < set(sites[s.norm]) for s in report.fused)
     assert torch.equal(got, want)
-    assert_gradients_close(gradients, want_gradients, GRADIENT_TOLERANCE[F32])
+    assert_gradients_equal(gradients, want_gradients)
 
 
 def test_fully_sharded_layers_that_are_compiled_one_by_one(process_group) -> None:
