@@ -27,6 +27,9 @@ from mxnorm_pass.config import Gradient
 
 pytestmark = expected_warnings
 
+# Relative norm. Most are equal bit for bit; an embedding's and a convolution's gradients, and those
+# of a norm that many layers read, are sums that AOTAutograd adds up in another order.
+TOLERANCE = {F32: 1e-6, BF16: 1e-2}
 # One of each: rounding before and after the gain, 1 + w, a mean in another dtype, readers that are
 # no linears, and cross attention that reads the encoder's norm in every layer.
 IN_BF16 = ["Llama", "Gemma-3", "DeepSeek-V3", "GPT-OSS", "T5"]
@@ -56,7 +59,8 @@ def check(name: str, dtype: torch.dtype, gradient: Gradient, verify: bool) -> No
     assert [graph.name for graph in report.graphs] == ["training_0"]
     assert gradients.keys() == want_gradients.keys()
     for parameter, wanted in want_gradients.items():
-        assert torch.equal(gradients[parameter], wanted), parameter
+        error = (gradients[parameter].double() - wanted.double()).norm()
+        assert error <= TOLERANCE[dtype] * wanted.double().norm(), parameter
 
 
 def train(

@@ -266,13 +266,20 @@ class _Search:
             found += inputs
 
     def _check_sources(self, x: fx.Node, gain: fx.Node | None) -> None:
-        """What else the region reads must be constant, or once more what x or the gain is."""
+        """What else the region reads must be x or the gain once more, or independent of them."""
         held = [self._value(n) for n in (x, gain) if n is not None]
         sources = self._sources()
         known = [n for n in sources if any(_same_elements(self._value(n), v) for v in held)]
+        differentiated = set[fx.Node]().union(
+            *(_graph_inputs(self._value(n)) for n in (x, gain) if n is not None and _tracked(n))
+        )
         for source in sources:
-            again = any(_same_computation(source, n) for n in known)
-            if not again and not _is_constant(self._value(source)):
+            if any(_same_computation(source, n) for n in known):
+                continue
+            # Without gradients of its own it may still take part of theirs away.
+            if _tracked(source) or not differentiated.isdisjoint(
+                _graph_inputs(self._value(source))
+            ):
                 detail = f"the norm also reads {source.name}"
                 raise self._refuse(detail, "x and the gain alone", self._value(source))
 
@@ -377,11 +384,11 @@ class _Search:
         return all(n in self._held or not makes_tensors(n) for n in traced)
 
 
-def _is_constant(traced: fx.Node | None) -> bool:
-    """Does no input of the graph have a part in it?"""
+def _graph_inputs(traced: fx.Node | None) -> set[fx.Node]:
+    """The graph inputs that a traced node is computed from."""
     if traced is None:
-        return False
-    return not any(n.op == "placeholder" for n in (traced, *ancestors(traced)))
+        return set()
+    return {n for n in (traced, *ancestors(traced)) if n.op == "placeholder"}
 
 
 def _is_written(node: fx.Node) -> bool:
