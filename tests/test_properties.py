@@ -204,7 +204,7 @@ def check_results(
 
 def check_model(spec: ModelSpec) -> None:
     model, args = RandomModel(spec), arguments(spec)
-    got, report = compiled(spec, model, args)
+    got, report = compiled(spec, model, args, verify=True)
     check_sites(spec, model, report)
     check_results(spec, model, args, got, report)
 
