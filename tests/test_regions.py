@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from matching import GRADIENT_TOLERANCE, F32, expected_warnings
+from matching import F32, GRADIENT_TOLERANCE, expected_warnings
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -90,8 +90,9 @@ def gradients(model: nn.Module, x: Tensor, function: Callable[[Tensor], Any]) ->
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert got.keys() == want.keys()
     for name, value in want.items():
-        error = float((got[name] - value).norm() / value.norm())
-        assert error <= GRADIENT_TOLERANCE[F32], f"{name}: {error}"
+        # Of a branch that is not taken all gradients are 0.
+        error, scale = float((got[name] - value).norm()), float(value.norm())
+        assert error <= GRADIENT_TOLERANCE[F32] * scale, f"{name}: {error} of {scale}"
 
 
 NAMES = [f"layers.{i}.norm" for i in range(3)]
@@ -179,9 +180,7 @@ class Cond(nn.Module):
         self.shallow, self.deep = Layer(), Layer()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cond(
-            x.sum() > -1e9, lambda t: self.shallow(t), lambda t: self.deep(t), (x,)
-        )
+        return torch.cond(x.sum() > -1e9, lambda t: self.shallow(t), lambda t: self.deep(t), (x,))
 
 
 @both_compilers
