@@ -94,3 +94,15 @@ def kind_of_call(node: fx.Node) -> Kind | None:
 def is_higher_order(node: fx.Node) -> bool:
     """Does the node call an op that takes graphs?"""
     return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def hooked_tensor(node: fx.Node) -> fx.Node | None:
+    """The tensor that the node sets a gradient hook on; None for any other node.
+
+    A hook is the tensor's, whoever reads it: those that do not read it through the node, too.
+    """
+    # Under compiled autograd Dynamo writes a function of its own.
+    name = node.target.name() if is_higher_order(node) else getattr(node.target, "__name__", "")  # type: ignore[union-attr]
+    if name not in ("register_hook", "_register_hook_trampoline"):
+        return None
+    return node.args[0]  # type: ignore[return-value]
