@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import ops
 from mxnorm_pass.canonicalize import remove_dead
-from mxnorm_pass.scopes import Scope, hooked_tensor, kind_of_call
+from mxnorm_pass.scopes import Scope, intervened_in, kind_of_call
 
 _END = -1
 
@@ -63,14 +63,14 @@ class Provenance:
         values: the traced node that holds the value of one of Dynamo's nodes.
         origins: of the forward's traced nodes.
         behind: the nodes behind the last mark, which no forward reads.
-        hooks: Dynamo's nodes that set a gradient hook, by the traced node that they set it on.
+        interventions: Dynamo's nodes that intervene in the gradient of a traced node's value.
     """
 
     scope: Scope
     values: Mapping[fx.Node, fx.Node]
     origins: Mapping[fx.Node, Origin]
     behind: frozenset[fx.Node]
-    hooks: Mapping[fx.Node, tuple[fx.Node, ...]]
+    interventions: Mapping[fx.Node, tuple[fx.Node, ...]]
     _readers: Mapping[fx.Node, tuple[fx.Node, ...]]
 
     def readers_of(self, traced: fx.Node) -> tuple[fx.Node, ...]:
@@ -216,17 +216,17 @@ def take_marks(graph: fx.Graph, scopes: Sequence[Scope]) -> Provenance | None:
         values=reading.values,
         origins=origins,
         behind=frozenset(reading.unclaimed),
-        hooks=_hooks(scopes, reading.values),
+        interventions=_interventions(scopes, reading.values),
         _readers=readers,
     )
 
 
-def _hooks(
+def _interventions(
     scopes: Sequence[Scope], values: Mapping[fx.Node, fx.Node]
 ) -> dict[fx.Node, tuple[fx.Node, ...]]:
     found: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for node in (node for scope in scopes for node in scope.nodes):
-        tensor = hooked_tensor(node)
+        tensor = intervened_in(node)
         if tensor is not None and tensor in values:
             on = values[tensor]
             found[on] = (*found.get(on, ()), node)

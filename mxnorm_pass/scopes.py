@@ -96,13 +96,16 @@ def is_higher_order(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
-def hooked_tensor(node: fx.Node) -> fx.Node | None:
-    """The tensor that the node sets a gradient hook on; None for any other node.
+def intervened_in(node: fx.Node) -> fx.Node | None:
+    """The tensor in whose gradient the node intervenes: it sets a hook, or detaches in place.
 
-    A hook is the tensor's, whoever reads it: those that do not read it through the node, too.
+    That holds for whoever reads the tensor, not only for those that read it through the node.
     """
-    # Under compiled autograd Dynamo writes a function of its own.
-    name = node.target.name() if is_higher_order(node) else getattr(node.target, "__name__", "")  # type: ignore[union-attr]
-    if name not in ("register_hook", "_register_hook_trampoline"):
+    if is_higher_order(node):
+        name = node.target.name()  # type: ignore[union-attr]
+    else:
+        name = getattr(node.target, "__name__", node.target)
+    # Under compiled autograd Dynamo sets hooks by a function of its own.
+    if name not in ("register_hook", "_register_hook_trampoline", "detach_"):
         return None
     return node.args[0]  # type: ignore[return-value]

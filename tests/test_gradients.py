@@ -173,6 +173,14 @@ class FusedReaderDetached(Program):
         return self.fused(self.step(y, Tensor.detach)), self.exact(y).sigmoid()
 
 
+class DetachedInPlace(Program):
+    """Which Dynamo's nodes behind it do not read."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.step(self.normalized(x), Tensor.detach_)
+        return self.fused(y), self.exact(y).sigmoid() + x
+
+
 class Thresholds(Program):
     def forward(self, x: Tensor) -> Any:
         y = self.normalized(x)
@@ -336,6 +344,7 @@ FUSED = [
     GainInTheParent,
     Detached,
     FusedReaderDetached,
+    DetachedInPlace,
     Thresholds,
     ScaledBranch,
     FunctionOnTheWay,

@@ -77,7 +77,7 @@ class Substitution:
         statistic: the node that computes the mean of squares.
         output: the node whose value the estimate stands for.
         steps: on the way from ``output`` to fused readers, what is to be repeated, in order; and
-            the hooks on any of these tensors.
+            what intervenes in the gradient of any of these tensors.
         readers: the fused readers.
     """
 
@@ -127,7 +127,7 @@ class _Search:
         self._check_gradients()
         self._check_casts()
         readers = self._fused_readers()
-        steps = self._with_hooks(self._steps(readers))
+        steps = self._with_interventions(self._steps(readers))
         self._check_unwritten([self._output, *steps])
         gain_readers = [n for n in region if self._reads(n, gain)]
         return Substitution(
@@ -253,13 +253,13 @@ class _Search:
         if source not in holders:
             self._check_unwritten([source])
         for node in (n for chain in chains for n in chain[: chain.index(source)]):
-            if self._hooks_on(node) and self._value(node) is not self._value(source):
-                raise self._changes_gradient(self._hooks_on(node)[0], self._value(node))
+            if self._interventions_in(node) and self._value(node) is not self._value(source):
+                raise self._changes_gradient(self._interventions_in(node)[0], self._value(node))
         return source
 
-    def _hooks_on(self, node: fx.Node) -> tuple[fx.Node, ...]:
+    def _interventions_in(self, node: fx.Node) -> tuple[fx.Node, ...]:
         value = self._value(node)
-        return self._provenance.hooks.get(value, ()) if value is not None else ()
+        return self._provenance.interventions.get(value, ()) if value is not None else ()
 
     def _derivation(self, node: fx.Node) -> list[fx.Node]:
         """The node and what it is but for views and dtype casts that pass gradients on."""
@@ -294,8 +294,8 @@ class _Search:
         for node in self._region:
             if is_higher_order(node) or not (untracked or _keeps_gradient(node)):
                 raise self._changes_gradient(node, self._value(node))
-        for traced in self._inner & self._provenance.hooks.keys():
-            raise self._changes_gradient(self._provenance.hooks[traced][0], traced)
+        for traced in self._inner & self._provenance.interventions.keys():
+            raise self._changes_gradient(self._provenance.interventions[traced][0], traced)
 
     def _changes_gradient(self, node: fx.Node, traced: fx.Node | None) -> _Refused:
         detail = f"{node.name} inside of the norm changes or stops its gradient"
@@ -369,14 +369,15 @@ class _Search:
         read = (n for reader in readers for n in reader.all_input_nodes if n in self._holders)
         return self._way_to(read)
 
-    def _with_hooks(self, steps: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    def _with_interventions(self, steps: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
         """The steps and all hooks on the tensors on the way, wherever they were set."""
-        hooks = [hook for node in (self._output, *steps) for hook in self._hooks_on(node)]
-        for hook in hooks:
-            if hook not in self._scope.nodes:
-                detail = f"{hook.name} is set on the norm's output in another body"
+        on_the_way = (self._output, *steps)
+        found = [n for tensor in on_the_way for n in self._interventions_in(tensor)]
+        for node in found:
+            if node not in self._scope.nodes:
+                detail = f"{node.name} in another body changes the gradient of the norm's output"
                 raise self._refuse(detail, "hooks in the body of the norm", self._norm.product)
-        return self._way_to([*steps, *hooks])
+        return self._way_to([*steps, *found])
 
     def _way_to(self, nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
         """The nodes and what leads to them from the output, in order."""
