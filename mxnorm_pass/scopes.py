@@ -101,6 +101,8 @@ def intervened_in(node: fx.Node) -> fx.Node | None:
 
     That holds for whoever reads the tensor, not only for those that read it through the node.
     """
+    if node.op not in ("call_function", "call_method"):
+        return None
     if is_higher_order(node):
         name = node.target.name()  # type: ignore[union-attr]
     else:
