@@ -18,8 +18,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mxnorm_pass import functional, ops
-from mxnorm_pass.config import Gradient, MXNormConfig
+from mxnorm_pass.config import Estimator, Gradient, MXNormConfig
 from mxnorm_pass.errors import VerificationError
+from mxnorm_pass.estimate import mean_square
 from mxnorm_pass.graph_utils import aten, is_backward, prims
 from mxnorm_pass.match.cast import Cast, find_casts
 from mxnorm_pass.module_names import module_path
@@ -39,13 +40,15 @@ class Float64Interpreter:
 
     Args:
         config: says which gradient a norm's estimate has.
+        stop: ``detach`` stops the gradient.
 
     Raises:
         VerificationError: the graph holds a float8 cast that is no MX cast.
     """
 
-    def __init__(self, graph: fx.Graph, config: MXNormConfig) -> None:
+    def __init__(self, graph: fx.Graph, config: MXNormConfig, *, stop: bool = True) -> None:
         self._graph = graph
+        self._stop = stop
         self._owner = graph.owning_module
         self._config = config
         self._casts: dict[fx.Node, Cast] = {}
@@ -91,6 +94,8 @@ class Float64Interpreter:
             return partial(_norm_cast, target, gradient, node.meta["val"])
         if target in _OWN:
             return _OWN[target]
+        if target is aten.detach.default and not self._stop:
+            return aten.alias.default
         name = getattr(target, "_opname", "")
         if name.startswith("_scaled_dot_product_"):
             return partial(_attention, target)
@@ -102,7 +107,7 @@ class Float64Interpreter:
 
     def _body(self, body: fx.GraphModule, name: str, *operands: Any) -> tuple[Any, ...]:
         outputs = body.graph.output_node().args[0]
-        interpreter = Float64Interpreter(body.graph, self._config)
+        interpreter = Float64Interpreter(body.graph, self._config, stop=self._stop)
         nodes = [n for n in outputs if isinstance(n, fx.Node)]  # type: ignore[union-attr]
         values = dict(zip(nodes, interpreter.run(nodes, operands), strict=True))
         return tuple(values.get(n) for n in outputs)  # type: ignore[union-attr, arg-type]
@@ -145,19 +150,12 @@ def _in_float64(target: Any, *args: Any, **kwargs: Any) -> Any:
 def _norm_cast(
     op: Any, gradient: Gradient, like: Sequence[Tensor], *args: Any
 ) -> tuple[Tensor, ...]:
-    names = [argument.name for argument in op._schema.arguments]
-    given: Mapping[str, Any] = dict(zip(names, args, strict=True))
+    parameters = (argument.name for argument in op._schema.arguments)
+    given: Mapping[str, Any] = dict(zip(parameters, args, strict=True))
     residual, weight = given.get("residual"), given["weight"]
     x = given["x"] if residual is None else given["x"] + residual
-    rho = functional.inverse_rms(
-        x,
-        eps=given["eps"],
-        estimator=given["estimator"],
-        gradient=gradient,
-        p=given["p"],
-        block_size=given["block_size"],
-        block_weights=given["block_weights"],
-    )
+    names = ("eps", "estimator", "p", "block_size", "block_weights")
+    rho = _rho(x, gradient, **{name: given[name] for name in names})
     y = x * rho if weight is None else x * rho * weight
     in_rows = y if given.get("gain_in_rows", True) else x * rho
     results: dict[str, Any] = {
@@ -172,9 +170,18 @@ def _inverse_rms(
     x: Tensor, block_weights: Sequence[float] | None, eps: float, p: float, size: int, gradient: Any
 ) -> Tensor:
     weights = None if block_weights is None else torch.tensor(block_weights).to(x)
-    return functional.inverse_rms(
-        x, eps=eps, gradient=gradient, p=p, block_size=size, block_weights=weights
+    return _rho(
+        x, gradient, eps=eps, estimator="mxnorm", p=p, block_size=size, block_weights=weights
     )
+
+
+def _rho(
+    x: Tensor, gradient: Gradient, *, eps: float, estimator: Estimator, **options: Any
+) -> Tensor:
+    """The inverse RMS; autograd finds its derivative, unless it is to have another one."""
+    if gradient == "true" or estimator == "exact":
+        return torch.rsqrt(mean_square(x, estimator, **options) + eps)
+    return functional.inverse_rms(x, eps=eps, estimator=estimator, gradient=gradient, **options)
 
 
 def _dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
