@@ -101,9 +101,18 @@ class Float64Interpreter:
             return partial(_attention, target)
         if target is torch.ops.higher_order.invoke_subgraph:
             return self._body
+        if target is torch.ops.higher_order.cond:
+            return self._branch
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return partial(_as_it_is, node)
         if name == "_grouped_mm":
             return _grouped_mm
         return partial(_in_float64, target)
+
+    def _branch(
+        self, predicate: Any, true: fx.GraphModule, false: fx.GraphModule, operands: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        return self._body(true if predicate else false, "", *operands)
 
     def _body(self, body: fx.GraphModule, name: str, *operands: Any) -> tuple[Any, ...]:
         outputs = body.graph.output_node().args[0]
@@ -145,6 +154,18 @@ def _in_float64(target: Any, *args: Any, **kwargs: Any) -> Any:
         pytree.tree_map_only, torch.dtype, lambda d: torch.float64 if d in _WIDE else d
     )
     return target(*wider(args), **wider(kwargs))
+
+
+def _as_it_is(node: fx.Node, *args: Any) -> Any:
+    """A loop, in its own dtypes; what is differentiated through it is left out."""
+    like = fx.map_arg(node.args, lambda n: n.meta.get("val"))
+    leaves, spec = pytree.tree_flatten(args)
+    pairs = zip(leaves, pytree.tree_leaves(like), strict=True)
+    own = [
+        t.to(v.dtype) if isinstance(t, Tensor) and isinstance(v, Tensor) else t for t, v in pairs
+    ]
+    with torch.no_grad():
+        return node.target(*pytree.tree_unflatten(own, spec))  # type: ignore[operator]
 
 
 def _norm_cast(

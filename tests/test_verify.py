@@ -171,6 +171,40 @@ def test_bodies_and_functions_pass(layer: type[Layer], inner: str) -> None:
     assert len(verified(Stack(layer), x_of(), inner=inner).fused) == 2
 
 
+class Branch(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > -1e9, lambda t: Layer.forward(self, t), lambda t: t * 2, (x,))
+
+
+class Loop(Layer):
+    """Differentiated, but for its first rounds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            start = torch.tensor(0), x.detach()
+            _, z = torch._higher_order_ops.while_loop(self.goes_on, self.round, start)
+        return super().forward(x) + z
+
+    def goes_on(self, i: Tensor, z: Tensor) -> Tensor:
+        return i < 2
+
+    def round(self, i: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return i + 1, super().forward(z)
+
+
+@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
+@pytest.mark.parametrize("body", [Branch, Loop])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_branches_and_loops_pass(body: type[Layer], dtype: torch.dtype, estimator: str) -> None:
+    class Both(Stack):
+        def __init__(self) -> None:
+            super().__init__(lambda: Layer(dtype))
+            self.second = body(dtype)
+
+    report = verified(Both(), x_of(dtype), estimator=estimator)
+    assert report.fused and report.skipped
+
+
 def test_bf16_passes() -> None:
     assert len(verified(Stack(lambda: Layer(BF16)), x_of(BF16)).fused) == 2
 
@@ -230,5 +264,8 @@ def test_exact_may_change_no_output(
 
 def test_the_message_names_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     another_eps(monkeypatch)
-    with torch.no_grad(), pytest.raises(VerificationError, match=r"changes the output \w+: 512 of 512"):
+    with (
+        torch.no_grad(),
+        pytest.raises(VerificationError, match=r"changes the output \w+: 512 of 512"),
+    ):
         verified(Stack(), inputs(8), estimator="exact")
