@@ -18,8 +18,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mxnorm_pass import functional, ops
-from mxnorm_pass.config import Gradient, MXNormConfig
+from mxnorm_pass.config import Estimator, Gradient, MXNormConfig
 from mxnorm_pass.errors import VerificationError
+from mxnorm_pass.estimate import mean_square
 from mxnorm_pass.graph_utils import aten, is_backward, prims
 from mxnorm_pass.match.cast import Cast, find_casts
 from mxnorm_pass.module_names import module_path
@@ -39,13 +40,15 @@ class Float64Interpreter:
 
     Args:
         config: says which gradient a norm's estimate has.
+        stop: ``detach`` stops the gradient.
 
     Raises:
         VerificationError: the graph holds a float8 cast that is no MX cast.
     """
 
-    def __init__(self, graph: fx.Graph, config: MXNormConfig) -> None:
+    def __init__(self, graph: fx.Graph, config: MXNormConfig, *, stop: bool = True) -> None:
         self._graph = graph
+        self._stop = stop
         self._owner = graph.owning_module
         self._config = config
         self._casts: dict[fx.Node, Cast] = {}
@@ -91,18 +94,29 @@ class Float64Interpreter:
             return partial(_norm_cast, target, gradient, node.meta["val"])
         if target in _OWN:
             return _OWN[target]
+        if target is aten.detach.default and not self._stop:
+            return aten.alias.default
         name = getattr(target, "_opname", "")
         if name.startswith("_scaled_dot_product_"):
             return partial(_attention, target)
         if target is torch.ops.higher_order.invoke_subgraph:
             return self._body
+        if target is torch.ops.higher_order.cond:
+            return self._branch
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return partial(_as_it_is, node)
         if name == "_grouped_mm":
             return _grouped_mm
         return partial(_in_float64, target)
 
+    def _branch(
+        self, predicate: Any, true: fx.GraphModule, false: fx.GraphModule, operands: Sequence[Any]
+    ) -> tuple[Any, ...]:
+        return self._body(true if predicate else false, "", *operands)
+
     def _body(self, body: fx.GraphModule, name: str, *operands: Any) -> tuple[Any, ...]:
         outputs = body.graph.output_node().args[0]
-        interpreter = Float64Interpreter(body.graph, self._config)
+        interpreter = Float64Interpreter(body.graph, self._config, stop=self._stop)
         nodes = [n for n in outputs if isinstance(n, fx.Node)]  # type: ignore[union-attr]
         values = dict(zip(nodes, interpreter.run(nodes, operands), strict=True))
         return tuple(values.get(n) for n in outputs)  # type: ignore[union-attr, arg-type]
@@ -142,22 +156,27 @@ def _in_float64(target: Any, *args: Any, **kwargs: Any) -> Any:
     return target(*wider(args), **wider(kwargs))
 
 
+def _as_it_is(node: fx.Node, *args: Any) -> Any:
+    """A loop, in its own dtypes; what is differentiated through it is left out."""
+    like = fx.map_arg(node.args, lambda n: n.meta.get("val"))
+    leaves, spec = pytree.tree_flatten(args)
+    pairs = zip(leaves, pytree.tree_leaves(like), strict=True)
+    own = [
+        t.to(v.dtype) if isinstance(t, Tensor) and isinstance(v, Tensor) else t for t, v in pairs
+    ]
+    with torch.no_grad():
+        return node.target(*pytree.tree_unflatten(own, spec))  # type: ignore[operator]
+
+
 def _norm_cast(
     op: Any, gradient: Gradient, like: Sequence[Tensor], *args: Any
 ) -> tuple[Tensor, ...]:
-    names = [argument.name for argument in op._schema.arguments]
-    given: Mapping[str, Any] = dict(zip(names, args, strict=True))
+    parameters = (argument.name for argument in op._schema.arguments)
+    given: Mapping[str, Any] = dict(zip(parameters, args, strict=True))
     residual, weight = given.get("residual"), given["weight"]
     x = given["x"] if residual is None else given["x"] + residual
-    rho = functional.inverse_rms(
-        x,
-        eps=given["eps"],
-        estimator=given["estimator"],
-        gradient=gradient,
-        p=given["p"],
-        block_size=given["block_size"],
-        block_weights=given["block_weights"],
-    )
+    names = ("eps", "estimator", "p", "block_size", "block_weights")
+    rho = _rho(x, gradient, **{name: given[name] for name in names})
     y = x * rho if weight is None else x * rho * weight
     in_rows = y if given.get("gain_in_rows", True) else x * rho
     results: dict[str, Any] = {
@@ -172,9 +191,18 @@ def _inverse_rms(
     x: Tensor, block_weights: Sequence[float] | None, eps: float, p: float, size: int, gradient: Any
 ) -> Tensor:
     weights = None if block_weights is None else torch.tensor(block_weights).to(x)
-    return functional.inverse_rms(
-        x, eps=eps, gradient=gradient, p=p, block_size=size, block_weights=weights
+    return _rho(
+        x, gradient, eps=eps, estimator="mxnorm", p=p, block_size=size, block_weights=weights
     )
+
+
+def _rho(
+    x: Tensor, gradient: Gradient, *, eps: float, estimator: Estimator, **options: Any
+) -> Tensor:
+    """The inverse RMS; autograd finds its derivative, unless it is to have another one."""
+    if gradient == "true" or estimator == "exact":
+        return torch.rsqrt(mean_square(x, estimator, **options) + eps)
+    return functional.inverse_rms(x, eps=eps, estimator=estimator, gradient=gradient, **options)
 
 
 def _dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

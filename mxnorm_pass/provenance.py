@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import ops
 from mxnorm_pass.canonicalize import remove_dead
-from mxnorm_pass.scopes import Scope, kind_of_call
+from mxnorm_pass.scopes import Scope, intervened_in, kind_of_call
 
 _END = -1
 
@@ -63,12 +63,14 @@ class Provenance:
         values: the traced node that holds the value of one of Dynamo's nodes.
         origins: of the forward's traced nodes.
         behind: the nodes behind the last mark, which no forward reads.
+        interventions: Dynamo's nodes that intervene in the gradient of a traced node's value.
     """
 
     scope: Scope
     values: Mapping[fx.Node, fx.Node]
     origins: Mapping[fx.Node, Origin]
     behind: frozenset[fx.Node]
+    interventions: Mapping[fx.Node, tuple[fx.Node, ...]]
     _readers: Mapping[fx.Node, tuple[fx.Node, ...]]
 
     def readers_of(self, traced: fx.Node) -> tuple[fx.Node, ...]:
@@ -209,4 +211,23 @@ def take_marks(graph: fx.Graph, scopes: Sequence[Scope]) -> Provenance | None:
     alive = set(graph.nodes)
     origins = {node: origin for node, origin in reading.origins.items() if node in alive}
     readers = {n: tuple(user for user in n.users if user in origins) for n in graph.nodes}
-    return Provenance(reading.scope, reading.values, origins, frozenset(reading.unclaimed), readers)
+    return Provenance(
+        scope=reading.scope,
+        values=reading.values,
+        origins=origins,
+        behind=frozenset(reading.unclaimed),
+        interventions=_interventions(scopes, reading.values),
+        _readers=readers,
+    )
+
+
+def _interventions(
+    scopes: Sequence[Scope], values: Mapping[fx.Node, fx.Node]
+) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for node in (node for scope in scopes for node in scope.nodes):
+        tensor = intervened_in(node)
+        if tensor is not None and tensor in values:
+            on = values[tensor]
+            found[on] = (*found.get(on, ()), node)
+    return found

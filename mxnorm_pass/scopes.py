@@ -94,3 +94,20 @@ def kind_of_call(node: fx.Node) -> Kind | None:
 def is_higher_order(node: fx.Node) -> bool:
     """Does the node call an op that takes graphs?"""
     return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def intervened_in(node: fx.Node) -> fx.Node | None:
+    """The tensor in whose gradient the node intervenes: it sets a hook, or detaches in place.
+
+    That holds for whoever reads the tensor, not only for those that read it through the node.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if is_higher_order(node):
+        name = node.target.name()  # type: ignore[union-attr]
+    else:
+        name = getattr(node.target, "__name__", node.target)
+    # Under compiled autograd Dynamo sets hooks by a function of its own.
+    if name not in ("register_hook", "_register_hook_trampoline", "detach_"):
+        return None
+    return node.args[0]  # type: ignore[return-value]

@@ -88,12 +88,39 @@ class ClippingHook(Program):
     """A hook that is not linear."""
 
     def forward(self, x: Tensor) -> Any:
-        def clipped(y: Tensor) -> Tensor:
-            y.register_hook(lambda g: g.clamp(-0.1, 0.1))
+        y = self.step(self.normalized(x), clip_gradient_by_hook)
+        return self.fused(y) + self.exact(y).sigmoid()
+
+
+class HookBehindTheReader(Program):
+    """A hook is the tensor's, whoever has read it before."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.normalized(x)
+        out = self.fused(y)
+        self.step(y, clip_gradient_by_hook)
+        return out, self.exact(y).sigmoid()
+
+
+class HookOnTheSameTensor(Program):
+    """Some ops return the tensor that they are given."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.normalized(x)
+        z = self.step(y, lambda t: clip_gradient_by_hook(t.contiguous().float()))
+        return self.fused(y), self.exact(z).sigmoid()
+
+
+class HookThatReadsTheNorm(Program):
+    def forward(self, x: Tensor) -> Any:
+        def hooked(y: Tensor) -> Tensor:
+            y.register_hook(lambda g: g * y.detach().abs().clamp(0, 1))
             return y
 
-        y = self.step(self.normalized(x), clipped)
-        return self.fused(y) + self.exact(y).sigmoid()
+        y = self.normalized(x)
+        out = self.fused(y)
+        self.step(y, hooked)
+        return out, self.exact(y).sigmoid()
 
 
 class HookOnTheInput(Program):
@@ -146,6 +173,14 @@ class FusedReaderDetached(Program):
         return self.fused(self.step(y, Tensor.detach)), self.exact(y).sigmoid()
 
 
+class DetachedInPlace(Program):
+    """Which Dynamo's nodes behind it do not read."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.step(self.normalized(x), Tensor.detach_)
+        return self.fused(y), self.exact(y).sigmoid() + x
+
+
 class Thresholds(Program):
     def forward(self, x: Tensor) -> Any:
         y = self.normalized(x)
@@ -185,6 +220,18 @@ class CheckpointedWhole(Program):
             return self.fused(y) + self.exact(y).sigmoid()
 
         return layer(x) if self.reference else checkpoint(layer, x, use_reentrant=False)
+
+
+class ReadBehindACheckpoint(Program):
+    """The norm's output leaves the checkpointed layer in which a fused linear reads it."""
+
+    def forward(self, x: Tensor) -> Any:
+        def layer(t: Tensor) -> Any:
+            y = self.normalized(t)
+            return y, self.fused(y)
+
+        y, out = layer(x) if self.reference else checkpoint(layer, x, use_reentrant=False)
+        return out, self.exact(y).sigmoid()
 
 
 class WrittenInPlace(Program):
@@ -227,6 +274,11 @@ class HalfGradient(torch.autograd.Function):
 
 def scale_gradient_by_hook(y: Tensor) -> Tensor:
     y.register_hook(lambda g: g * 0.5)
+    return y
+
+
+def clip_gradient_by_hook(y: Tensor) -> Tensor:
+    y.register_hook(lambda g: g.clamp(-0.1, 0.1))
     return y
 
 
@@ -284,16 +336,21 @@ def assert_same_step(
 FUSED = [
     HookOnTheOutput,
     ClippingHook,
+    HookBehindTheReader,
+    HookOnTheSameTensor,
+    HookThatReadsTheNorm,
     HookOnTheInput,
     CastOutside,
     GainInTheParent,
     Detached,
     FusedReaderDetached,
+    DetachedInPlace,
     Thresholds,
     ScaledBranch,
     FunctionOnTheWay,
     CheckpointedReaders,
     CheckpointedWhole,
+    ReadBehindACheckpoint,
     WrittenInPlace,
     TwoStreams,
 ]
@@ -362,6 +419,36 @@ class HookInside(Skipped):
         return x * rho * self.norm.weight
 
 
+class HookInsideAtTheEnd(Skipped):
+    def spelled(self, x: Tensor) -> Tensor:
+        rho = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+        y = x * rho * self.norm.weight
+        rho.register_hook(lambda g: g * 0.5)
+        return y
+
+
+class HookOnOneReadAtTheEnd(Skipped):
+    def spelled(self, x: Tensor) -> Tensor:
+        h = x * 1.0
+        rho = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+        g = h.view(h.shape)
+        y = g * rho * self.norm.weight
+        g.register_hook(lambda gradient: gradient * 0.5)
+        return y
+
+
+class HookBehindACheckpoint(Skipped):
+    """Set on what the checkpointed layer returns, it holds for the linear inside, too."""
+
+    def forward(self, x: Tensor) -> Any:
+        def layer(t: Tensor) -> Any:
+            y = self.normalized(t)
+            return y, self.fused(y)
+
+        y, out = layer(x) if self.reference else checkpoint(layer, x, use_reentrant=False)
+        return out, clip_gradient_by_hook(y).sigmoid()
+
+
 class HookOnOneOfTwoReads(Skipped):
     def spelled(self, x: Tensor) -> Tensor:
         h = x * 1.0
@@ -421,7 +508,10 @@ class OutputWrittenInPlace(Skipped):
         (StatisticDetached, "gradients of their own"),
         (RhoWithoutGradient, "changes or stops its gradient"),
         (HookInside, "changes or stops its gradient"),
+        (HookInsideAtTheEnd, "changes or stops its gradient"),
         (HookOnOneOfTwoReads, "gradients of their own"),
+        (HookOnOneReadAtTheEnd, "changes or stops its gradient"),
+        (HookBehindACheckpoint, "in another body"),
         (InAFunction, "autograd_function_apply"),
         (InABranch, "a branch or a loop"),
     ],

@@ -17,7 +17,7 @@ Dynamo's nodes than those that keep the exact norm.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -77,7 +77,8 @@ class Substitution:
             there: later on something may have been written to it.
         statistic: the node that computes the mean of squares.
         output: the node whose value the estimate stands for.
-        steps: on the way from ``output`` to fused readers, what is to be repeated, in order.
+        steps: on the way from ``output`` to fused readers, what is to be repeated, in order; and
+            what intervenes in the gradient of any of these tensors.
         readers: the fused readers.
     """
 
@@ -127,7 +128,7 @@ class _Search:
         self._check_gradients()
         self._check_casts()
         readers = self._fused_readers()
-        steps = self._steps(readers)
+        steps = self._with_interventions(self._steps(readers))
         self._check_unwritten([self._output, *steps])
         gain_readers = [n for n in region if self._reads(n, gain)]
         return Substitution(
@@ -189,9 +190,14 @@ class _Search:
         return frozenset(n for n in nodes if n.op != "placeholder" and self._value(n) in self._held)
 
     @cached_property
+    def _inner(self) -> frozenset[fx.Node]:
+        """The traced nodes between x and the norm's output."""
+        return self._norm.nodes - self._held
+
+    @cached_property
     def _region(self) -> tuple[fx.Node, ...]:
         """Dynamo's nodes that compute the norm from x and the gain, in order."""
-        inner = {n for n in self._norm.nodes if n not in self._held}
+        inner = self._inner
         found: set[fx.Node] = {self._output}
         for traced in (*inner, self._norm.product):
             origin = self._provenance.origins.get(traced)
@@ -251,7 +257,14 @@ class _Search:
             raise self._refuse(detail, f"{what} from one node", self._value(holders[-1]))
         if source not in holders:
             self._check_unwritten([source])
+        for node in (n for chain in chains for n in chain[: chain.index(source)]):
+            if self._interventions_in(node) and self._value(node) is not self._value(source):
+                raise self._changes_gradient(self._interventions_in(node)[0], self._value(node))
         return source
+
+    def _interventions_in(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        value = self._value(node)
+        return self._provenance.interventions.get(value, ()) if value is not None else ()
 
     def _derivation(self, node: fx.Node) -> list[fx.Node]:
         """The node and what it is but for views and dtype casts that pass gradients on."""
@@ -294,9 +307,13 @@ class _Search:
         untracked = not any(map(_tracked, self._region))
         for node in self._region:
             if is_higher_order(node) or not (untracked or _keeps_gradient(node)):
-                detail = f"{node.name} inside of the norm changes or stops its gradient"
-                expected = "ops whose gradient is autograd's own"
-                raise self._refuse(detail, expected, self._value(node))
+                raise self._changes_gradient(node, self._value(node))
+        for traced in self._inner & self._provenance.interventions.keys():
+            raise self._changes_gradient(self._provenance.interventions[traced][0], traced)
+
+    def _changes_gradient(self, node: fx.Node, traced: fx.Node | None) -> _Refused:
+        detail = f"{node.name} inside of the norm changes or stops its gradient"
+        return self._refuse(detail, "ops whose gradient is autograd's own", traced)
 
     def _check_unwritten(self, nodes: Iterable[fx.Node]) -> None:
         for node in nodes:
@@ -319,7 +336,7 @@ class _Search:
         """Dynamo's nodes that read the norm for fused consumers, and for nobody else."""
         consumers = self._nodes_of_consumers()
         found: dict[fx.Node, None] = {}
-        for reader, traced in self._readers().items():
+        for reader, traced in self._readers(consumers).items():
             fused = [n for n in traced if n in consumers]
             others = [n for n in traced if n not in consumers]
             if not fused:
@@ -337,7 +354,7 @@ class _Search:
             raise self._refuse(detail, "fused linears that read the norm", self._norm.product)
         return tuple(found)
 
-    def _readers(self) -> dict[fx.Node, list[fx.Node]]:
+    def _readers(self, consumers: Container[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
         """The traced nodes that read the norm's output, by the node of Dynamo's they belong to."""
         found: dict[fx.Node, list[fx.Node]] = {}
         read = (user for node in sorted(self._held) for user in self._provenance.readers_of(node))
@@ -345,8 +362,11 @@ class _Search:
             if traced in self._held or not makes_tensors(traced):
                 continue
             origin = self._provenance.origins[traced].seen_from(self._scope)
+            if origin is None and traced not in consumers:
+                # It reads what the norm's body returns, which stays exact.
+                continue
             if origin is None:
-                detail = f"{traced.name} reads the norm in a body that several layers share"
+                detail = f"{traced.name} reads the norm outside of the norm's body"
                 raise self._refuse(detail, "a reader in the body of the norm", traced)
             found.setdefault(origin.node, []).append(traced)
         return found
@@ -359,8 +379,23 @@ class _Search:
 
     def _steps(self, readers: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
         """What leads from the output to the readers: views, dtype casts and hooks."""
+        read = (n for reader in readers for n in reader.all_input_nodes if n in self._holders)
+        return self._way_to(read)
+
+    def _with_interventions(self, steps: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+        """The steps and all hooks on the tensors on the way, wherever they were set."""
+        on_the_way = (self._output, *steps)
+        found = [n for tensor in on_the_way for n in self._interventions_in(tensor)]
+        for node in found:
+            if node not in self._scope.nodes:
+                detail = f"{node.name} in another body changes the gradient of the norm's output"
+                raise self._refuse(detail, "hooks in the body of the norm", self._norm.product)
+        return self._way_to([*steps, *found])
+
+    def _way_to(self, nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+        """The nodes and what leads to them from the output, in order."""
         found: set[fx.Node] = set()
-        pending = [n for reader in readers for n in reader.all_input_nodes if n in self._holders]
+        pending = list(nodes)
         while pending:
             node = pending.pop()
             if node is self._output or node in found:

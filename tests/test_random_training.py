@@ -1,0 +1,22 @@
+"""Random training programs: each output and gradient is what ``functional`` says."""
+
+from __future__ import annotations
+
+import pytest
+from matching import expected_warnings
+from random_training import random_spec, run_program
+
+pytestmark = expected_warnings
+# More of them: python tests/random_training.py COUNT FIRST
+PROGRAMS, CHUNK = 60, 10
+
+
+@pytest.mark.parametrize("first", range(0, PROGRAMS, CHUNK))
+def test_gradients_of_random_programs(first: int) -> None:
+    outcomes = {seed: run_program(random_spec(seed), seed) for seed in range(first, first + CHUNK)}
+    assert not {seed: o.errors for seed, o in outcomes.items() if o.errors}
+    assert not {seed: str(o.refused) for seed, o in outcomes.items() if o.refused}
+    reports = [o.report for o in outcomes.values() if o.report is not None]
+    assert len(reports) >= 0.7 * CHUNK
+    norms = [site for report in reports for site in report.sites]
+    assert sum(site.status == "fused" for site in norms) >= 0.3 * len(norms)
