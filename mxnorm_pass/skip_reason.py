@@ -100,7 +100,8 @@ class SkipReason(Enum):
     )
     NO_WEIGHT_CAST = (
         "gain='fold' needs the cast of the high-precision weight in the graph",
-        "`gain='fold'` is asked for, but a weight arrives quantised.",
+        "`gain='fold'` is asked for, but a weight arrives quantised, or the backward reads the "
+        "casts.",
         "Use `gain='auto'` or `'activation'`.",
     )
     BACKWARD = (

@@ -169,6 +169,25 @@ class CubedGradient(torch.autograd.Function):
         return grad * x.tanh()
 
 
+class FakeQuantize(torch.autograd.Function):
+    """An MX cast whose gradient is cut off where the input is large.
+
+    Args:
+        quantized: what the forward returns in the place of the cast of ``x``, for the reference.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantized: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        cast = functional.mx_dequantize(*functional.mx_cast(x), x.dtype)
+        return cast if quantized is None else quantized
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grad * (x.abs() < 1), None
+
+
 def _hooked(hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor]:
     def step(t: Tensor) -> Tensor:
         if t.requires_grad:
@@ -222,7 +241,8 @@ GAINS = (
     "own", "own", "frozen", "buffer", "none", "one plus", "computed", "shared", "parent",
     "adaptive", "adaptive row", "function", "hooked",
 )  # fmt: skip
-READERS = ("linear", "inline", "router", "sigmoid", "output", "product", "mean", "write")
+LINEARS = ("linear", "inline", "fake", "router")
+READERS = ("linear", "inline", "fake", "router", "sigmoid", "output", "product", "mean", "write")
 SOURCES = ("stream", "input", "last norm")
 RESIDUALS = ("add", "into out", "scaled", "alone", "in place")
 
@@ -314,7 +334,7 @@ class _Draw:
     def reader(self, wrapper: str, hooks: dict[str, Any], functions: dict[str, Any]) -> ReaderSpec:
         rng = self.rng
         # Branches cannot write to what they are given; what is checkpointed would do so twice.
-        others = READERS[2:] if wrapper == "none" else READERS[2:-1]
+        others = READERS[2:] if wrapper == "none" else READERS[3:-1]
         kind = rng.choice(("linear",) * 6 + ("inline",) * 2 + others)
         return ReaderSpec(
             kind=kind,
@@ -393,7 +413,7 @@ class Reader(nn.Module):
         super().__init__()
         self.spec, self.layer, self.name = spec, place[0], f"readers.{place[1]}"
         self.oracle: Oracle | None = None
-        if spec.kind in ("linear", "inline", "router"):
+        if spec.kind in LINEARS:
             self.linear = nn.Linear(D, spec.rows, bias=spec.bias, dtype=dtype)
             self.linear.weight.requires_grad_(spec.trains)
 
@@ -407,7 +427,7 @@ class Reader(nn.Module):
         return self.read(y, state)
 
     def read(self, y: Any, state: Tensor | None = None) -> Tensor:
-        if self.spec.kind in ("linear", "inline", "router"):
+        if self.spec.kind in LINEARS:
             out = self.multiply(y)
             return torch.softmax(out, -1).topk(2).values if self.spec.kind == "router" else out
         exact: Tensor = y.exact if isinstance(y, Seen) else y
@@ -426,6 +446,8 @@ class Reader(nn.Module):
     def multiply(self, y: Any) -> Tensor:
         weight, bias = self.linear.weight, self.linear.bias
         y = y.to(weight.dtype)
+        if self.spec.kind == "fake":
+            return self.multiply_fake_quantized(y)
         if self.oracle is None:
             return F.linear(y, weight, bias) if self.spec.kind == "inline" else self.linear(y)
         if isinstance(y, Seen) and self.oracle.is_fused(self.layer, self.name):
@@ -436,6 +458,28 @@ class Reader(nn.Module):
         if self.oracle.is_cast(self.layer, self.name):
             return functional.mx_linear(exact, weight, bias)
         return F.linear(exact, weight, bias)
+
+    def multiply_fake_quantized(self, y: Any) -> Tensor:
+        is_fused = self.oracle is not None and self.oracle.is_fused(self.layer, self.name)
+        if isinstance(y, Seen) and is_fused and y.folded is not None:
+            # The gain is folded where there is no backward alone.
+            with torch.no_grad():
+                return functional.mx_linear(
+                    y.estimate,
+                    self.linear.weight,
+                    self.linear.bias,
+                    quantized=y.quantized,
+                    gain=y.folded,
+                )
+        weight = FakeQuantize.apply(self.linear.weight, None)
+        if not isinstance(y, Seen):
+            activation = FakeQuantize.apply(y, None)
+        elif is_fused:
+            quantized = functional.mx_dequantize(*y.quantized, y.estimate.dtype)
+            activation = FakeQuantize.apply(y.estimate, quantized)
+        else:
+            activation = FakeQuantize.apply(y.exact, None)
+        return F.linear(activation, weight, self.linear.bias)
 
 
 class Norm(nn.Module):

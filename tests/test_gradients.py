@@ -373,6 +373,46 @@ def test_gradients_through_inductor(program: type[Program]) -> None:
     assert_same_step(found, expected(model, x), F32)
 
 
+# Casts whose results the backward multiplies, too
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Passes gradients straight through, except where its input is large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantized: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        cast = functional.mx_dequantize(*functional.mx_cast(x), x.dtype)
+        return cast if quantized is None else quantized
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grad * (x.abs() < 1), None
+
+
+class FakeQuantized(Program):
+    def forward(self, x: Tensor) -> Any:
+        y = self.normalized(x)
+        weight = FakeQuantize.apply(self.lin.weight, None)
+        if not isinstance(y, Estimated):
+            return F.linear(FakeQuantize.apply(y, None), weight), y.sigmoid()
+        cast = functional.mxnorm_cast(x, y.gain, eps=EPS)[:2]
+        activation = FakeQuantize.apply(y.estimate, functional.mx_dequantize(*cast))
+        return F.linear(activation, weight), y.exact.sigmoid()
+
+
+def test_a_backward_that_multiplies_what_was_cast() -> None:
+    """The gain must not go into the weight: the gradients would have it once too often."""
+    model, x = FakeQuantized(), inputs(32)
+    found, report = train(model, x, quantize="existing", verify=True)
+    assert only_site(report).gain == "activation"
+    assert_same_step(found, expected(model, x), F32)
+    _, report = train(model, x, quantize="existing", gain="fold")
+    assert only_site(report).reason is SkipReason.NO_WEIGHT_CAST
+    assert "the backward of" in only_site(report).detail
+
+
 # Norms that cannot become estimates keep their exact gradient
 
 

@@ -8,7 +8,7 @@ from random_training import random_spec, run_program
 
 pytestmark = expected_warnings
 # More of them: python tests/random_training.py COUNT FIRST
-PROGRAMS, CHUNK = 60, 10
+PROGRAMS, CHUNK = 40, 10
 
 
 @pytest.mark.parametrize("first", range(0, PROGRAMS, CHUNK))

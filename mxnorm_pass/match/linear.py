@@ -373,10 +373,15 @@ def is_float8(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class WeightCast:
-    """The cast of a linear's high-precision weight that the graph computes."""
+    """The cast of a linear's high-precision weight that the graph computes.
+
+    Attributes:
+        slice: nodes from the cast's values and scales (excluded) to the matmul (excluded).
+    """
 
     cast: Cast
     weight: fx.Node
+    slice: tuple[fx.Node, ...] = ()
 
 
 def casts_by_matmul(casts: Iterable[Cast]) -> dict[fx.Node, tuple[Cast, ...]]:
@@ -405,7 +410,7 @@ def weight_cast(
     transpositions += _transposes_weight(matmul.matmul)
     if value is None or value.ndim != 2 or transpositions % 2 == 0:
         return None
-    return WeightCast(others[0], weight)
+    return WeightCast(others[0], weight, own.slice)
 
 
 def narrowest_dtype(nodes: Iterable[fx.Node]) -> torch.dtype | None:
@@ -444,6 +449,14 @@ class Consumer:
     def nodes(self) -> tuple[fx.Node, ...]:
         """From the norm's output (excluded) to the matmul, but for the cast's own."""
         return (*self.reader.path, *self.linear.slice, self.linear.matmul)
+
+    @property
+    def quantized(self) -> tuple[fx.Node, ...]:
+        """The nodes that hold what is made of the casts of activation and weight."""
+        found = (self.cast.values, self.cast.scales, *self.linear.slice)
+        if self.weight is None:
+            return found
+        return (*found, self.weight.cast.values, self.weight.cast.scales, *self.weight.slice)
 
 
 def weight_text(consumer: Consumer) -> str:

@@ -386,16 +386,25 @@ def _gain_mode(
     if not missing:
         return "fold"
     if config.gain == "fold":
-        texts = (f"{c.name} multiplies {weight_text(c)}" for c in missing)
-        expected = f"a cast of each linear's [N, {norm.width}] weight"
-        first = missing[0].linear.matmul
-        return Skip(SkipReason.NO_WEIGHT_CAST, "; ".join(texts), first, expected)
+        texts = "; ".join(map(_multiplied, missing))
+        expected = f"a cast of each linear's [N, {norm.width}] weight, for the forward alone"
+        return Skip(SkipReason.NO_WEIGHT_CAST, texts, missing[0].linear.matmul, expected)
     return "activation"
 
 
+def _multiplied(consumer: Consumer) -> str:
+    if _backward_reads(consumer.quantized):
+        return f"the backward of {consumer.name} multiplies what its forward has cast"
+    return f"{consumer.name} multiplies {weight_text(consumer)}"
+
+
 def _can_fold(consumer: Consumer, norm: Norm) -> bool:
-    """Is the weight cast in the graph, with the norm's channels along its last dimension?"""
-    if consumer.weight is None:
+    """Is the weight cast in the graph, with the norm's channels along its last dimension?
+
+    And for the forward alone: a backward that multiplies what was cast, as that of a fake
+    quantisation does, wants the gain in the activation and not in the weight.
+    """
+    if consumer.weight is None or _backward_reads(consumer.quantized):
         return False
     weight = tensor_of(consumer.weight.weight)
     return weight is not None and same_size(weight.shape[-1], norm.width)
