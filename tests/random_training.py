@@ -31,9 +31,8 @@ from mxnorm_pass import Report, Site, SkipReason, functional, insert
 
 D = 64
 BF16, F32 = torch.bfloat16, torch.float32
-# Several norms behind one another add up. The last bit of bf16, in which eager norms differ from
-# those that are traced, decides about an element's rounding to float8, by 6 %.
-TOLERANCE = {F32: 2e-5, BF16: 0.1}
+# Relative norm. Sums of gradients in another order differ by the last bit, and bf16 has 8.
+TOLERANCE = {F32: 1e-5, BF16: 1e-2}
 
 
 # Specs
@@ -496,7 +495,9 @@ class Norm(nn.Module):
 
 
 def normalized(spec: LayerSpec, x: Tensor, gain: Tensor | None) -> Tensor:
-    if spec.spelling == "rms_norm":
+    # Eager mode has a kernel of its own for it, which rounds otherwise than what it is traced to;
+    # the last bit of one norm decides about roundings to float8 behind the next.
+    if spec.spelling == "rms_norm" and torch.compiler.is_compiling():
         if gain is None or gain.shape == (D,):
             return F.rms_norm(x, (D,), gain, spec.eps)
         return F.rms_norm(x, (D,), None, spec.eps) * gain
