@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from matching import expected_warnings
-from random_training import random_spec, run_program
+from random_training import run_program
+from random_training_specs import random_spec
 
 pytestmark = expected_warnings
 # More of them: python tests/random_training.py COUNT FIRST
