@@ -24,10 +24,7 @@ def exportable(reader: ReaderSpec) -> ReaderSpec:
 
 
 def for_inference(spec: ModelSpec) -> ModelSpec:
-    stages = (
-        replace(s, readers=tuple(exportable(r) for r in s.readers))
-        for s in spec.stages
-    )
+    stages = (replace(s, readers=tuple(exportable(r) for r in s.readers)) for s in spec.stages)
     return replace(spec, train=False, stages=tuple(stages))
 
 
