@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -409,7 +410,12 @@ class LowerOps(CustomGraphPass):
 def source_digest() -> str:
     """Hash of this package's sources and of torch's version, for cache keys."""
     digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in source_files():
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def source_files() -> list[Path]:
+    """All that decides what a compile gives: the modules of the whole package, wherever this is."""
+    return sorted(Path(str(files("mxnorm_pass"))).rglob("*.py"))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from gradient_programs import FUSED, HalfGradient, Program, inputs
 from matching import BF16, F32, expected_warnings
 from reference import build_llama, convert_to_mxfp8_training, token_ids
-from test_gradients import FUSED, HalfGradient, Program, inputs
 from torch import Tensor, nn
 
 import mxnorm_pass
