@@ -70,11 +70,10 @@ def _bodies(module: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
 
 
 def _may_be_autocast(node: fx.Node, device: str) -> bool:
-    """Has autocast a rule for the op, or may it for one that the op calls, as einsum does?"""
     if device not in _KEYS or not isinstance(node.target, OpOverload):
         return False
-    keys, name = (_KEYS[device], "CompositeImplicitAutograd"), node.target.name()
-    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
+    name, key = node.target.name(), _KEYS[device]
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 def _dtype_without_autocast(node: fx.Node, value: FakeTensor) -> torch.dtype | None:

@@ -215,6 +215,7 @@ def _dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 _OWN: dict[Any, Callable[..., Any]] = {
     # It has no derivative of its own.
     prims.convert_element_type.default: lambda x, dtype: _in_float64(aten.to.dtype, x, dtype),
+    aten.copy.default: lambda into, source, *_: source.expand_as(into),
     ops.inverse_rms: _inverse_rms,
     ops.dequantize: _dequantize,
 }

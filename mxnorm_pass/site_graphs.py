@@ -189,10 +189,11 @@ def _parts_of_fusion(fusion: Fusion, before: Snapshot) -> Iterator[tuple[fx.Node
 def _backward_of(norm: Norm) -> Iterator[fx.Node]:
     """The backward nodes that read the norm and its gain, and what is computed from them alone."""
     # Autograd saves results through views.
-    saved = {user for node in norm.nodes for user in node.users if is_view(user)}
-    sources = {norm.x, *norm.nodes, *saved, *([norm.gain] if norm.gain is not None else [])}
+    inside = norm.nodes - {norm.output}
+    saved = {user for node in inside for user in node.users if is_view(user)}
+    sources = {norm.x, *inside, *saved, *([norm.gain] if norm.gain is not None else [])}
     found: set[fx.Node] = set()
-    pending = [user for node in sources - {norm.x, norm.output} for user in node.users]
+    pending = [user for node in sources - {norm.x} for user in node.users]
     pending += [user for user in norm.x.users if user.all_input_nodes == [norm.x]]
     pending = [user for user in pending if is_backward(user)]
     while pending and len(found) < _MAX_MODULE_NODES:
