@@ -154,6 +154,17 @@ class HookOnOneReadAtTheEnd(Skipped):
         return y
 
 
+class HookOnAnEqualExpression(Skipped):
+    """The statistic reads x, written once more, with a hook that is set behind it."""
+
+    def spelled(self, x: Tensor) -> Tensor:
+        h = x + 0.5
+        rho = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)
+        y = (x + 0.5) * rho * self.norm.weight
+        h.register_hook(lambda g: g * 0.5)
+        return y
+
+
 class HookBehindACheckpoint(Skipped):
     """Set on what the checkpointed layer returns, it holds for the linear inside, too."""
 
@@ -228,6 +239,7 @@ class OutputWrittenInPlace(Skipped):
         (HookInsideAtTheEnd, "changes or stops its gradient"),
         (HookOnOneOfTwoReads, "gradients of their own"),
         (HookOnOneReadAtTheEnd, "changes or stops its gradient"),
+        (HookOnAnEqualExpression, "the norm also reads"),
         (HookBehindACheckpoint, "in another body"),
         (InAFunction, "autograd_function_apply"),
         (InABranch, "a branch or a loop"),

@@ -287,7 +287,7 @@ class _Search:
             *(_graph_inputs(self._value(n)) for n in (x, gain) if n is not None and _tracked(n))
         )
         for source in sources:
-            if any(_same_computation(source, n) for n in known):
+            if any(self._same_computation(source, n) for n in known):
                 continue
             # Without gradients of its own it may still take part of theirs away.
             if _tracked(source) or not differentiated.isdisjoint(
@@ -295,6 +295,19 @@ class _Search:
             ):
                 detail = f"the norm also reads {source.name}"
                 raise self._refuse(detail, "x and the gain alone", self._value(source))
+
+    def _same_computation(self, a: object, b: object) -> bool:
+        """Are two nodes one, or one expression that is written twice, with the same gradients?"""
+        if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+            return type(a) is type(b) and a == b
+        if a is b:
+            return True
+        if a.op == "placeholder" or (a.op, a.target, _tracked(a)) != (b.op, b.target, _tracked(b)):
+            return False
+        if is_higher_order(a) or any(_is_written(n) or self._interventions_in(n) for n in (a, b)):
+            return False
+        left, right = (pytree.tree_flatten((n.args, n.kwargs)) for n in (a, b))
+        return left[1] == right[1] and all(map(self._same_computation, left[0], right[0]))
 
     # What autograd makes of it
 
@@ -442,24 +455,6 @@ def _keeps_gradient(node: fx.Node) -> bool:
     if is_higher_order(node):
         return False
     return _tracked(node) == any(map(_tracked, node.all_input_nodes))
-
-
-def _same_computation(a: fx.Node, b: fx.Node) -> bool:
-    """Are two nodes one, or one expression that is written twice, with the same gradients?"""
-    if a is b:
-        return True
-    if a.op == "placeholder" or (a.op, a.target, _tracked(a)) != (b.op, b.target, _tracked(b)):
-        return False
-    if is_higher_order(a) or _is_written(a) or _is_written(b):
-        return False
-    left, right = (pytree.tree_flatten((n.args, n.kwargs)) for n in (a, b))
-    return left[1] == right[1] and all(map(_same_argument, left[0], right[0]))
-
-
-def _same_argument(a: object, b: object) -> bool:
-    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
-        return _same_computation(a, b)
-    return type(a) is type(b) and a == b
 
 
 def _same_elements(a: fx.Node | None, b: fx.Node | None) -> bool:
