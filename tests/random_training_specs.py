@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from gradient_programs import HalfGradient
 from torch import Tensor
 
 from mxnorm_pass import functional
@@ -110,16 +111,6 @@ class ProgramSpec:
 
 
 # What may be done to a tensor on its way
-
-
-class HalfGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * 0.5
 
 
 class StraightThrough(torch.autograd.Function):

@@ -24,6 +24,7 @@ from gradient_programs import (
     train,
 )
 from matching import F32, expected_warnings, only_site
+from random_training_specs import FakeQuantize
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -51,21 +52,6 @@ def test_gradients_through_inductor(program: type[Program]) -> None:
 
 
 # Casts whose results the backward multiplies, too
-
-
-class FakeQuantize(torch.autograd.Function):
-    """Passes gradients straight through, except where its input is large."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, quantized: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x)
-        cast = functional.mx_dequantize(*functional.mx_cast(x), x.dtype)
-        return cast if quantized is None else quantized
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return grad * (x.abs() < 1), None
 
 
 class FakeQuantized(Program):
