@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mxnorm_pass import functional as functional
-    from mxnorm_pass.announce import CalibrationWarning as CalibrationWarning
-    from mxnorm_pass.announce import MXNormWarning as MXNormWarning
     from mxnorm_pass.calibrating.procedure import calibrate as calibrate
     from mxnorm_pass.calibration import Calibration as Calibration
     from mxnorm_pass.channels import permute_channels as permute_channels
     from mxnorm_pass.comparing.compare import compare as compare
     from mxnorm_pass.comparing.comparison import Comparison as Comparison
     from mxnorm_pass.config import MXNormConfig as MXNormConfig
+    from mxnorm_pass.errors import CalibrationWarning as CalibrationWarning
+    from mxnorm_pass.errors import MXNormWarning as MXNormWarning
     from mxnorm_pass.export import apply as apply
     from mxnorm_pass.layers import compile_layers as compile_layers
     from mxnorm_pass.recording import record as record

@@ -15,21 +15,13 @@ from torch._logging._internal import trace_structured
 
 from mxnorm_pass import recording
 from mxnorm_pass.config import MXNormConfig
+from mxnorm_pass.errors import CalibrationWarning, MXNormWarning
 from mxnorm_pass.graph_pass import PassResult
-from mxnorm_pass.name_patterns import UnmatchedPattern
+from mxnorm_pass.names import UnmatchedPattern
 from mxnorm_pass.report import Graph, Site, SkipReason, site_rows
 from mxnorm_pass.source_line import source_line
 
 log = logging.getLogger("mxnorm_pass")
-
-
-class MXNormWarning(UserWarning):
-    """Something that the user should know of a compile that went through."""
-
-
-class CalibrationWarning(MXNormWarning):
-    """An inference model runs on the uncalibrated estimate of the RMS."""
-
 
 _ORDER_UNKNOWN = MXNormWarning(
     "mxnorm: the calibration was fitted in an order of its own of the residual channels, and the "

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mxnorm_pass.files import write_bytes
-from mxnorm_pass.module_names import clean_module_path
+from mxnorm_pass.names import clean_module_path
 
 __all__ = ["Calibration", "architecture_hash"]
 

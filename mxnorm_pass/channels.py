@@ -20,6 +20,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from mxnorm_pass.channel_spaces import ChannelSpaces, Dim
+from mxnorm_pass.errors import ChannelError
 from mxnorm_pass.export import functional_program
 from mxnorm_pass.module_names import module_path
 
@@ -28,10 +29,6 @@ __all__ = ["inverse", "permute_channels", "stream_weights"]
 # float64 logits may move by that much of the largest.
 TOLERANCE = 1e-9
 _STATE = (InputKind.PARAMETER, InputKind.BUFFER)
-
-
-class ChannelError(ValueError):
-    """The residual stream of a model cannot be permuted; the model is as it was."""
 
 
 def inverse(order: Tensor) -> Tensor:

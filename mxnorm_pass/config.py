@@ -28,7 +28,7 @@ from mxnorm_pass.inductor_options import (
     mode_options,
     one_of,
 )
-from mxnorm_pass.name_patterns import (
+from mxnorm_pass.names import (
     HEAD_NAMES,
     UnmatchedPattern,
     check_pattern,

@@ -1,4 +1,4 @@
-"""Errors that reach the caller of a compiled model as they are."""
+"""Errors and warnings of this package that users catch."""
 
 from __future__ import annotations
 
@@ -17,3 +17,15 @@ class VerificationError(AssertionError, ShortenTraceback):
 
     def __init__(self, message: str) -> None:
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+
+class MXNormWarning(UserWarning):
+    """Something that the user should know of a compile that went through."""
+
+
+class CalibrationWarning(MXNormWarning):
+    """An inference model runs on the uncalibrated estimate of the RMS."""
+
+
+class ChannelError(ValueError):
+    """The residual stream of a model cannot be permuted; the model is as it was."""

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxnorm_pass.announce import MXNormWarning
 from mxnorm_pass.backend import parse
 from mxnorm_pass.config import MXNormConfig
+from mxnorm_pass.errors import MXNormWarning
 from mxnorm_pass.inductor_options import mode_options
-from mxnorm_pass.module_names import clean_module_path
-from mxnorm_pass.name_patterns import compile_pattern, nearest_names
+from mxnorm_pass.names import clean_module_path, compile_pattern, nearest_names
 
 
 def compile_layers(

@@ -1,43 +1,16 @@
 """Dotted names of the modules that made a graph's nodes, as ``named_modules()`` spells them.
 
-:mod:`mxnorm_pass.graph_names` writes them into the graphs of torch.compile; what is read here is
+:mod:`mxnorm_pass.compilation.names.graph_names` writes them into the graphs of torch.compile; what is read here is
 as good as the spelling of who else made the graph, such as torch.export.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 
 from torch import fx
 
-_VARIABLE = re.compile(r"[LG]\['([^']*)'\]")
-_REGISTRY = "(?:_modules|_parameters|_buffers)"
-_MODULES_ITEM = re.compile(rf"(?:\.__dict__\['{_REGISTRY}'\]|\.{_REGISTRY})\['([^']+)'\]")
-# Wrappers that torch itself leaves out of the names of what they wrap.
-_WRAPPER = re.compile(
-    r"(?:^|\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?![^.\[])"
-)
-_GETATTR = re.compile(r"getattr\((.+?), ['\"]([^'\"]+)['\"]\)")
-_ITEM = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
-
-
-@lru_cache(maxsize=4096)
-def clean_module_path(path: str, keep_variable: bool = False) -> str:
-    """``L['self'].model.layers.0.mlp`` and its other spellings -> ``model.layers.0.mlp``.
-
-    Args:
-        keep_variable: ``L['policy'].norm`` -> ``policy.norm``; ``self`` is left out all the same.
-    """
-    while (found := _GETATTR.search(path)) is not None:
-        path = f"{path[: found.start()]}{found[1]}.{found[2]}{path[found.end() :]}"
-    variable = _VARIABLE.match(path)
-    if variable is not None:
-        kept = keep_variable and variable[1] not in ("self", "cls")
-        path = f"{variable[1] if kept else ''}{path[variable.end() :]}"
-    path = _WRAPPER.sub("", _MODULES_ITEM.sub(r".\1", path))
-    return _ITEM.sub(r".\1", path).strip(".")
+from mxnorm_pass.names import clean_module_path
 
 
 def module_path(node: fx.Node) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mxnorm_pass.name_patterns import HEAD_NAMES
+from mxnorm_pass.names import HEAD_NAMES
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mxnorm_pass
 from mxnorm_pass import MXNormWarning, Site, functional, layers
-from mxnorm_pass.module_names import clean_module_path
+from mxnorm_pass.names import clean_module_path
 
 IDS = token_ids()
 ISOLATED = layers._isolation()

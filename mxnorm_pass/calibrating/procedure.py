@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mxnorm_pass.announce import MXNormWarning
 from mxnorm_pass.calibrating.batches import (
     Batch,
     Loss,
@@ -33,6 +32,7 @@ from mxnorm_pass.calibrating.sites import NormSite, check_options, find_sites
 from mxnorm_pass.calibration import Calibration, architecture_hash
 from mxnorm_pass.channel_order import channel_statistics
 from mxnorm_pass.channels import stream_weights
+from mxnorm_pass.errors import MXNormWarning
 from mxnorm_pass.formats import MX_BLOCK_SIZE
 from mxnorm_pass.report import Site
 
