@@ -40,8 +40,8 @@ from mxnorm_pass.calibrating.fit import Moments, block_weights
 from mxnorm_pass.calibrating.moments import BlockMoments
 from mxnorm_pass.calibrating.runner import Runner
 from mxnorm_pass.calibrating.sites import NormSite, find_sites
-from mxnorm_pass.formats import MX_BLOCK_SIZE
 from mxnorm_pass.functional import rms_constant
+from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mxnorm_pass.kernels.launch import norm_cast
 from mxnorm_pass.kernels.launch_both import norm_cast_both
-from mxnorm_pass.spec import NormCastSpec
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 ROW_MAJOR = NormCastSpec(
     1e-6, "mxnorm", 2.0, 32, torch.float8_e4m3fn, "rceil", torch.bfloat16, torch.bfloat16,

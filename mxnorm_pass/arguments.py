@@ -8,9 +8,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mxnorm_pass.config import Estimator, Gradient
-from mxnorm_pass.formats import CAST_MODES, ELEMENT_FORMATS, ScaleLayout, block_size_of
-from mxnorm_pass.spec import NormCastSpec
+from mxnorm_pass.numerics.formats import CAST_MODES, ELEMENT_FORMATS
+from mxnorm_pass.numerics.layout import ScaleLayout, block_size_of
+from mxnorm_pass.numerics.norm import Gradient
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
+from mxnorm_pass.numerics.rms import Estimator
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _WIDE_FLOATS = (*_FLOATS, torch.float64)

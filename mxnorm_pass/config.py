@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass.calibration import Calibration
-from mxnorm_pass.formats import ScaleMode
 from mxnorm_pass.inductor_options import (
     check_inductor_value,
     inductor_key,
@@ -35,6 +34,9 @@ from mxnorm_pass.names import (
     compile_pattern,
     nearest_names,
 )
+from mxnorm_pass.numerics.formats import ScaleMode
+from mxnorm_pass.numerics.norm import Gradient
+from mxnorm_pass.numerics.rms import Estimator
 
 __all__ = [
     "Calibrated",
@@ -50,9 +52,8 @@ __all__ = [
     "parse_options",
 ]
 
-Estimator = Literal["mxnorm", "exact"]
 Gain = Literal["auto", "fold", "activation"]
-Gradient = Literal["true", "orthogonal", "paper"]
+
 Quantize = Literal["norm-fed", "existing", "all"]
 Inner = Literal["inductor", "aot_eager", "eager"]
 # Estimated with block weights, kept exact, or exact since the calibration does not know the norm.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mxnorm_pass.arguments import check_norm_cast
 from mxnorm_pass.kernels.coverage import uncovered, uncovered_both
-from mxnorm_pass.spec import NormCastSpec
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 
 @dataclass(frozen=True)

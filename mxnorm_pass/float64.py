@@ -18,12 +18,13 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mxnorm_pass import functional, ops
-from mxnorm_pass.config import Estimator, Gradient, MXNormConfig
+from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.errors import VerificationError
-from mxnorm_pass.estimate import mean_square
 from mxnorm_pass.graph_utils import aten, is_backward, prims
 from mxnorm_pass.match.cast import Cast, find_casts
 from mxnorm_pass.module_names import module_path
+from mxnorm_pass.numerics.norm import Gradient
+from mxnorm_pass.numerics.rms import Estimator, mean_square
 
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
 _ONE = 127  # the byte of E8M0's 1.0

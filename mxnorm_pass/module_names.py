@@ -1,7 +1,7 @@
 """Dotted names of the modules that made a graph's nodes, as ``named_modules()`` spells them.
 
-:mod:`mxnorm_pass.compilation.names.graph_names` writes them into the graphs of torch.compile; what is read here is
-as good as the spelling of who else made the graph, such as torch.export.
+:mod:`mxnorm_pass.compilation.names.graph_names` writes them into the graphs of torch.compile; what
+is read here is as good as the spelling of who else made the graph, such as torch.export.
 """
 
 from __future__ import annotations

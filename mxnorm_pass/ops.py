@@ -38,11 +38,12 @@ from mxnorm_pass.arguments import (
     check_rows,
     check_rows_in_blocks,
 )
-from mxnorm_pass.config import Gradient
 from mxnorm_pass.dispatch import NormCastCall
-from mxnorm_pass.estimate import mean_square
-from mxnorm_pass.formats import blocked_scales_shape, dequantize_blocks
-from mxnorm_pass.spec import NormCastSpec
+from mxnorm_pass.numerics.cast import dequantize_blocks
+from mxnorm_pass.numerics.layout import blocked_scales_shape
+from mxnorm_pass.numerics.norm import Gradient
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
+from mxnorm_pass.numerics.rms import mean_square
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,6 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 
 from mxnorm_pass import functional, ops
 from mxnorm_pass.canonicalize import merge_equal
-from mxnorm_pass.config import Gradient
 from mxnorm_pass.graph_utils import (
     SubgraphCache,
     aten,
@@ -52,6 +51,7 @@ from mxnorm_pass.match.cast import Cast
 from mxnorm_pass.match.linear import Consumer, WeightCast, cast_use
 from mxnorm_pass.match.norm import Norm
 from mxnorm_pass.match.norm_tail import Rounding
+from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.residual import fuse_residual_add
 
 

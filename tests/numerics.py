@@ -14,10 +14,10 @@ from edge_cases import BLOCK_SIZE, EDGE_CASES, WIDTH, bits_equal, describe_diffe
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from mxnorm_pass.config import Gradient
-from mxnorm_pass.formats import CAST_MODES
 from mxnorm_pass.functional import rms_constant
-from mxnorm_pass.spec import NormCastSpec
+from mxnorm_pass.numerics.formats import CAST_MODES
+from mxnorm_pass.numerics.norm import Gradient
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 U = 2.0**-24
 U64 = 2.0**-53

@@ -14,17 +14,17 @@ from torch import Tensor
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.mx_tensor import MXTensor, to_mx
 
-from mxnorm_pass.formats import (
+from mxnorm_pass.functional import blocked_scales
+from mxnorm_pass.numerics.cast import mx_cast, mx_dequantize
+from mxnorm_pass.numerics.e8m0 import e8m0_exponent, e8m0_to_float, round_up_to_e8m0
+from mxnorm_pass.numerics.formats import (
     CAST_MODES,
     ELEMENT_FORMATS,
     CastMode,
     MXFormat,
-    e8m0_exponent,
-    e8m0_to_float,
     element_format,
-    round_up_to_e8m0,
 )
-from mxnorm_pass.functional import blocked_scales, mx_cast, mx_dequantize, mxnorm_cast
+from mxnorm_pass.numerics.norm_cast import mxnorm_cast
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 INPUT_DTYPES = (torch.float32, torch.bfloat16)

@@ -31,17 +31,12 @@ from torch import Tensor
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.mx_tensor import to_mx
 
-from mxnorm_pass.config import Estimator
-from mxnorm_pass.formats import CAST_MODES, SCALE_MODES, CastMode, ScaleMode
-from mxnorm_pass.functional import (
-    inverse_rms,
-    mx_cast,
-    mx_dequantize,
-    mx_linear,
-    mxnorm,
-    mxnorm_cast,
-    mxnorm_cast_both,
-)
+from mxnorm_pass.numerics.cast import mx_cast, mx_dequantize
+from mxnorm_pass.numerics.formats import CAST_MODES, SCALE_MODES, CastMode, ScaleMode
+from mxnorm_pass.numerics.linear import mx_linear
+from mxnorm_pass.numerics.norm import inverse_rms, mxnorm
+from mxnorm_pass.numerics.norm_cast import mxnorm_cast, mxnorm_cast_both
+from mxnorm_pass.numerics.rms import Estimator
 
 # (norm_dtype follows the input, norm_dtype is None): HuggingFace's rounding and F.rms_norm's.
 ROUNDINGS = {"huggingface": True, "rms_norm": False}

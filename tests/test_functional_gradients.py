@@ -26,8 +26,9 @@ from numerics import (
 )
 from torch import Tensor
 
-from mxnorm_pass.config import Estimator, Gradient
-from mxnorm_pass.functional import inverse_rms, mxnorm, mxnorm_vjp, rms_constant
+from mxnorm_pass.functional import rms_constant
+from mxnorm_pass.numerics.norm import Gradient, inverse_rms, mxnorm, mxnorm_vjp
+from mxnorm_pass.numerics.rms import Estimator
 
 
 @with_and_without_weight

@@ -30,16 +30,11 @@ from numerics import (
 from scipy import integrate, special
 from torch import Tensor
 
-from mxnorm_pass.config import Estimator, Gradient
-from mxnorm_pass.functional import (
-    inverse_rms,
-    mx_dequantize,
-    mxnorm,
-    mxnorm_cast,
-    mxnorm_vjp,
-    rms_constant,
-    rms_estimate,
-)
+from mxnorm_pass.functional import rms_constant, rms_estimate
+from mxnorm_pass.numerics.cast import mx_dequantize
+from mxnorm_pass.numerics.norm import Gradient, inverse_rms, mxnorm, mxnorm_vjp
+from mxnorm_pass.numerics.norm_cast import mxnorm_cast
+from mxnorm_pass.numerics.rms import Estimator
 
 # --- rms_constant ---------------------------------------------------------------------------
 

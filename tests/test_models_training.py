@@ -23,7 +23,7 @@ from functional_mode import FunctionalMode
 from torch import Tensor, nn
 
 import mxnorm_pass
-from mxnorm_pass.config import Gradient
+from mxnorm_pass.numerics.norm import Gradient
 
 pytestmark = expected_warnings
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mxnorm_pass import functional, ops
-from mxnorm_pass.estimate import rms_constant
-from mxnorm_pass.formats import SCALE_MODES
+from mxnorm_pass.numerics.formats import SCALE_MODES
+from mxnorm_pass.numerics.rms import rms_constant
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 ROWS, WIDTH = 64, 128

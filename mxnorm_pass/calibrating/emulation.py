@@ -22,7 +22,7 @@ from mxnorm_pass import functional
 from mxnorm_pass.calibrating.probe import NormConstants, probe
 from mxnorm_pass.calibrating.sites import Linear, NormSite
 from mxnorm_pass.channels import in_eval_mode
-from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat
+from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE, MXFormat
 
 Observer = Callable[[str, Tensor], None]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mxnorm_pass.calibrating.batches import Batch, token_rows
 from mxnorm_pass.calibrating.fit import Moments, block_weights
-from mxnorm_pass.estimate import block_absmax
-from mxnorm_pass.formats import MX_BLOCK_SIZE
+from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
+from mxnorm_pass.numerics.rms import block_absmax
 
 
 @dataclass

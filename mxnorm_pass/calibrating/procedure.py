@@ -33,7 +33,7 @@ from mxnorm_pass.calibration import Calibration, architecture_hash
 from mxnorm_pass.channel_order import channel_statistics
 from mxnorm_pass.channels import stream_weights
 from mxnorm_pass.errors import MXNormWarning
-from mxnorm_pass.formats import MX_BLOCK_SIZE
+from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 from mxnorm_pass.report import Site
 
 

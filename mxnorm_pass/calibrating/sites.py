@@ -14,8 +14,8 @@ from mxnorm_pass.backend import parse
 from mxnorm_pass.calibrating.batches import Batch, run
 from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.errors import MXNormWarning
-from mxnorm_pass.formats import MXFormat
 from mxnorm_pass.names import clean_module_path
+from mxnorm_pass.numerics.formats import MXFormat
 from mxnorm_pass.report import Site
 from mxnorm_pass.tracing import explain
 

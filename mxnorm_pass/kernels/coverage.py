@@ -8,8 +8,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mxnorm_pass.formats import SCALE_MODES
-from mxnorm_pass.spec import NormCastSpec
+from mxnorm_pass.numerics.formats import SCALE_MODES
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 MAX_WIDTH = 65536
 # The constant's p-th power must stay in float32's range.

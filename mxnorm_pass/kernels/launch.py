@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxnorm_pass.estimate import rms_constant
-from mxnorm_pass.formats import blocked_scales_shape, element_format
 from mxnorm_pass.kernels.norm_cast import norm_cast_kernel
-from mxnorm_pass.spec import NormCastSpec
+from mxnorm_pass.numerics.formats import element_format
+from mxnorm_pass.numerics.layout import blocked_scales_shape
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
+from mxnorm_pass.numerics.rms import rms_constant
 
 TRITON_DTYPES: dict[torch.dtype, Any] = {
     torch.float32: tl.float32,

@@ -11,7 +11,7 @@ from torch import Tensor
 from mxnorm_pass.kernels import launch
 from mxnorm_pass.kernels.launch import Config, Rows, row_config, tile_blocks
 from mxnorm_pass.kernels.norm_cast_both import norm_cast_both_kernel
-from mxnorm_pass.spec import NormCastSpec
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 _HEIGHT = 128
 

@@ -14,7 +14,6 @@ import torch
 from torch import fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.formats import CAST_MODES, ELEMENT_FORMATS, MXFormat
 from mxnorm_pass.graph_utils import (
     aten,
     dtype_of,
@@ -29,6 +28,7 @@ from mxnorm_pass.graph_utils import (
 from mxnorm_pass.match.cast_op import CastOp, cast_op
 from mxnorm_pass.match.cast_program import recognize
 from mxnorm_pass.match.program import CONSTANTS
+from mxnorm_pass.numerics.formats import CAST_MODES, ELEMENT_FORMATS, MXFormat
 
 _MAX_REGION = 200
 _HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32)

@@ -19,7 +19,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
     triton_kernel_wrapper_functional,
 )
 
-from mxnorm_pass.formats import ELEMENT_FORMATS, MX_BLOCK_SIZE, MXFormat, ScaleMode
+from mxnorm_pass.numerics.formats import ELEMENT_FORMATS, MX_BLOCK_SIZE, MXFormat, ScaleMode
 
 _OP = "torchao::triton_to_mxfp8_dim0"
 _KERNEL = "to_mxfp8_dim0_kernel"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from mxnorm_pass import functional
-from mxnorm_pass.formats import CAST_MODES, E8M0_NAN, MXFormat, element_format
 from mxnorm_pass.graph_utils import real_tensors, tensor_of
 from mxnorm_pass.match.program import Program
+from mxnorm_pass.numerics.e8m0 import E8M0_NAN
+from mxnorm_pass.numerics.formats import CAST_MODES, MXFormat, element_format
 
 
 def recognize(

@@ -9,8 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor, fx
 
-from mxnorm_pass.config import Calibrated, Estimator, Gradient, MXNormConfig
-from mxnorm_pass.formats import MX_BLOCK_SIZE, MXFormat, ScaleLayout
+from mxnorm_pass.config import Calibrated, MXNormConfig
 from mxnorm_pass.graph_code import call_text
 from mxnorm_pass.graph_utils import is_backward, same_size, tensor_of
 from mxnorm_pass.match.cast import Cast, UnknownCast, find_casts
@@ -36,6 +35,10 @@ from mxnorm_pass.match.residual import residual_add
 from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.match.transposed_cast import Read, TransposedCast, transposed_casts
 from mxnorm_pass.match.uncast import no_cast
+from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE, MXFormat
+from mxnorm_pass.numerics.layout import ScaleLayout
+from mxnorm_pass.numerics.norm import Gradient
+from mxnorm_pass.numerics.rms import Estimator
 from mxnorm_pass.report import Site, SkipReason
 
 

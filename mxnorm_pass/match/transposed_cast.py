@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mxnorm_pass.formats import ELEMENT_FORMATS
 from mxnorm_pass.graph_utils import (
     dtype_of,
     is_dtype_cast,
@@ -27,6 +26,7 @@ from mxnorm_pass.graph_utils import (
 from mxnorm_pass.match.cast import Cast, casts_of
 from mxnorm_pass.match.linear import narrowest_dtype
 from mxnorm_pass.match.norm import Norm
+from mxnorm_pass.numerics.formats import ELEMENT_FORMATS
 
 Read = tuple[fx.Node, fx.Node]
 

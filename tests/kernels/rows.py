@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mxnorm_pass import functional
 from mxnorm_pass.kernels import launch
-from mxnorm_pass.spec import NormCastSpec
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

@@ -26,8 +26,9 @@ from rows import (
 from torch import Tensor
 
 from mxnorm_pass import functional
-from mxnorm_pass.formats import SCALE_MODES, blocked_scales
 from mxnorm_pass.kernels.launch import Config
+from mxnorm_pass.numerics.formats import SCALE_MODES
+from mxnorm_pass.numerics.layout import blocked_scales
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "p=2": {},

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mxnorm_pass import functional
-from mxnorm_pass.formats import blocked_scales
 from mxnorm_pass.kernels import coverage
 from mxnorm_pass.kernels.launch import Config
 from mxnorm_pass.kernels.launch_both import Configuration, norm_cast_both
-from mxnorm_pass.spec import NormCastSpec
+from mxnorm_pass.numerics.layout import blocked_scales
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

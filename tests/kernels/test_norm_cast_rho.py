@@ -11,10 +11,11 @@ from numerics import U, gain, normal
 from rows import BF16, E4M3, E5M2, F32, kernel, reference, spec
 from torch import Tensor
 
-from mxnorm_pass.estimate import rms_constant
-from mxnorm_pass.formats import e8m0_to_float, element_format
 from mxnorm_pass.kernels.launch import Config
-from mxnorm_pass.spec import NormCastSpec
+from mxnorm_pass.numerics.e8m0 import e8m0_to_float
+from mxnorm_pass.numerics.formats import element_format
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
+from mxnorm_pass.numerics.rms import rms_constant
 
 # Error of the hardware's base-2 logarithm and exponential (PTX ISA, lg2.approx and ex2.approx);
 # the interpreter's are better.

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import mpmath
 import torch
 from torch import Tensor
 
-from mxnorm_pass.config import Estimator
+Estimator = Literal["mxnorm", "exact"]
 
 
 @lru_cache(maxsize=256)

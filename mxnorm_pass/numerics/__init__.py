@@ -1,0 +1,9 @@
+"""The one definition of the math, eager: graphs and kernels are traced from it or tested on it.
+
+``formats`` names the block formats, ``e8m0`` and ``cast`` cast to them, ``rms`` estimates, ``norm``
+normalises, ``norm_cast`` does both at once, ``linear`` multiplies, ``layout`` arranges scales.
+Sources: McLean et al. 2026, "MXNorm", arXiv 2603.13180; OCP Microscaling specification v1.0.
+
+Shapes: ``T`` rows of ``D`` elements, cut into ``K = D / block_size`` blocks of ``B`` elements.
+Leading dimensions are free; blocks lie along the last one.
+"""
