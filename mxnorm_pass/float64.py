@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from mxnorm_pass import functional, ops
+from mxnorm_pass import ops
 from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.errors import VerificationError
 from mxnorm_pass.graph_utils import aten, is_backward, prims
 from mxnorm_pass.match.cast import Cast, find_casts
 from mxnorm_pass.module_names import module_path
-from mxnorm_pass.numerics.norm import Gradient
+from mxnorm_pass.numerics.cast import mx_dequantize
+from mxnorm_pass.numerics.norm import Gradient, inverse_rms
 from mxnorm_pass.numerics.rms import Estimator, mean_square
 
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
@@ -203,14 +204,14 @@ def _rho(
     """The inverse RMS; autograd finds its derivative, unless it is to have another one."""
     if gradient == "true" or estimator == "exact":
         return torch.rsqrt(mean_square(x, estimator, **options) + eps)
-    return functional.inverse_rms(x, eps=eps, estimator=estimator, gradient=gradient, **options)
+    return inverse_rms(x, eps=eps, estimator=estimator, gradient=gradient, **options)
 
 
 def _dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Values that the graph was given are float8; those of a cast are what was cast."""
     if values.itemsize > 1:
         return values
-    return functional.mx_dequantize(values, scales).double()
+    return mx_dequantize(values, scales).double()
 
 
 _OWN: dict[Any, Callable[..., Any]] = {

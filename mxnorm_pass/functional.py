@@ -1,6 +1,6 @@
-"""Eager, differentiable reference of MXNorm and MX casts; the math, without a compiler.
+"""MXNorm and MX casts without a compiler: eager, differentiable; defined in ``numerics``.
 
-It is defined in ``numerics``. The graph rewrite traces these functions and grafts them in, and every kernel is tested against
+The graph rewrite traces these functions and grafts them in, and every kernel is tested against
 them. Source: McLean et al. 2026, "MXNorm", arXiv 2603.13180; OCP Microscaling specification v1.0.
 
 Shapes: ``T`` rows of ``D`` elements, cut into ``K = D / block_size`` blocks of ``B`` elements.

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.pattern_matcher import stable_topological_sort
 
-from mxnorm_pass import functional, ops
+from mxnorm_pass import ops
 from mxnorm_pass.canonicalize import merge_equal
 from mxnorm_pass.graph_utils import (
     SubgraphCache,
@@ -51,7 +51,7 @@ from mxnorm_pass.match.cast import Cast
 from mxnorm_pass.match.linear import Consumer, WeightCast, cast_use
 from mxnorm_pass.match.norm import Norm
 from mxnorm_pass.match.norm_tail import Rounding
-from mxnorm_pass.numerics.norm import Gradient
+from mxnorm_pass.numerics.norm import Gradient, inverse_rms, inverse_rms_vjp
 from mxnorm_pass.residual import fuse_residual_add
 
 
@@ -138,7 +138,7 @@ def _weights_of(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 def _inverse_rms(
     x: Tensor, weights: Tensor | None, eps: float, p: float, block_size: int, gradient: Gradient
 ) -> Tensor:
-    return functional.inverse_rms(x, eps=eps, p=p, block_size=block_size, block_weights=weights)
+    return inverse_rms(x, eps=eps, p=p, block_size=block_size, block_weights=weights)
 
 
 def _expand_derivative(
@@ -160,7 +160,7 @@ def _inverse_rms_vjp(
     block_size: int,
     gradient: Gradient,
 ) -> Tensor:
-    return functional.inverse_rms_vjp(
+    return inverse_rms_vjp(
         x,
         rho,
         grad,

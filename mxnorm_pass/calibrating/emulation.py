@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mxnorm_pass import functional
 from mxnorm_pass.calibrating.probe import NormConstants, probe
 from mxnorm_pass.calibrating.sites import Linear, NormSite
 from mxnorm_pass.channels import in_eval_mode
+from mxnorm_pass.numerics.cast import mx_cast, mx_dequantize
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE, MXFormat
+from mxnorm_pass.numerics.norm import inverse_rms
+from mxnorm_pass.numerics.norm_cast import mxnorm_cast
 
 Observer = Callable[[str, Tensor], None]
 
@@ -103,7 +105,7 @@ class _EmulatedSite:
         module: Any = linear.module
         activation = fed.cast(linear.format).reshape(x.shape).to(x.dtype)
         values, scales = self._weight(linear, fed.folds)
-        weight = functional.mx_dequantize(values, scales, module.weight.dtype)
+        weight = mx_dequantize(values, scales, module.weight.dtype)
         return F.linear(activation, weight, module.bias)
 
     def _scaled_linear(self, linear: Linear, original: Any, x: Tensor) -> Any:
@@ -167,23 +169,21 @@ class _Fed:
         assert estimate is not None
         weights = estimate.block_weights.to(x.device)
         eps = self.constants.eps
-        estimated = functional.inverse_rms(
-            self.owner.ordered(x), eps=eps, p=estimate.p, block_weights=weights
-        )
-        return estimated / functional.inverse_rms(x, eps=eps, estimator="exact")
+        estimated = inverse_rms(self.owner.ordered(x), eps=eps, p=estimate.p, block_weights=weights)
+        return estimated / inverse_rms(x, eps=eps, estimator="exact")
 
     def cast(self, fmt: MXFormat) -> Tensor:
         """What the linears multiply: cast and dequantised, [..., D], channels in order."""
         if fmt not in self._casts:
             values, scales = self._quantized(fmt)
-            self._casts[fmt] = functional.mx_dequantize(values, scales, self.output.dtype)
+            self._casts[fmt] = mx_dequantize(values, scales, self.output.dtype)
         return self._casts[fmt]
 
     def _quantized(self, fmt: MXFormat) -> tuple[Tensor, Tensor]:
         estimate, ordered = self.estimate, self.owner.ordered
         if estimate is None:
             return _cast(ordered(self.output), fmt)
-        values, scales, _ = functional.mxnorm_cast(
+        values, scales, _ = mxnorm_cast(
             ordered(self.x),
             None if self.folds else ordered(self.constants.gain),
             eps=self.constants.eps,
@@ -196,7 +196,7 @@ class _Fed:
 
 
 def _cast(x: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor]:
-    return functional.mx_cast(
+    return mx_cast(
         x, elem_dtype=fmt.elem_dtype, scale_mode=fmt.scale_mode, block_size=MX_BLOCK_SIZE
     )
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mxnorm_pass import functional, ops
+from mxnorm_pass import ops
 from mxnorm_pass.announce import announce_failure
 from mxnorm_pass.backend import CompileJob, compile_with_interpreter, parse
 from mxnorm_pass.calibrating.batches import Batch, token_rows
 from mxnorm_pass.dispatch import NormCastCall
 from mxnorm_pass.module_names import module_path
+from mxnorm_pass.numerics.cast import mx_dequantize
+from mxnorm_pass.numerics.norm_cast import mxnorm_cast
 from mxnorm_pass.report import Report, Site
 
 
@@ -58,10 +60,8 @@ def _dequantized(call: NormCastCall, x: Tensor, results: Mapping[str, Tensor]) -
     if call.spec.scale_layout != "row-major":
         options = {**call.spec.keywords(), "scale_layout": "row-major"}
         weight = call.weight if call.gain_in_rows is not False else None
-        values, scales, _ = functional.mxnorm_cast(
-            x, weight, block_weights=call.block_weights, **options
-        )
-    return functional.mx_dequantize(values, scales, block_size=call.spec.block_size)
+        values, scales, _ = mxnorm_cast(x, weight, block_weights=call.block_weights, **options)
+    return mx_dequantize(values, scales, block_size=call.spec.block_size)
 
 
 class WatchedModel:

@@ -12,9 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, fx
 
-from mxnorm_pass import functional
 from mxnorm_pass.graph_utils import real_tensors, tensor_of
 from mxnorm_pass.match.program import Program
+from mxnorm_pass.numerics.cast import mx_cast
 from mxnorm_pass.numerics.e8m0 import E8M0_NAN
 from mxnorm_pass.numerics.formats import CAST_MODES, MXFormat, element_format
 
@@ -54,7 +54,7 @@ def _classify(
             return None
         # "rceil-log2" comes last: of bfloat16 and float16 it gives the bits of "rceil".
         for mode in CAST_MODES:
-            want_values, want_scales = functional.mx_cast(
+            want_values, want_scales = mx_cast(
                 probe, elem_dtype=elem, scale_mode=mode, block_size=block_size
             )
             if _same_cast(values, scales, want_values, want_scales):

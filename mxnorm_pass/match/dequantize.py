@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, fx
 
-from mxnorm_pass import functional, ops
+from mxnorm_pass import ops
 from mxnorm_pass.graph_utils import (
     dtype_of,
     is_backward,
@@ -30,6 +30,7 @@ from mxnorm_pass.graph_utils import (
 from mxnorm_pass.match.cast import Cast, last_view
 from mxnorm_pass.match.linear import PRODUCTS, QuantizedMatmul
 from mxnorm_pass.match.program import Program
+from mxnorm_pass.numerics.cast import mx_dequantize
 
 
 def dequantization(cast: Cast, linear: QuantizedMatmul) -> fx.Node | None:
@@ -124,7 +125,7 @@ def _dequantizes(
             (got,) = program(values, scales.view(scale))
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             return False
-        want = functional.mx_dequantize(values, scales.view(torch.float8_e8m0fnu), result)
+        want = mx_dequantize(values, scales.view(torch.float8_e8m0fnu), result)
         return _same_bits(got, want)
 
 

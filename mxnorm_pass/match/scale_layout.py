@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from mxnorm_pass import functional
 from mxnorm_pass.graph_utils import aten, is_call, is_view, real_tensors, tensor_of
+from mxnorm_pass.numerics.layout import blocked_scales
 
 _FILLS = frozenset({aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default})
 _REINTERPRETS = frozenset({aten.view.dtype})
@@ -36,7 +36,7 @@ _MOVES = frozenset(
 def _rearranged(scales: Tensor) -> Tensor:
     """torchao::triton_mx_block_rearrange: [M, K] -> [M, K], both padded to 128 x 4."""
     rows, columns = (-(-scales.shape[0] // 128) * 128, -(-scales.shape[1] // 4) * 4)
-    return functional.blocked_scales(scales).reshape(rows, columns)
+    return blocked_scales(scales).reshape(rows, columns)
 
 
 # Rearrangements that are one op of torchao (torchao/prototype/mx_formats/kernels.py).
@@ -102,7 +102,7 @@ def _evaluate(scales: fx.Node, order: list[fx.Node]) -> bool:
                 results[node] = _move(node, results)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return False
-        want = functional.blocked_scales(numbered.reshape(-1, shape[-1]))
+        want = blocked_scales(numbered.reshape(-1, shape[-1]))
         return torch.equal(results[order[-1]].flatten(), want.flatten()) if order else False
 
 
