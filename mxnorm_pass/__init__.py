@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mxnorm_pass import functional as functional
     from mxnorm_pass.calibrating.procedure import calibrate as calibrate
-    from mxnorm_pass.calibration import Calibration as Calibration
     from mxnorm_pass.channels import permute_channels as permute_channels
     from mxnorm_pass.comparing.compare import compare as compare
     from mxnorm_pass.comparing.comparison import Comparison as Comparison
-    from mxnorm_pass.config import MXNormConfig as MXNormConfig
     from mxnorm_pass.errors import CalibrationWarning as CalibrationWarning
     from mxnorm_pass.errors import MXNormWarning as MXNormWarning
     from mxnorm_pass.export import apply as apply
     from mxnorm_pass.layers import compile_layers as compile_layers
+    from mxnorm_pass.options.calibration import Calibration as Calibration
+    from mxnorm_pass.options.config import MXNormConfig as MXNormConfig
     from mxnorm_pass.recording import record as record
     from mxnorm_pass.report import Graph as Graph
     from mxnorm_pass.report import NearMiss as NearMiss

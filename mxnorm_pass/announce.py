@@ -14,10 +14,10 @@ from torch._dynamo import exc
 from torch._logging._internal import trace_structured
 
 from mxnorm_pass import recording
-from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.errors import CalibrationWarning, MXNormWarning
 from mxnorm_pass.graph_pass import PassResult
 from mxnorm_pass.names import UnmatchedPattern
+from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.report import Graph, Site, SkipReason, site_rows
 from mxnorm_pass.source_line import source_line
 

@@ -20,9 +20,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import recording
 from mxnorm_pass.announce import announce, announce_failure
-from mxnorm_pass.channel_order import check_channels
-from mxnorm_pass.config import MXNormConfig, ParsedOptions, parse_options
-from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.freezing import FrozenGraph, attribute_of, is_static
 from mxnorm_pass.graph_names import GraphNames
 from mxnorm_pass.graph_pass import (
@@ -40,6 +37,9 @@ from mxnorm_pass.match import Obstacle
 from mxnorm_pass.match.derivatives import inner_derivative
 from mxnorm_pass.match.substitution import Substitution
 from mxnorm_pass.module_names import module_paths, subgraphs
+from mxnorm_pass.options.channel_order import check_channels
+from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.options.parse import ParsedOptions, inductor_setting, parse
 from mxnorm_pass.plan import find_plan
 from mxnorm_pass.plan_json import from_json as plan_from_json
 from mxnorm_pass.plan_json import to_json as plan_to_json
@@ -105,31 +105,6 @@ def _compile(
     if results:
         announce(results, job.config, job.module_paths, order_known, job.elsewhere)
     return compiled
-
-
-def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> ParsedOptions:
-    """`parse_options` with errors that torch.compile hands to its caller as they are."""
-    try:
-        parsed = parse_options(options, mode)
-    except ValueError as error:
-        raise InvalidOptionsError(str(error)) from None
-    if parsed.config.inner == "inductor" and not _inductor_setting(parsed, _JOINT_PASSES):
-        raise InvalidOptionsError(
-            f"mode {mode!r}, options or torch._inductor.config set {_JOINT_PASSES}=False, which "
-            "turns off the Inductor stage that backend='mxnorm' works in; use another mode, or "
-            "inner='aot_eager'"
-        )
-    return parsed
-
-
-_JOINT_PASSES = "use_joint_graph_passes"
-
-
-def _inductor_setting(options: ParsedOptions, name: str) -> Any:
-    """What holds during the compile: the options' value, else the global one."""
-    from torch._inductor import config as inductor_config
-
-    return options.inductor.get(name, getattr(inductor_config, name))
 
 
 @dataclass
@@ -279,7 +254,7 @@ class CompileJob:
     def with_users_passes(self, slot: str, ours: CustomGraphPass) -> CustomGraphPass:
         if self.config.inner != "inductor":
             return ours
-        return PassSequence.of(_inductor_setting(self.options, slot), ours)
+        return PassSequence.of(inductor_setting(self.options, slot), ours)
 
     def _accept(self, scope: Scope, result: PassResult) -> None:
         if scope.kind == "whole":
@@ -359,7 +334,7 @@ def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
-    freezing = _inductor_setting(job.options, "freezing") and not torch.is_grad_enabled()
+    freezing = inductor_setting(job.options, "freezing") and not torch.is_grad_enabled()
     frozen = FrozenGraph.of(job.gm, job.example_inputs) if freezing else None
     if frozen is not None:
         inputs = frozen.select(job.example_inputs)

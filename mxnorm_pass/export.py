@@ -15,13 +15,14 @@ from torch.utils import _pytree as pytree
 
 from mxnorm_pass import lowering
 from mxnorm_pass.announce import announce
-from mxnorm_pass.channel_order import check_channels
-from mxnorm_pass.config import MXNormConfig, parse_options
 from mxnorm_pass.exported_autocast import as_exported
 from mxnorm_pass.graph_pass import GraphFacts, foreign_subclass, run_pass
 from mxnorm_pass.graph_utils import CONSTANT_PREFIX, aten, prims, unwrap_constants
 from mxnorm_pass.match.linear import mark_inputs
 from mxnorm_pass.module_names import module_paths
+from mxnorm_pass.options.channel_order import check_channels
+from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.options.parse import parse_options
 from mxnorm_pass.weight_names import Weight, named_weights
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)

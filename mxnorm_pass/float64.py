@@ -18,7 +18,6 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mxnorm_pass import ops
-from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.errors import VerificationError
 from mxnorm_pass.graph_utils import aten, is_backward, prims
 from mxnorm_pass.match.cast import Cast, find_casts
@@ -26,6 +25,7 @@ from mxnorm_pass.module_names import module_path
 from mxnorm_pass.numerics.cast import mx_dequantize
 from mxnorm_pass.numerics.norm import Gradient, inverse_rms
 from mxnorm_pass.numerics.rms import Estimator, mean_square
+from mxnorm_pass.options.config import MXNormConfig
 
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
 _ONE = 127  # the byte of E8M0's 1.0

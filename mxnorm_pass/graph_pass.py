@@ -18,10 +18,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import lowering
-from mxnorm_pass.calibration import Calibration
 from mxnorm_pass.canonicalize import remove_dead
 from mxnorm_pass.collector import collector_paused
-from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.graph_utils import (
     BACKWARD,
@@ -37,6 +35,8 @@ from mxnorm_pass.match import Fusion, Obstacle, Refusal, find_sites
 from mxnorm_pass.match.linear import linear_name, mark_parameters, mark_weights
 from mxnorm_pass.match.matmul import is_matmul
 from mxnorm_pass.match.norm import Norm, find_norms
+from mxnorm_pass.options.calibration import Calibration
+from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.provenance import Provenance, take_marks
 from mxnorm_pass.report import Graph, Site, SkipReason, count_ops
 from mxnorm_pass.rewrite import expand_estimates, rewrite

@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.graph_utils import (
     aten,
     call,
@@ -34,6 +33,7 @@ from mxnorm_pass.match.linear import CastIndex, PlainLinear, plain_linear, reade
 from mxnorm_pass.match.norm import Norm
 from mxnorm_pass.match.uncast import obstacle
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE, MXFormat
+from mxnorm_pass.options.config import MXNormConfig
 
 
 def insert_casts(graph: fx.Graph, norms: Iterable[Norm], config: MXNormConfig) -> int:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxnorm_pass.backend import parse
-from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.errors import MXNormWarning
-from mxnorm_pass.inductor_options import mode_options
 from mxnorm_pass.names import clean_module_path, compile_pattern, nearest_names
+from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.options.inductor import mode_options
+from mxnorm_pass.options.parse import parse
 
 
 def compile_layers(

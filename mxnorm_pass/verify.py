@@ -26,11 +26,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mxnorm_pass import ops
-from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.errors import VerificationError
 from mxnorm_pass.float64 import Float64Interpreter
 from mxnorm_pass.graph_utils import ancestors, is_backward
 from mxnorm_pass.module_names import module_path
+from mxnorm_pass.options.config import MXNormConfig
 
 log = logging.getLogger("mxnorm_pass")
 

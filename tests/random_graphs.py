@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mxnorm_pass import Report, Site, SkipReason, functional
-from mxnorm_pass.config import MXNormConfig
+from mxnorm_pass.options.config import MXNormConfig
 
 OTHER_ROWS = 24
 

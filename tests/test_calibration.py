@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mxnorm_pass.calibration import Calibration, architecture_hash
+from mxnorm_pass.options.calibration import Calibration, architecture_hash
 
 NAN, INFINITY = float("nan"), float("inf")
 

@@ -16,8 +16,9 @@ from usage import Block, inputs
 
 import mxnorm_pass
 from mxnorm_pass import Calibration, CalibrationWarning, MXNormWarning, Report
-from mxnorm_pass.channel_order import channel_statistics
-from mxnorm_pass.config import MXNormConfig, parse_options
+from mxnorm_pass.options.channel_order import channel_statistics
+from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.options.parse import parse_options
 from mxnorm_pass.report import Site
 
 WEIGHTS = torch.tensor([0.1, 0.07])

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mxnorm_pass.calibration import Calibration
-from mxnorm_pass.channel_order import channel_statistics, check_channels
+from mxnorm_pass.options.calibration import Calibration
+from mxnorm_pass.options.channel_order import channel_statistics, check_channels
 from mxnorm_pass.report import Site
 
 D = 128

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import mxnorm_pass
 from mxnorm_pass import Report
-from mxnorm_pass.calibration import Calibration
 from mxnorm_pass.cli import main
 from mxnorm_pass.cli.errors import UsageError
 from mxnorm_pass.cli.text import read_rows
+from mxnorm_pass.options.calibration import Calibration
 
 CONFIGS = Path(__file__).resolve().parents[1] / "examples" / "configs"
 TOKENS = 32

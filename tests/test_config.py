@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxnorm_pass.config import MXNormConfig, UnmatchedPattern
+from mxnorm_pass.options.config import MXNormConfig, UnmatchedPattern
 
 ROOT = Path(__file__).resolve().parents[1]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

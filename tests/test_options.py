@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from torch._inductor import list_mode_options
 
-from mxnorm_pass.config import MXNormConfig, parse_options
+from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.options.parse import parse_options
 
 FIELDS = [f.name for f in dataclasses.fields(MXNormConfig)]
 

@@ -35,8 +35,8 @@ from test_match_casts import E4M3_FLOOR, dequantize, hand_cast_reference
 from torch import Tensor, fx, nn
 
 from mxnorm_pass import Report, SkipReason, backend
-from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.graph_pass import MXNormPass, PassResult, run_pass
+from mxnorm_pass.options.config import MXNormConfig
 
 pytestmark = expected_warnings
 

@@ -29,11 +29,11 @@ from mxnorm_pass.calibrating.moments import BlockMoments, ChannelPower
 from mxnorm_pass.calibrating.order import candidate_orders
 from mxnorm_pass.calibrating.runner import Runner
 from mxnorm_pass.calibrating.sites import NormSite, check_options, find_sites
-from mxnorm_pass.calibration import Calibration, architecture_hash
-from mxnorm_pass.channel_order import channel_statistics
 from mxnorm_pass.channels import stream_weights
 from mxnorm_pass.errors import MXNormWarning
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
+from mxnorm_pass.options.calibration import Calibration, architecture_hash
+from mxnorm_pass.options.channel_order import channel_statistics
 from mxnorm_pass.report import Site
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxnorm_pass.backend import parse
 from mxnorm_pass.calibrating.batches import Batch, run
-from mxnorm_pass.config import MXNormConfig
 from mxnorm_pass.errors import MXNormWarning
 from mxnorm_pass.names import clean_module_path
 from mxnorm_pass.numerics.formats import MXFormat
+from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.options.parse import parse
 from mxnorm_pass.report import Site
 from mxnorm_pass.tracing import explain
 

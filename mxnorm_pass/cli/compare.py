@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from mxnorm_pass.backend import parse
 from mxnorm_pass.channels import permute_channels
 from mxnorm_pass.cli.checkpoint import load
 from mxnorm_pass.cli.errors import UsageError
 from mxnorm_pass.cli.inputs import check_outputs, read_options
 from mxnorm_pass.comparing.compare import compare
 from mxnorm_pass.files import write_text
+from mxnorm_pass.options.parse import parse
 
 
 def run(args: argparse.Namespace) -> None:

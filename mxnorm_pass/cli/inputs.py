@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from mxnorm_pass.backend import parse
 from mxnorm_pass.cli.errors import UsageError
+from mxnorm_pass.options.parse import parse
 
 
 def read_options(given: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mxnorm_pass.backend import parse
 from mxnorm_pass.calibrating.batches import (
     Batch,
     Loss,
@@ -27,6 +26,7 @@ from mxnorm_pass.calibrating.batches import (
 from mxnorm_pass.channels import in_eval_mode
 from mxnorm_pass.comparing.comparison import Comparison, Divergence, Ratio, SiteComparison, Step
 from mxnorm_pass.comparing.watch import Observation, WatchedModel
+from mxnorm_pass.options.parse import parse
 from mxnorm_pass.report import Site
 
 # So many of the norms that cost most are set to exact one after the other.

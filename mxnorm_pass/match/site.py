@@ -9,7 +9,6 @@ from itertools import chain
 import torch
 from torch import Tensor, fx
 
-from mxnorm_pass.config import Calibrated, MXNormConfig
 from mxnorm_pass.graph_code import call_text
 from mxnorm_pass.graph_utils import is_backward, same_size, tensor_of
 from mxnorm_pass.match.cast import Cast, UnknownCast, find_casts
@@ -39,6 +38,7 @@ from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE, MXFormat
 from mxnorm_pass.numerics.layout import ScaleLayout
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.rms import Estimator
+from mxnorm_pass.options.config import Calibrated, MXNormConfig
 from mxnorm_pass.report import Site, SkipReason
 
 

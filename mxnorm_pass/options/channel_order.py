@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from mxnorm_pass.calibration import Calibration
 from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.names import clean_module_path
+from mxnorm_pass.options.calibration import Calibration
 from mxnorm_pass.report import Site
 
 # Channels in another order correlate by 0 +- 1 / sqrt(D), those of a fine-tuned model by almost 1.

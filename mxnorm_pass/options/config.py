@@ -1,4 +1,4 @@
-"""Options of the ``mxnorm`` backend: validation, per-module rules, and the split from Inductor's.
+"""The options of the ``mxnorm`` backend, and what the rules of ``modules`` make of them.
 
 This module is a leaf. It imports only other leaves, the standard library and torch.
 """
@@ -7,62 +7,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import re
-import types
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mxnorm_pass.calibration import Calibration
-from mxnorm_pass.inductor_options import (
-    check_inductor_value,
-    inductor_key,
-    invalid,
-    mode_options,
-    one_of,
-)
 from mxnorm_pass.names import (
     HEAD_NAMES,
     UnmatchedPattern,
-    check_pattern,
     compile_pattern,
     nearest_names,
 )
 from mxnorm_pass.numerics.formats import ScaleMode
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.rms import Estimator
+from mxnorm_pass.options.calibration import Calibration
+from mxnorm_pass.options.inductor import (
+    invalid,
+)
+from mxnorm_pass.options.validate import OVERRIDABLE, VALIDATORS, Gain, Inner, Quantize
 
-__all__ = [
-    "Calibrated",
-    "Estimator",
-    "Gain",
-    "Gradient",
-    "Inner",
-    "MXNormConfig",
-    "ModuleConfig",
-    "ParsedOptions",
-    "Quantize",
-    "ScaleMode",
-    "parse_options",
-]
-
-Gain = Literal["auto", "fold", "activation"]
-
-Quantize = Literal["norm-fed", "existing", "all"]
-Inner = Literal["inductor", "aot_eager", "eager"]
 # Estimated with block weights, kept exact, or exact since the calibration does not know the norm.
 Calibrated = Literal["block weights", "exact", "unknown"]
 
-_Validator = Callable[[str, object], Any]
-
-_ELEM_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-_OVERRIDABLE = ("estimator", "p", "gain", "gradient", "elem_dtype", "scale_mode")
 # An object of its own, to tell it from a p = 2 that was asked for.
 _DEFAULT_P = float("2")
 
@@ -88,21 +59,7 @@ class ModuleConfig:
     @property
     def overrides(self) -> dict[str, str]:
         """The fields that rules may override, as text."""
-        return {name: str(getattr(self.config, name)) for name in _OVERRIDABLE}
-
-
-@dataclass(frozen=True)
-class ParsedOptions:
-    """``torch.compile``'s options, split by owner.
-
-    Attributes:
-        config: the fields of this package.
-        inductor: overrides for ``torch._inductor.config``, under Inductor's own spelling
-            ("max_autotune", "triton.cudagraphs"); pass them on as ``config_patches``.
-    """
-
-    config: MXNormConfig
-    inductor: dict[str, Any]
+        return {name: str(getattr(self.config, name)) for name in OVERRIDABLE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +87,7 @@ class MXNormConfig:
         calibration: a :class:`mxnorm_pass.Calibration`, or the path of one, which is read here.
             Norms that it does not know stay exact. A rule that sets ``estimator`` overrules it.
         verify: check at compile time, on random data, that the gradients of what was rewritten
-            are those of its forward and that "exact" changes no bit; see ``mxnorm_pass.verify``.
+            are those of its forward and that "exact" changes no bit; see ``mxnorm_pass.passes.verify``.
         inner: "inductor", "aot_eager" or "eager": what compiles the rewritten graph.
         freezing: Inductor's meaning: inference weights are folded and cast once.
         prefix: full name of the module that is compiled on its own ("model.layers.3"); it goes in
@@ -156,7 +113,7 @@ class MXNormConfig:
     verify: bool = False
 
     def __post_init__(self) -> None:
-        for name, validate in _VALIDATORS.items():
+        for name, validate in VALIDATORS.items():
             object.__setattr__(self, name, validate(name, getattr(self, name)))
         if self.calibration is not None:
             _check_agreement(self, self.calibration)
@@ -249,7 +206,7 @@ class MXNormConfig:
 
     def __reduce__(self) -> tuple[Callable[..., MXNormConfig], tuple[dict[str, Any]]]:
         # A mappingproxy can be neither pickled nor deep-copied.
-        values = {name: getattr(self, name) for name in _VALIDATORS}
+        values = {name: getattr(self, name) for name in VALIDATORS}
         return _rebuild, ({**values, "modules": _thaw_modules(self.modules)},)
 
     def _winner(self, name: str) -> _Rule | None:
@@ -284,7 +241,7 @@ class MXNormConfig:
 
     @cached_property
     def _fingerprint(self) -> str:
-        values: dict[str, object] = {name: getattr(self, name) for name in _VALIDATORS}
+        values: dict[str, object] = {name: getattr(self, name) for name in VALIDATORS}
         # A list, because the order of the rules is part of their meaning.
         values["modules"] = list(_thaw_modules(self.modules).items())
         values["calibration"] = self.calibration and self.calibration.fingerprint()
@@ -308,94 +265,6 @@ class _Rule:
         return not prefix or f"{self.pattern}.".startswith(f"{prefix}.")
 
 
-def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> ParsedOptions:
-    """Split ``torch.compile``'s flat options into this package's and Inductor's.
-
-    Args:
-        options: any field of ``MXNormConfig``, and any key of ``torch._inductor.config`` (nested
-            ones as "triton.cudagraphs"; "-" and "_" are the same, as in torch). None is {}.
-        mode: a name of ``torch._inductor.list_mode_options()``, or None. Explicit options win
-            over the mode's.
-
-    Returns:
-        The config and Inductor's overrides. ``freezing`` belongs to both; it is among Inductor's
-        only when True.
-
-    Raises:
-        ValueError: ``options`` is not a mapping; a key belongs to neither (the message names the
-            nearest valid one); a value is wrong for its field or Inductor key; unknown ``mode``.
-    """
-    own: dict[str, Any] = {}
-    inductor: dict[str, Any] = {}
-    for key, value in [*mode_options(mode).items(), *_as_mapping(options).items()]:
-        if isinstance(key, str) and key in _VALIDATORS:
-            own[key] = value
-        else:
-            spelled = inductor_key(key, _VALIDATORS)
-            check_inductor_value(key, spelled, value)
-            inductor[spelled] = value
-    config = MXNormConfig(**own)
-    if config.freezing:
-        inductor["freezing"] = True
-    return ParsedOptions(config, inductor)
-
-
-def _choice(alias: Any) -> _Validator:
-    allowed: tuple[str, ...] = get_args(alias)
-
-    def validate(label: str, value: object) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            raise invalid(label, value, one_of(map(repr, allowed)))
-        return value
-
-    return validate
-
-
-def _validate_p(label: str, value: object) -> float:
-    allowed = "a finite int or float greater than 0"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise invalid(label, value, allowed)
-    try:
-        p = float(value)
-    except OverflowError:
-        raise invalid(label, value, allowed) from None
-    if not math.isfinite(p) or p <= 0:
-        raise invalid(label, value, allowed)
-    return p
-
-
-def _validate_elem_dtype(label: str, value: object) -> torch.dtype:
-    if not isinstance(value, torch.dtype) or value not in _ELEM_DTYPES:
-        raise invalid(label, value, one_of(_ELEM_DTYPES))
-    return value
-
-
-def _validate_bool(label: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise invalid(label, value, "True or False")
-    return value
-
-
-def _validate_prefix(label: str, value: object) -> str:
-    components = value.split(".") if isinstance(value, str) else [""]
-    plain = all(c and not set(c) & set("*?[]: ") for c in components)
-    if not isinstance(value, str) or (value and not plain):
-        allowed = "the full name of one module, such as 'model.layers.3', without wildcards"
-        raise invalid(label, value, f"{allowed} (mxnorm_pass.compile_layers takes a pattern)")
-    return value
-
-
-def _validate_calibration(label: str, value: object) -> Calibration | None:
-    if value is None or isinstance(value, Calibration):
-        return value
-    if not isinstance(value, (str, os.PathLike)):
-        raise invalid(label, value, "None, an mxnorm_pass.Calibration or the path of one")
-    try:
-        return Calibration.load(value)
-    except (OSError, ValueError) as error:
-        raise invalid(label, value, f"the path of a calibration, but {error}") from None
-
-
 def _check_agreement(config: MXNormConfig, calibration: Calibration) -> None:
     """The options must not ask for what the calibration was not fitted for."""
     if config.estimator == "exact":
@@ -411,53 +280,6 @@ def _check_agreement(config: MXNormConfig, calibration: Calibration) -> None:
         if p != calibration.p:
             allowed = f"{calibration.p:g}, for which the calibration was fitted, or none"
             raise invalid(label, p, allowed)
-
-
-def _validate_modules(label: str, value: object) -> Mapping[str, bool | Mapping[str, Any]]:
-    if not isinstance(value, Mapping):
-        raise invalid(label, value, "a mapping from name pattern to True, False or a dict")
-    rules: dict[str, bool | Mapping[str, Any]] = {}
-    for pattern, rule in value.items():
-        check_pattern(label, pattern)
-        rules[pattern] = _validate_rule(f"{label}[{pattern!r}]", rule)
-    return types.MappingProxyType(rules)
-
-
-def _validate_rule(label: str, rule: object) -> bool | Mapping[str, Any]:
-    if isinstance(rule, bool):
-        return rule
-    if not isinstance(rule, Mapping):
-        allowed = f"True, False or a dict of overrides, with keys {one_of(_OVERRIDABLE)}"
-        raise invalid(label, rule, allowed)
-    return types.MappingProxyType(
-        {name: _validate_override(label, name, value) for name, value in rule.items()}
-    )
-
-
-def _validate_override(label: str, name: object, value: object) -> Any:
-    if not isinstance(name, str) or name not in _OVERRIDABLE:
-        raise ValueError(
-            f"{label} overrides {name!r} (with {value!r}), which cannot be set per module: "
-            f"expected {one_of(_OVERRIDABLE)}"
-        )
-    return _VALIDATORS[name](f"{label}[{name!r}]", value)
-
-
-_VALIDATORS: dict[str, _Validator] = {
-    "estimator": _choice(Estimator),
-    "p": _validate_p,
-    "gain": _choice(Gain),
-    "gradient": _choice(Gradient),
-    "quantize": _choice(Quantize),
-    "elem_dtype": _validate_elem_dtype,
-    "scale_mode": _choice(ScaleMode),
-    "modules": _validate_modules,
-    "calibration": _validate_calibration,
-    "verify": _validate_bool,
-    "inner": _choice(Inner),
-    "freezing": _validate_bool,
-    "prefix": _validate_prefix,
-}
 
 
 def _rebuild(values: dict[str, Any]) -> MXNormConfig:
@@ -477,11 +299,3 @@ def _make_rule(base: MXNormConfig, pattern: str, value: bool | Mapping[str, Any]
     config = replace(base, calibration=None, **overrides) if overrides else base
     sets_estimator = "estimator" in overrides
     return _Rule(pattern, compile_pattern(pattern), value is not False, config, sets_estimator)
-
-
-def _as_mapping(options: object) -> Mapping[Any, Any]:
-    if options is None:
-        return {}
-    if not isinstance(options, Mapping):
-        raise invalid("options", options, "a mapping from option name to value, or None")
-    return options

@@ -1,0 +1,136 @@
+"""What each option may be; every error names the option, its value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import os
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+
+from mxnorm_pass.names import (
+    check_pattern,
+)
+from mxnorm_pass.numerics.formats import ScaleMode
+from mxnorm_pass.numerics.norm import Gradient
+from mxnorm_pass.numerics.rms import Estimator
+from mxnorm_pass.options.calibration import Calibration
+from mxnorm_pass.options.inductor import (
+    invalid,
+    one_of,
+)
+
+Gain = Literal["auto", "fold", "activation"]
+
+Quantize = Literal["norm-fed", "existing", "all"]
+Inner = Literal["inductor", "aot_eager", "eager"]
+
+_Validator = Callable[[str, object], Any]
+
+_ELEM_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+OVERRIDABLE = ("estimator", "p", "gain", "gradient", "elem_dtype", "scale_mode")
+
+
+def _choice(alias: Any) -> _Validator:
+    allowed: tuple[str, ...] = get_args(alias)
+
+    def validate(label: str, value: object) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise invalid(label, value, one_of(map(repr, allowed)))
+        return value
+
+    return validate
+
+
+def _validate_p(label: str, value: object) -> float:
+    allowed = "a finite int or float greater than 0"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise invalid(label, value, allowed)
+    try:
+        p = float(value)
+    except OverflowError:
+        raise invalid(label, value, allowed) from None
+    if not math.isfinite(p) or p <= 0:
+        raise invalid(label, value, allowed)
+    return p
+
+
+def _validate_elem_dtype(label: str, value: object) -> torch.dtype:
+    if not isinstance(value, torch.dtype) or value not in _ELEM_DTYPES:
+        raise invalid(label, value, one_of(_ELEM_DTYPES))
+    return value
+
+
+def _validate_bool(label: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise invalid(label, value, "True or False")
+    return value
+
+
+def _validate_prefix(label: str, value: object) -> str:
+    components = value.split(".") if isinstance(value, str) else [""]
+    plain = all(c and not set(c) & set("*?[]: ") for c in components)
+    if not isinstance(value, str) or (value and not plain):
+        allowed = "the full name of one module, such as 'model.layers.3', without wildcards"
+        raise invalid(label, value, f"{allowed} (mxnorm_pass.compile_layers takes a pattern)")
+    return value
+
+
+def _validate_calibration(label: str, value: object) -> Calibration | None:
+    if value is None or isinstance(value, Calibration):
+        return value
+    if not isinstance(value, (str, os.PathLike)):
+        raise invalid(label, value, "None, an mxnorm_pass.Calibration or the path of one")
+    try:
+        return Calibration.load(value)
+    except (OSError, ValueError) as error:
+        raise invalid(label, value, f"the path of a calibration, but {error}") from None
+
+
+def _validate_modules(label: str, value: object) -> Mapping[str, bool | Mapping[str, Any]]:
+    if not isinstance(value, Mapping):
+        raise invalid(label, value, "a mapping from name pattern to True, False or a dict")
+    rules: dict[str, bool | Mapping[str, Any]] = {}
+    for pattern, rule in value.items():
+        check_pattern(label, pattern)
+        rules[pattern] = _validate_rule(f"{label}[{pattern!r}]", rule)
+    return types.MappingProxyType(rules)
+
+
+def _validate_rule(label: str, rule: object) -> bool | Mapping[str, Any]:
+    if isinstance(rule, bool):
+        return rule
+    if not isinstance(rule, Mapping):
+        allowed = f"True, False or a dict of overrides, with keys {one_of(OVERRIDABLE)}"
+        raise invalid(label, rule, allowed)
+    return types.MappingProxyType(
+        {name: _validate_override(label, name, value) for name, value in rule.items()}
+    )
+
+
+def _validate_override(label: str, name: object, value: object) -> Any:
+    if not isinstance(name, str) or name not in OVERRIDABLE:
+        raise ValueError(
+            f"{label} overrides {name!r} (with {value!r}), which cannot be set per module: "
+            f"expected {one_of(OVERRIDABLE)}"
+        )
+    return VALIDATORS[name](f"{label}[{name!r}]", value)
+
+
+VALIDATORS: dict[str, _Validator] = {
+    "estimator": _choice(Estimator),
+    "p": _validate_p,
+    "gain": _choice(Gain),
+    "gradient": _choice(Gradient),
+    "quantize": _choice(Quantize),
+    "elem_dtype": _validate_elem_dtype,
+    "scale_mode": _choice(ScaleMode),
+    "modules": _validate_modules,
+    "calibration": _validate_calibration,
+    "verify": _validate_bool,
+    "inner": _choice(Inner),
+    "freezing": _validate_bool,
+    "prefix": _validate_prefix,
+}
