@@ -15,11 +15,11 @@ from torch._logging._internal import trace_structured
 
 from mxnorm_pass import recording
 from mxnorm_pass.errors import CalibrationWarning, MXNormWarning
+from mxnorm_pass.graph.source_line import source_line
 from mxnorm_pass.graph_pass import PassResult
 from mxnorm_pass.names import UnmatchedPattern
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.report import Graph, Site, SkipReason, site_rows
-from mxnorm_pass.source_line import source_line
 
 log = logging.getLogger("mxnorm_pass")
 

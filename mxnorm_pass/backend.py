@@ -21,6 +21,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mxnorm_pass import recording
 from mxnorm_pass.announce import announce, announce_failure
 from mxnorm_pass.freezing import FrozenGraph, attribute_of, is_static
+from mxnorm_pass.graph.modules import module_paths, subgraphs
+from mxnorm_pass.graph.nodes import aten
+from mxnorm_pass.graph.weights import Weight
 from mxnorm_pass.graph_names import GraphNames
 from mxnorm_pass.graph_pass import (
     Analysis,
@@ -31,12 +34,10 @@ from mxnorm_pass.graph_pass import (
     PassResult,
     foreign_subclass,
 )
-from mxnorm_pass.graph_utils import aten
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
 from mxnorm_pass.match import Obstacle
 from mxnorm_pass.match.derivatives import inner_derivative
 from mxnorm_pass.match.substitution import Substitution
-from mxnorm_pass.module_names import module_paths, subgraphs
 from mxnorm_pass.options.channel_order import check_channels
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.parse import ParsedOptions, inductor_setting, parse
@@ -51,7 +52,6 @@ from mxnorm_pass.run_graph import Interpreter, run_graph
 from mxnorm_pass.scopes import Scope, scopes_of
 from mxnorm_pass.specialize import specialize
 from mxnorm_pass.substitute import substitute
-from mxnorm_pass.weight_names import Weight
 
 log = logging.getLogger("mxnorm_pass")
 

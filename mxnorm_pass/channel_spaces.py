@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mxnorm_pass.graph_utils import aten, prims, same_size
+from mxnorm_pass.graph.nodes import aten, prims, same_size
 
 
 class Dim:

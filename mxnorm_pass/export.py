@@ -16,14 +16,15 @@ from torch.utils import _pytree as pytree
 from mxnorm_pass import lowering
 from mxnorm_pass.announce import announce
 from mxnorm_pass.exported_autocast import as_exported
+from mxnorm_pass.graph.build import CONSTANT_PREFIX, unwrap_constants
+from mxnorm_pass.graph.inputs import mark_inputs
+from mxnorm_pass.graph.modules import module_paths
+from mxnorm_pass.graph.nodes import aten, prims
+from mxnorm_pass.graph.weights import Weight, named_weights
 from mxnorm_pass.graph_pass import GraphFacts, foreign_subclass, run_pass
-from mxnorm_pass.graph_utils import CONSTANT_PREFIX, aten, prims, unwrap_constants
-from mxnorm_pass.match.linear import mark_inputs
-from mxnorm_pass.module_names import module_paths
 from mxnorm_pass.options.channel_order import check_channels
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.parse import parse_options
-from mxnorm_pass.weight_names import Weight, named_weights
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 # Composite ops that backends match as one: the pass reads the first two and needs none open.

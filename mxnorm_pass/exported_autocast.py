@@ -14,7 +14,8 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mxnorm_pass.graph_utils import tensor_of, without_autocast
+from mxnorm_pass.graph.nodes import tensor_of
+from mxnorm_pass.graph.trace import without_autocast
 
 _REDUCED = (torch.bfloat16, torch.float16)
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}

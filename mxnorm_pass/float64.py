@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 
 from mxnorm_pass import ops
 from mxnorm_pass.errors import VerificationError
-from mxnorm_pass.graph_utils import aten, is_backward, prims
+from mxnorm_pass.graph.modules import module_path
+from mxnorm_pass.graph.nodes import aten, is_backward, prims
 from mxnorm_pass.match.cast import Cast, find_casts
-from mxnorm_pass.module_names import module_path
 from mxnorm_pass.numerics.cast import mx_dequantize
 from mxnorm_pass.numerics.norm import Gradient, inverse_rms
 from mxnorm_pass.numerics.rms import Estimator, mean_square

@@ -18,22 +18,18 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import lowering
-from mxnorm_pass.canonicalize import remove_dead
 from mxnorm_pass.collector import collector_paused
 from mxnorm_pass.errors import InvalidOptionsError
-from mxnorm_pass.graph_utils import (
-    BACKWARD,
-    SubgraphCache,
-    copied_graph,
-    created_nodes,
-    input_position,
-    is_backward,
-    partition_of,
-)
+from mxnorm_pass.graph.build import copied_graph, created_nodes
+from mxnorm_pass.graph.cleanup import remove_dead
+from mxnorm_pass.graph.inputs import mark_parameters, mark_weights
+from mxnorm_pass.graph.matmul import is_matmul
+from mxnorm_pass.graph.nodes import BACKWARD, input_position, is_backward, partition_of
+from mxnorm_pass.graph.trace import SubgraphCache
+from mxnorm_pass.graph.weights import Weight
 from mxnorm_pass.insert import insert_casts
 from mxnorm_pass.match import Fusion, Obstacle, Refusal, find_sites
-from mxnorm_pass.match.linear import linear_name, mark_parameters, mark_weights
-from mxnorm_pass.match.matmul import is_matmul
+from mxnorm_pass.match.linear import linear_name
 from mxnorm_pass.match.norm import Norm, find_norms
 from mxnorm_pass.options.calibration import Calibration
 from mxnorm_pass.options.config import MXNormConfig
@@ -44,7 +40,6 @@ from mxnorm_pass.scopes import Scope
 from mxnorm_pass.site_graphs import SiteGraphs
 from mxnorm_pass.snapshot import Alignment, Snapshot
 from mxnorm_pass.traffic import TrafficEstimate
-from mxnorm_pass.weight_names import Weight
 
 log = logging.getLogger(__name__)
 

@@ -21,14 +21,8 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.graph_utils import (
-    aten,
-    call,
-    dtype_of,
-    is_backward,
-    is_transpose,
-    outputs_of,
-)
+from mxnorm_pass.graph.build import call, outputs_of
+from mxnorm_pass.graph.nodes import aten, dtype_of, is_backward, is_transpose
 from mxnorm_pass.match.linear import CastIndex, PlainLinear, plain_linear, readers
 from mxnorm_pass.match.norm import Norm
 from mxnorm_pass.match.uncast import obstacle

@@ -22,7 +22,8 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 
 from mxnorm_pass import ops
 from mxnorm_pass.dispatch import NormCastCall
-from mxnorm_pass.graph_utils import SubgraphCache, unwrap_constants
+from mxnorm_pass.graph.build import unwrap_constants
+from mxnorm_pass.graph.trace import SubgraphCache
 from mxnorm_pass.kernels.coverage import DTYPES
 
 log = logging.getLogger(__name__)

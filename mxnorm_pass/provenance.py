@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import ops
-from mxnorm_pass.canonicalize import remove_dead
+from mxnorm_pass.graph.cleanup import remove_dead
 from mxnorm_pass.scopes import Scope, intervened_in, kind_of_call
 
 _END = -1

@@ -20,7 +20,8 @@ import operator
 from torch import fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.graph_utils import ancestors_after, copy_origin
+from mxnorm_pass.graph.build import copy_origin
+from mxnorm_pass.graph.nodes import ancestors_after
 
 _WITH_ADD = {
     ops.norm_cast: ops.add_norm_cast,

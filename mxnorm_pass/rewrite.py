@@ -30,22 +30,20 @@ from torch import Tensor, fx
 from torch._inductor.pattern_matcher import stable_topological_sort
 
 from mxnorm_pass import ops
-from mxnorm_pass.canonicalize import merge_equal
-from mxnorm_pass.graph_utils import (
-    SubgraphCache,
+from mxnorm_pass.graph.build import call, constant, outputs_of
+from mxnorm_pass.graph.cleanup import merge_equal
+from mxnorm_pass.graph.fake import real_tensors
+from mxnorm_pass.graph.nodes import (
     aten,
-    call,
-    constant,
     dtype_of,
     is_view,
-    outputs_of,
     partition_of,
     prims,
-    real_tensors,
     same_shape,
     same_size,
     tensor_of,
 )
+from mxnorm_pass.graph.trace import SubgraphCache
 from mxnorm_pass.match import FusedCast, Fusion
 from mxnorm_pass.match.cast import Cast
 from mxnorm_pass.match.linear import Consumer, WeightCast, cast_use

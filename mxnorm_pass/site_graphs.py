@@ -15,11 +15,11 @@ from itertools import chain
 from torch import fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.graph_utils import forward_users, is_backward, is_view
+from mxnorm_pass.graph.modules import module_path
+from mxnorm_pass.graph.nodes import forward_users, is_backward, is_view
 from mxnorm_pass.match import Fusion, Refusal
 from mxnorm_pass.match.linear import CastIndex, readers
 from mxnorm_pass.match.norm import Norm
-from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import Site
 from mxnorm_pass.snapshot import Alignment, NodeState, Snapshot
 from mxnorm_pass.subgraph import Change, Subgraph, SubgraphNode, Traffic

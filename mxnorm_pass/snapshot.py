@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import fx
 
-from mxnorm_pass.graph_code import ValueType, op_name, statement, value_type
-from mxnorm_pass.graph_utils import is_backward
-from mxnorm_pass.module_names import module_path
+from mxnorm_pass.graph.code import ValueType, op_name, statement, value_type
+from mxnorm_pass.graph.modules import module_path
+from mxnorm_pass.graph.nodes import is_backward
 
 
 @dataclass(slots=True, eq=False)

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mxnorm_pass import ops
-from mxnorm_pass.graph_utils import same_shape
+from mxnorm_pass.graph.nodes import same_shape
 from mxnorm_pass.match.substitution import Substitution
 from mxnorm_pass.provenance import example_value
 

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mxnorm_pass.graph_code import add_bytes
-from mxnorm_pass.graph_utils import aten
+from mxnorm_pass.graph.code import add_bytes
+from mxnorm_pass.graph.nodes import aten
 from mxnorm_pass.ops import NAMESPACE
 from mxnorm_pass.snapshot import NodeState, Snapshot
 from mxnorm_pass.subgraph import Traffic

@@ -8,14 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from matching import (
-    BF16,
-    Model,
-    huggingface,
-)
-from reference import (
-    token_ids,
-)
+from matching import BF16, Model, huggingface
+from reference import token_ids
 from torch import Tensor, nn
 from torch._export.serde.serialize import _TORCH_TO_SERIALIZE_DTYPE
 from torch.export import ExportedProgram

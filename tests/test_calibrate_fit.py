@@ -13,13 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 from torch import Tensor
 
-from mxnorm_pass.calibrating.batches import (
-    Loss,
-    has_tokens,
-    loss_of,
-    split_batches,
-    token_rows,
-)
+from mxnorm_pass.calibrating.batches import Loss, has_tokens, loss_of, split_batches, token_rows
 from mxnorm_pass.calibrating.emulation import Estimate
 from mxnorm_pass.calibrating.fallback import divergence, exact_norms, few_rows, rank_by_cost
 from mxnorm_pass.calibrating.fit import Moments, block_weights

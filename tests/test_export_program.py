@@ -36,11 +36,7 @@ from matching import (
     only_site,
     reference,
 )
-from reference import (
-    Recipe,
-    build_llama,
-    reference_of,
-)
+from reference import Recipe, build_llama, reference_of
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 

@@ -22,8 +22,8 @@ from golden.text import MissingOp, rebuild
 from torch import Tensor, fx
 
 from mxnorm_pass import SkipReason
+from mxnorm_pass.graph.nodes import is_backward
 from mxnorm_pass.graph_pass import run_pass
-from mxnorm_pass.graph_utils import is_backward
 from mxnorm_pass.numerics.formats import ELEMENT_FORMATS
 from mxnorm_pass.options.config import MXNormConfig
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from mxnorm_pass.collector import collector_paused
-from mxnorm_pass.graph_utils import created_nodes
+from mxnorm_pass.graph.build import created_nodes
 from mxnorm_pass.snapshot import Snapshot
 
 

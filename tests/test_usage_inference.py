@@ -10,12 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import (
-    Recipe,
-    build_llama,
-    reference_of,
-    token_ids,
-)
+from reference import Recipe, build_llama, reference_of, token_ids
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config

@@ -8,12 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import (
-    Recipe,
-    build_llama,
-    quantize_with_torchao,
-    reference_of,
-)
+from reference import Recipe, build_llama, quantize_with_torchao, reference_of
 from torch import Tensor, nn
 from usage import (
     AOT,

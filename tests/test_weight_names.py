@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mxnorm_pass
 from mxnorm_pass import MXNormWarning, Report
-from mxnorm_pass.weight_names import named_weights, weight_held_by
+from mxnorm_pass.graph.weights import named_weights, weight_held_by
 
 AOT: dict[str, Any] = {"inner": "aot_eager"}
 

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from numerics import U
-from reference import (
-    token_ids,
-)
+from reference import token_ids
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.graph_utils import (
+from mxnorm_pass.graph.nodes import (
     aten,
     dtype_of,
     forward_users,

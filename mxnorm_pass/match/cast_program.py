@@ -12,7 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, fx
 
-from mxnorm_pass.graph_utils import real_tensors, tensor_of
+from mxnorm_pass.graph.fake import real_tensors
+from mxnorm_pass.graph.nodes import tensor_of
 from mxnorm_pass.match.program import Program
 from mxnorm_pass.numerics.cast import mx_cast
 from mxnorm_pass.numerics.e8m0 import E8M0_NAN

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.graph_utils import (
+from mxnorm_pass.graph.fake import real_tensors
+from mxnorm_pass.graph.nodes import (
     dtype_of,
     is_backward,
     is_call,
     is_transpose,
     is_view,
-    real_tensors,
     same_shape,
     tensor_of,
 )

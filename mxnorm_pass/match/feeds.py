@@ -6,8 +6,8 @@ from collections.abc import Container
 
 from torch import fx
 
-from mxnorm_pass.graph_utils import aten, is_call, same_size, tensor_of
-from mxnorm_pass.match.constant import constant_of
+from mxnorm_pass.graph.constants import constant_of
+from mxnorm_pass.graph.nodes import aten, is_call, same_size, tensor_of
 from mxnorm_pass.match.linear import CastIndex, plain_linear, readers
 from mxnorm_pass.match.statistic import FACTORS, is_per_channel
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from mxnorm_pass.graph_utils import (
+from mxnorm_pass.graph.modules import module_path
+from mxnorm_pass.graph.nodes import (
     aten,
     is_backward,
     is_call,
@@ -18,7 +19,6 @@ from mxnorm_pass.graph_utils import (
     strip,
     tensor_of,
 )
-from mxnorm_pass.module_names import module_path
 
 _FUSED = frozenset({aten.native_layer_norm.default, aten.layer_norm.default})
 _VAR_MEANS = frozenset({aten.var_mean.correction})

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from heapq import heappop, heappush
-from typing import Any
 
 import torch
 from torch import fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.graph_code import type_name
-from mxnorm_pass.graph_utils import (
+from mxnorm_pass.graph.code import type_name
+from mxnorm_pass.graph.inputs import PARAMETER, WEIGHT
+from mxnorm_pass.graph.matmul import LINEAR_OPERANDS, is_matmul
+from mxnorm_pass.graph.modules import module_path
+from mxnorm_pass.graph.nodes import (
     aten,
     forward_users,
-    input_position,
     is_call,
     is_dtype_cast,
     is_transpose,
@@ -25,11 +26,9 @@ from mxnorm_pass.graph_utils import (
     strip,
     tensor_of,
 )
+from mxnorm_pass.graph.weights import Weight
 from mxnorm_pass.match.cast import Cast
-from mxnorm_pass.match.matmul import LINEAR_OPERANDS, is_matmul
 from mxnorm_pass.match.scale_layout import is_blocked, moves_bytes
-from mxnorm_pass.module_names import module_path
-from mxnorm_pass.weight_names import Weight
 
 _LAYOUT = frozenset({aten.permute.default, aten.t.default, aten.transpose.int, aten.slice.Tensor})
 # What turns scales into numbers, beside pointwise ops.
@@ -92,7 +91,7 @@ def _is_weight(source: fx.Node, matmul: fx.Node) -> bool:
     """Tell ``F.linear`` and products with a parameter from products of two inputs."""
     if source.op == "get_attr" or matmul.target is aten.linear.default:
         return True
-    known = source.meta.get(_PARAMETER)
+    known = source.meta.get(PARAMETER)
     if known is not None:
         return bool(known)
     calls = matmul.meta.get("source_fn_stack")
@@ -100,49 +99,8 @@ def _is_weight(source: fx.Node, matmul: fx.Node) -> bool:
     return called_as in (None, torch.nn.Linear, torch.nn.functional.linear)
 
 
-_PARAMETER = "mxnorm_pass.parameter"
-
-
-def mark_parameters(graph: fx.Graph, positions: frozenset[int]) -> None:
-    """Note which graph inputs are parameters; a graph itself says it of attributes alone."""
-    for node in graph.find_nodes(op="placeholder"):
-        if input_position(node) in positions or _was_attribute(node):
-            node.meta[_PARAMETER] = True
-
-
-def _was_attribute(placeholder: fx.Node) -> bool:
-    """Did AOTAutograd find the input as a parameter or buffer of the graph's module?"""
-    desc = placeholder.meta.get("desc")
-    return desc is not None and (desc.is_param() or desc.is_buffer())
-
-
-def mark_inputs(graph: fx.Graph, parameters: Container[str]) -> None:
-    """Note of every graph input by its name whether it is a parameter."""
-    for node in graph.find_nodes(op="placeholder"):
-        node.meta[_PARAMETER] = node.name in parameters
-
-
-_WEIGHT = "mxnorm_pass.weight"
 # From a weight to its product there are a cast, a dequantisation and their views.
 _MAX_WEIGHT_NODES = 64
-
-
-def mark_weights(graph: fx.Graph, weights: Mapping[Any, Weight]) -> None:
-    """Note the names of weights.
-
-    Args:
-        weights: by position among the inputs that AOTAutograd was given (of a body, its own), by
-            the attribute that it found them in, or by the name of the graph input.
-    """
-    for position, node in enumerate(graph.find_nodes(op="placeholder")):
-        desc = node.meta.get("desc")
-        while hasattr(desc, "base"):  # of an inner tensor of a subclass
-            desc = desc.base
-        index = position if desc is None else getattr(desc, "idx", None)
-        keys = (index, getattr(desc, "target", None), node.name)
-        weight = next((weights[key] for key in keys if key in weights), None)
-        if weight is not None:
-            node.meta[_WEIGHT] = weight
 
 
 def linear_name(matmul: fx.Node) -> str:
@@ -166,7 +124,7 @@ def _is_looked_up(parameter: fx.Node) -> bool:
 
 def _weight_of(matmul: fx.Node) -> Weight | None:
     """The weight that alone makes a product's second matrix; None of any other."""
-    found = {node.meta.get(_WEIGHT) for node in _weight_inputs(matmul) or ()}
+    found = {node.meta.get(WEIGHT) for node in _weight_inputs(matmul) or ()}
     return found.pop() if len(found) == 1 else None
 
 

@@ -23,8 +23,10 @@ import torch
 from torch import fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.graph_code import call_text
-from mxnorm_pass.graph_utils import (
+from mxnorm_pass.graph.code import call_text
+from mxnorm_pass.graph.constants import float_inputs
+from mxnorm_pass.graph.modules import module_path
+from mxnorm_pass.graph.nodes import (
     aten,
     dtype_of,
     forward_users,
@@ -38,7 +40,6 @@ from mxnorm_pass.graph_utils import (
     strip,
     tensor_of,
 )
-from mxnorm_pass.match.constant import float_inputs
 from mxnorm_pass.match.layer_norm import centered
 from mxnorm_pass.match.norm_tail import Rounding, Tail, follow_output, is_one, rounding_skip
 from mxnorm_pass.match.row_program import RowProgram
@@ -53,7 +54,6 @@ from mxnorm_pass.match.statistic import (
     is_narrowing,
     is_per_channel,
 )
-from mxnorm_pass.module_names import module_path
 from mxnorm_pass.report import SkipReason
 
 _BOUNDS = frozenset(

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mxnorm_pass.graph_code import call_text
-from mxnorm_pass.graph_utils import (
+from mxnorm_pass.graph.code import call_text
+from mxnorm_pass.graph.constants import constant_of, float_inputs
+from mxnorm_pass.graph.nodes import (
     aten,
     dtype_of,
     forward_users,
@@ -20,7 +21,6 @@ from mxnorm_pass.graph_utils import (
     strip,
     tensor_of,
 )
-from mxnorm_pass.match.constant import constant_of, float_inputs
 from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.match.statistic import DIVISIONS, FACTORS, is_per_channel
 from mxnorm_pass.report import SkipReason

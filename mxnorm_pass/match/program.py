@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import is_fake
 
-from mxnorm_pass.graph_utils import aten, is_call, is_view, prims, real_tensors, tensor_of
+from mxnorm_pass.graph.fake import real_tensors
+from mxnorm_pass.graph.nodes import aten, is_call, is_view, prims, tensor_of
 from mxnorm_pass.numerics.e8m0 import round_up_to_e8m0
 
 CONSTANTS = frozenset({aten.full.default, aten.scalar_tensor.default, aten.full_like.default})

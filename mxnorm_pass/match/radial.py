@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mxnorm_pass.graph_utils import real_tensors
+from mxnorm_pass.graph.fake import real_tensors
 from mxnorm_pass.match.row_program import RowProgram
 
 Guard = Literal["added", "clamped", "outside", "other"]

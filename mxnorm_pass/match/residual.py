@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 
 from torch import Tensor, fx
 
-from mxnorm_pass.graph_utils import (
+from mxnorm_pass.graph.nodes import (
     ancestors_after,
     aten,
     is_call,

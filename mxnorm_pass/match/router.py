@@ -9,10 +9,10 @@ from heapq import heapify, heappop, heappush
 
 from torch import fx
 
-from mxnorm_pass.graph_utils import aten, forward_users, is_call, tensor_of
-from mxnorm_pass.match.constant import constant_of
+from mxnorm_pass.graph.constants import constant_of
+from mxnorm_pass.graph.matmul import is_product
+from mxnorm_pass.graph.nodes import aten, forward_users, is_call, tensor_of
 from mxnorm_pass.match.linear import PlainLinear, plain_linear
-from mxnorm_pass.match.matmul import is_product
 from mxnorm_pass.match.statistic import is_per_channel
 
 _PICKS = frozenset({aten.topk.default, aten.sort.default, aten.sort.stable, aten.argmax.default})

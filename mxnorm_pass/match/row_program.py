@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mxnorm_pass.graph_utils import (
+from mxnorm_pass.graph.constants import constant_of, is_filled, is_pointwise
+from mxnorm_pass.graph.matmul import is_product
+from mxnorm_pass.graph.nodes import (
     aten,
     is_backward,
     is_call,
@@ -30,8 +32,6 @@ from mxnorm_pass.graph_utils import (
     strip,
     tensor_of,
 )
-from mxnorm_pass.match.constant import constant_of, is_filled, is_pointwise
-from mxnorm_pass.match.matmul import is_product
 
 _MAX_NODES = 48
 # What stands for a symbolic width, and for a graph input that holds one number.

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from mxnorm_pass.graph_utils import aten, is_call, is_view, real_tensors, tensor_of
+from mxnorm_pass.graph.fake import real_tensors
+from mxnorm_pass.graph.nodes import aten, is_call, is_view, tensor_of
 from mxnorm_pass.numerics.layout import blocked_scales
 
 _FILLS = frozenset({aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default})

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from mxnorm_pass.graph_utils import (
+from mxnorm_pass.graph.constants import constant_of, float_inputs
+from mxnorm_pass.graph.matmul import LINEAR_OPERANDS
+from mxnorm_pass.graph.nodes import (
     aten,
     forward_users,
     is_backward,
@@ -26,9 +28,7 @@ from mxnorm_pass.graph_utils import (
     strip,
     tensor_of,
 )
-from mxnorm_pass.match.constant import constant_of, float_inputs
 from mxnorm_pass.match.layer_norm import centered
-from mxnorm_pass.match.matmul import LINEAR_OPERANDS
 from mxnorm_pass.match.radial import InverseNorm, inverse_norm
 from mxnorm_pass.match.row_program import RowProgram
 from mxnorm_pass.match.statistic import DIVISIONS, MULTIPLICATIONS, is_per_channel

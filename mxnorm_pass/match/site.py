@@ -9,8 +9,8 @@ from itertools import chain
 import torch
 from torch import Tensor, fx
 
-from mxnorm_pass.graph_code import call_text
-from mxnorm_pass.graph_utils import is_backward, same_size, tensor_of
+from mxnorm_pass.graph.code import call_text
+from mxnorm_pass.graph.nodes import is_backward, same_size, tensor_of
 from mxnorm_pass.match.cast import Cast, UnknownCast, find_casts
 from mxnorm_pass.match.dequantize import dequantization
 from mxnorm_pass.match.feeds import feeds_linear_or_cast

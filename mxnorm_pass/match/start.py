@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.graph_utils import aten, is_call, is_view, same_size, strip, tensor_of
+from mxnorm_pass.graph.nodes import aten, is_call, is_view, same_size, strip, tensor_of
 from mxnorm_pass.match.statistic import Statistic
 
 _MEANS = frozenset({aten.mean.dim})

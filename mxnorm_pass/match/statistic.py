@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mxnorm_pass.graph_utils import (
+from mxnorm_pass.graph.constants import constant_of
+from mxnorm_pass.graph.nodes import (
     aten,
     forward_users,
     is_call,
@@ -19,7 +20,6 @@ from mxnorm_pass.graph_utils import (
     same_size,
     tensor_of,
 )
-from mxnorm_pass.match.constant import constant_of
 
 ADDS = frozenset({aten.add.Tensor, aten.add.Scalar})
 MULTIPLICATIONS = frozenset({aten.mul.Tensor, aten.mul.Scalar})

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from mxnorm_pass.graph_utils import ancestors, is_dtype_cast, is_view, makes_tensors, strip
+from mxnorm_pass.graph.nodes import ancestors, is_dtype_cast, is_view, makes_tensors, strip
 from mxnorm_pass.match.linear import cast_use, is_float8
 from mxnorm_pass.match.site import Fusion
 from mxnorm_pass.match.skip import Skip

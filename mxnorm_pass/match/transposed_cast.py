@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from mxnorm_pass.graph_utils import (
+from mxnorm_pass.graph.nodes import (
     dtype_of,
     is_dtype_cast,
     is_transpose,

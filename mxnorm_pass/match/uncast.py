@@ -8,13 +8,13 @@ from heapq import heappop, heappush
 import torch
 from torch import fx
 
-from mxnorm_pass.graph_code import call_text, type_name
-from mxnorm_pass.graph_utils import aten, forward_users, is_call, tensor_of
+from mxnorm_pass.graph.code import call_text, type_name
+from mxnorm_pass.graph.matmul import is_product
+from mxnorm_pass.graph.modules import module_path
+from mxnorm_pass.graph.nodes import aten, forward_users, is_call, tensor_of
 from mxnorm_pass.match.linear import PlainLinear, Reader, plain_linear
-from mxnorm_pass.match.matmul import is_product
 from mxnorm_pass.match.router import is_router
 from mxnorm_pass.match.skip import Skip
-from mxnorm_pass.module_names import module_path
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.report import SkipReason

@@ -13,13 +13,8 @@ from mxnorm_pass.numerics.formats import (
     CastMode,
     element_format,
 )
-from mxnorm_pass.numerics.layout import (
-    block_size_of,
-    blocked_scales_shape,
-)
-from mxnorm_pass.numerics.rms import (
-    blocks,
-)
+from mxnorm_pass.numerics.layout import block_size_of, blocked_scales_shape
+from mxnorm_pass.numerics.rms import blocks
 
 
 def cast_elements(

@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass.numerics.checks import check_choice
-from mxnorm_pass.numerics.rms import (
-    Estimator,
-    compute_dtype,
-    mean_square,
-    mean_square_vjp,
-)
+from mxnorm_pass.numerics.rms import Estimator, compute_dtype, mean_square, mean_square_vjp
 
 
 def inverse_rms_vjp(

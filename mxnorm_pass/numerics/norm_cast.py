@@ -11,10 +11,7 @@ from torch import Tensor
 from mxnorm_pass.numerics.cast import cast_blocks, mx_cast
 from mxnorm_pass.numerics.checks import check_choice
 from mxnorm_pass.numerics.formats import CastMode
-from mxnorm_pass.numerics.layout import (
-    ScaleLayout,
-    blocked_scales,
-)
+from mxnorm_pass.numerics.layout import ScaleLayout, blocked_scales
 from mxnorm_pass.numerics.norm import normalize
 from mxnorm_pass.numerics.rms import (
     Estimator,

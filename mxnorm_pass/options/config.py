@@ -1,7 +1,4 @@
-"""The options of the ``mxnorm`` backend, and what the rules of ``modules`` make of them.
-
-This module is a leaf. It imports only other leaves, the standard library and torch.
-"""
+"""The options of the ``mxnorm`` backend, and what the rules of ``modules`` make of them."""
 
 from __future__ import annotations
 
@@ -16,19 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mxnorm_pass.names import (
-    HEAD_NAMES,
-    UnmatchedPattern,
-    compile_pattern,
-    nearest_names,
-)
+from mxnorm_pass.names import HEAD_NAMES, UnmatchedPattern, compile_pattern, nearest_names
 from mxnorm_pass.numerics.formats import ScaleMode
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.rms import Estimator
 from mxnorm_pass.options.calibration import Calibration
-from mxnorm_pass.options.inductor import (
-    invalid,
-)
+from mxnorm_pass.options.inductor import invalid
 from mxnorm_pass.options.validate import OVERRIDABLE, VALIDATORS, Gain, Inner, Quantize
 
 # Estimated with block weights, kept exact, or exact since the calibration does not know the norm.
@@ -87,7 +77,7 @@ class MXNormConfig:
         calibration: a :class:`mxnorm_pass.Calibration`, or the path of one, which is read here.
             Norms that it does not know stay exact. A rule that sets ``estimator`` overrules it.
         verify: check at compile time, on random data, that the gradients of what was rewritten
-            are those of its forward and that "exact" changes no bit; see ``mxnorm_pass.passes.verify``.
+            are those of its forward and that "exact" changes no bit; see ``passes.verify``.
         inner: "inductor", "aot_eager" or "eager": what compiles the rewritten graph.
         freezing: Inductor's meaning: inference weights are folded and cast once.
         prefix: full name of the module that is compiled on its own ("model.layers.3"); it goes in

@@ -8,12 +8,7 @@ from typing import Any
 
 from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.options.config import MXNormConfig
-from mxnorm_pass.options.inductor import (
-    check_inductor_value,
-    inductor_key,
-    invalid,
-    mode_options,
-)
+from mxnorm_pass.options.inductor import check_inductor_value, inductor_key, invalid, mode_options
 from mxnorm_pass.options.validate import VALIDATORS
 
 

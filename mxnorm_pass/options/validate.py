@@ -10,17 +10,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from mxnorm_pass.names import (
-    check_pattern,
-)
+from mxnorm_pass.names import check_pattern
 from mxnorm_pass.numerics.formats import ScaleMode
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.rms import Estimator
 from mxnorm_pass.options.calibration import Calibration
-from mxnorm_pass.options.inductor import (
-    invalid,
-    one_of,
-)
+from mxnorm_pass.options.inductor import invalid, one_of
 
 Gain = Literal["auto", "fold", "activation"]
 

@@ -32,8 +32,8 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._dtype_abbrs import dtype_abbrs
 
-from mxnorm_pass.graph_utils import is_backward
-from mxnorm_pass.module_names import module_path
+from mxnorm_pass.graph.modules import module_path
+from mxnorm_pass.graph.nodes import is_backward
 
 HEADER = """\
 import operator

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from mxnorm_pass.graph_utils import aten, is_call
+from mxnorm_pass.graph.nodes import aten, is_call
 
 _MATMULS = frozenset(
     {

@@ -10,14 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import is_fake
 
-from mxnorm_pass.graph_utils import (
-    aten,
-    is_dtype_cast,
-    is_expand,
-    is_transpose,
-    is_view,
-    real_tensors,
-)
+from mxnorm_pass.graph.fake import real_tensors
+from mxnorm_pass.graph.nodes import aten, is_dtype_cast, is_expand, is_transpose, is_view
 
 # Where each op that fills a tensor says with what.
 _FILLS: dict[Any, Callable[[fx.Node], Any]] = {
