@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxnorm_pass.kernels.launch import norm_cast
-from mxnorm_pass.kernels.launch_both import norm_cast_both
+from mxnorm_pass.kernels.norm_cast import norm_cast
+from mxnorm_pass.kernels.norm_cast_both import norm_cast_both
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 ROW_MAJOR = NormCastSpec(

@@ -57,10 +57,10 @@ class NormCastCall:
         check_norm_cast(self.x, self.weight, self.block_weights, self.spec, self.residual)
         inputs = (self.x, self.weight, self.block_weights, self.spec)
         if self.gain_in_rows is None:
-            from mxnorm_pass.kernels.launch import norm_cast
+            from mxnorm_pass.kernels.norm_cast import norm_cast
 
             return norm_cast(*inputs, residual=self.residual, dequantize=dequantize)
-        from mxnorm_pass.kernels.launch_both import norm_cast_both
+        from mxnorm_pass.kernels.norm_cast_both import norm_cast_both
 
         return norm_cast_both(
             *inputs, self.gain_in_rows, residual=self.residual, dequantize=dequantize

@@ -12,14 +12,16 @@ import torch
 from numerics import E5M2, SPEC
 from ptx import Compiled, compiled, recorded_launches
 
-from mxnorm_pass.kernels import launch, launch_both
+from mxnorm_pass.kernels.norm_cast import norm_cast
+from mxnorm_pass.kernels.norm_cast_both import norm_cast_both
+from mxnorm_pass.kernels.rows import Config
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 HOPPER, BLACKWELL, CONSUMER_BLACKWELL = 90, 100, 120
 CAPABILITIES = (HOPPER, BLACKWELL, CONSUMER_BLACKWELL)
 
 
-def norm_cast(
+def compiled_norm_cast(
     capability: int,
     width: int,
     *,
@@ -36,7 +38,7 @@ def norm_cast(
     spec = replace(SPEC, **options)
     block_weights = empty(width // spec.block_size, dtype=F32) if weighted else None
     return compiled(
-        lambda: launch.norm_cast(
+        lambda: norm_cast(
             empty(4096, width, dtype=dtype),
             empty(width, dtype=gain),
             block_weights,
@@ -71,7 +73,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_variants_compile(variant: dict[str, Any], capability: int) -> None:
-    ptx = norm_cast(capability, **({"width": 2048} | variant)).ptx
+    ptx = compiled_norm_cast(capability, **({"width": 2048} | variant)).ptx
     assert f".target sm_{capability}" in ptx
     # The float8 conversion is the hardware's.
     elem = "e5m2x2" if variant.get("elem_dtype") == E5M2 else "e4m3x2"
@@ -93,19 +95,19 @@ DEFAULTS = [
 @pytest.mark.parametrize("capability, width", DEFAULTS)
 def test_default_configurations(capability: int, width: int, options: dict[str, Any]) -> None:
     """Rows and gain come in loads of 128 bits, and all of a row stays in registers."""
-    kernel = norm_cast(capability, width, **options)
+    kernel = compiled_norm_cast(capability, width, **options)
     assert set(kernel.load_bits) == {128}
     assert kernel.spilled_bytes == 0, kernel.log
 
 
 def test_what_the_checks_would_see() -> None:
     """A row that is too large for its registers spills, and strided columns load one by one."""
-    config = launch.Config(rows=2, chunks=1, warps=4)
+    config = Config(rows=2, chunks=1, warps=4)
     x = torch.empty(64, 16384, dtype=BF16, device="meta")
-    spilling = compiled(lambda: launch.norm_cast(x, None, None, SPEC, config=config), HOPPER)
+    spilling = compiled(lambda: norm_cast(x, None, None, SPEC, config=config), HOPPER)
     assert spilling.spilled_bytes > 0
     odd_rows = torch.empty(64, 2049, dtype=BF16, device="meta")[:, :2048]
-    narrow = compiled(lambda: launch.norm_cast(odd_rows, None, None, SPEC), HOPPER)
+    narrow = compiled(lambda: norm_cast(odd_rows, None, None, SPEC), HOPPER)
     assert set(narrow.load_bits) != {128}
 
 
@@ -116,7 +118,7 @@ def test_both_directions(capability: int, width: int, with_gain: bool, add: bool
     x = torch.empty(4096, width, dtype=BF16, device="meta")
     gain = x[0] if with_gain else None
     kernel = compiled(
-        lambda: launch_both.norm_cast_both(x, gain, None, SPEC, True, residual=x if add else None),
+        lambda: norm_cast_both(x, gain, None, SPEC, True, residual=x if add else None),
         capability,
     )
     assert kernel.spilled_bytes == 0, kernel.log
@@ -129,7 +131,7 @@ def test_both_directions(capability: int, width: int, with_gain: bool, add: bool
 @pytest.mark.parametrize("width", [4096, 8192, 16384])
 def test_wide_rows_are_asked_for_in_advance(width: int) -> None:
     x = torch.empty(4096, width, dtype=BF16, device="meta")
-    call = partial(launch_both.norm_cast_both, x, x[0], None, SPEC, True)
+    call = partial(norm_cast_both, x, x[0], None, SPEC, True)
     requests = [
         compiled(made, HOPPER).ptx.count("prefetch.global.L2")
         for made in (call, partial(call, residual=x))
@@ -147,7 +149,7 @@ def test_the_lag_counts_all_that_is_read(width: int) -> None:
     def waiting(dtype: torch.dtype, add: bool) -> int:
         x = torch.empty(4096, width, dtype=dtype, device="meta")
         with recorded_launches() as launches:
-            launch_both.norm_cast_both(x, None, None, SPEC, True, residual=x if add else None)
+            norm_cast_both(x, None, None, SPEC, True, residual=x if add else None)
         arguments = launches[0].arguments
         return int(arguments["LAG"] * arguments["R"] * width * dtype.itemsize * (1 + add))
 

@@ -6,13 +6,18 @@ twice, for the statistic and for the cast; the second sweep finds them in the L2
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mxnorm_pass.kernels.mx import absmax_bits, blocked_scale_offset, cast_blocks, e8m0_value
-from mxnorm_pass.kernels.publish import publish
-from mxnorm_pass.kernels.rounding import narrow, round_to, widen
-from mxnorm_pass.kernels.statistic import accumulate, inverse_rms, normalize
+from mxnorm_pass.kernels import launch
+from mxnorm_pass.kernels.device.mean_square import accumulate, inverse_rms, normalize
+from mxnorm_pass.kernels.device.mx import absmax_bits, blocked_scale_offset, cast_blocks, e8m0_value
+from mxnorm_pass.kernels.device.publish import publish
+from mxnorm_pass.kernels.device.rounding import narrow, round_to, widen
+from mxnorm_pass.kernels.rows import Config, Rows, row_config, tile_blocks
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 
 @triton.jit
@@ -221,3 +226,40 @@ def store_scales(ptr, exponent, row, k, rows, K: tl.constexpr, BLOCKED: tl.const
         tl.store(ptr + at, exponent.to(tl.uint8), mask=padded)
     else:
         tl.store(ptr + row[:, None] * K + k[None, :], exponent.to(tl.uint8), mask=inside)
+
+
+def norm_cast(
+    x: Tensor,
+    weight: Tensor | None,
+    block_weights: Tensor | None,
+    spec: NormCastSpec,
+    *,
+    residual: Tensor | None = None,
+    dequantize: torch.dtype | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, ...]:
+    """``functional.mxnorm_cast`` as one kernel.
+
+    Args:
+        x: [..., D], D divisible by the block size; float32, bfloat16 or float16.
+        residual: of x's shape; it is added to x before the norm.
+        dequantize: return values * scales in this dtype in the place of values and scales.
+
+    Returns:
+        total where there is a residual; values and scales, or what they make dequantised; rho.
+    """
+    width = x.shape[-1]
+    config = config or row_config(width)
+    rows = Rows.of(x, weight, block_weights, spec, residual, dequantize)
+    padded = (rows.count + 127) // 128 * 128 if spec.scale_layout == "blocked" else rows.count
+    launch.launcher(norm_cast_kernel)[((padded + config.rows - 1) // config.rows,)](
+        *rows.pointers,
+        rows.count,
+        *rows.strides,
+        **rows.constants,
+        ROWS=config.rows,
+        TILE_K=tile_blocks(width, spec, config),
+        CHUNKS=config.chunks,
+        num_warps=config.warps,
+    )
+    return rows.results

@@ -13,7 +13,7 @@ from numerics import SPEC
 from torch import Tensor
 
 from mxnorm_pass import functional
-from mxnorm_pass.kernels import launch
+from mxnorm_pass.kernels.norm_cast import norm_cast
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -53,7 +53,7 @@ def launched(
     """The kernel's results on the CPU."""
     x_there, *others = (on_device(t) for t in (x, weight, block_weights))
     assert x_there is not None
-    results = launch.norm_cast(
+    results = norm_cast(
         x_there, others[0], others[1], options, residual=on_device(residual), **more
     )
     assert all(t.is_contiguous() for t in results)

@@ -26,7 +26,7 @@ from rows import (
 from torch import Tensor
 
 from mxnorm_pass import functional
-from mxnorm_pass.kernels.launch import Config
+from mxnorm_pass.kernels.rows import Config
 from mxnorm_pass.numerics.formats import SCALE_MODES
 from mxnorm_pass.numerics.layout import blocked_scales
 

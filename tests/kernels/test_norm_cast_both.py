@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mxnorm_pass import functional
 from mxnorm_pass.kernels import coverage
-from mxnorm_pass.kernels.launch import Config
-from mxnorm_pass.kernels.launch_both import Configuration, norm_cast_both
+from mxnorm_pass.kernels.norm_cast_both import Configuration, norm_cast_both
+from mxnorm_pass.kernels.rows import Config
 from mxnorm_pass.numerics.layout import blocked_scales
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 

@@ -11,7 +11,7 @@ from numerics import U, gain, normal
 from rows import BF16, E4M3, E5M2, F32, kernel, reference, spec
 from torch import Tensor
 
-from mxnorm_pass.kernels.launch import Config
+from mxnorm_pass.kernels.rows import Config
 from mxnorm_pass.numerics.e8m0 import e8m0_to_float
 from mxnorm_pass.numerics.formats import element_format
 from mxnorm_pass.numerics.norm_cast import NormCastSpec

@@ -23,8 +23,8 @@ from rows import (
 )
 from torch import Tensor
 
-from mxnorm_pass.kernels import launch
-from mxnorm_pass.kernels.launch import Config
+from mxnorm_pass.kernels.norm_cast import norm_cast
+from mxnorm_pass.kernels.rows import Config, row_config, tile_blocks
 
 
 def strided(shape: tuple[int, ...], layout: str, dtype: torch.dtype = BF16) -> Tensor:
@@ -137,15 +137,15 @@ def test_offsets_beyond_int32() -> None:
     x = torch.tensor([], dtype=BF16, device=DEVICE).set_(storage, 0, (3, 64), (2**30, 1))
     x.copy_(rows)
     near = kernel(rows, None, spec())
-    for name, a, b in zip(near._fields, launch.norm_cast(x, None, None, spec()), near, strict=True):
+    for name, a, b in zip(near._fields, norm_cast(x, None, None, spec()), near, strict=True):
         assert_same_bits(a.cpu(), b, name)
 
 
 @pytest.mark.parametrize("width", [32, 160, 2048, 4096, 5120, 16384, 32768, 65536])
 @pytest.mark.parametrize("layout", ["row-major", "blocked"])
 def test_default_configuration_covers_the_row(width: int, layout: Any) -> None:
-    config = launch.row_config(width)
-    blocks = launch.tile_blocks(width, spec(scale_layout=layout), config)
+    config = row_config(width)
+    blocks = tile_blocks(width, spec(scale_layout=layout), config)
     for number in (config.rows, config.chunks, blocks):
         assert number >= 1 and number & (number - 1) == 0
     assert blocks * config.chunks * 32 >= width

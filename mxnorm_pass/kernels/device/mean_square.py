@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxnorm_pass.kernels.mx import absmax_bits
-from mxnorm_pass.kernels.rounding import round_to
+from mxnorm_pass.kernels.device.mx import absmax_bits
+from mxnorm_pass.kernels.device.rounding import round_to
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxnorm_pass.kernels.rounding import INTERPRETED, to_elements, widen
+from mxnorm_pass.kernels.device.rounding import INTERPRETED, to_elements, widen
 
 INFINITY = tl.constexpr(0x7F800000)
 MANTISSA = tl.constexpr(0x7FFFFF)
