@@ -21,10 +21,10 @@ from torch import fx
 from torch._subclasses.functional_tensor import dispatch_functionalize
 
 from mxnorm_pass import ops
-from mxnorm_pass.dispatch import NormCastCall
 from mxnorm_pass.graph.build import unwrap_constants
 from mxnorm_pass.graph.trace import SubgraphCache
 from mxnorm_pass.kernels.coverage import DTYPES
+from mxnorm_pass.ops.call import NormCastCall
 
 log = logging.getLogger(__name__)
 

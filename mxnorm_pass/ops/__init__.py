@@ -29,7 +29,13 @@ import torch
 from torch import Tensor, fx
 
 from mxnorm_pass import functional
-from mxnorm_pass.arguments import (
+from mxnorm_pass.numerics.cast import dequantize_blocks
+from mxnorm_pass.numerics.layout import blocked_scales_shape
+from mxnorm_pass.numerics.norm import Gradient
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
+from mxnorm_pass.numerics.rms import mean_square
+from mxnorm_pass.ops.call import NormCastCall
+from mxnorm_pass.ops.checks import (
     check_blocks,
     check_cast,
     check_inverse_rms,
@@ -38,12 +44,6 @@ from mxnorm_pass.arguments import (
     check_rows,
     check_rows_in_blocks,
 )
-from mxnorm_pass.dispatch import NormCastCall
-from mxnorm_pass.numerics.cast import dequantize_blocks
-from mxnorm_pass.numerics.layout import blocked_scales_shape
-from mxnorm_pass.numerics.norm import Gradient
-from mxnorm_pass.numerics.norm_cast import NormCastSpec
-from mxnorm_pass.numerics.rms import mean_square
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxnorm_pass.arguments import check_norm_cast
 from mxnorm_pass.kernels.coverage import uncovered, uncovered_both
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
+from mxnorm_pass.ops.checks import check_norm_cast
 
 
 @dataclass(frozen=True)
