@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from mxnorm_pass.layers import compile_layers as compile_layers
     from mxnorm_pass.options.calibration import Calibration as Calibration
     from mxnorm_pass.options.config import MXNormConfig as MXNormConfig
-    from mxnorm_pass.recording import record as record
-    from mxnorm_pass.report import Graph as Graph
-    from mxnorm_pass.report import NearMiss as NearMiss
-    from mxnorm_pass.report import Report as Report
-    from mxnorm_pass.report import Site as Site
-    from mxnorm_pass.report import SkipReason as SkipReason
-    from mxnorm_pass.report_diff import ReportDiff as ReportDiff
+    from mxnorm_pass.report.diff import ReportDiff as ReportDiff
+    from mxnorm_pass.report.reason import SkipReason as SkipReason
+    from mxnorm_pass.report.recording import record as record
+    from mxnorm_pass.report.report import Report as Report
+    from mxnorm_pass.report.site import Graph as Graph
+    from mxnorm_pass.report.site import NearMiss as NearMiss
+    from mxnorm_pass.report.site import Site as Site
     from mxnorm_pass.tracing import explain as explain
 
 __version__ = "0.1.0"

@@ -18,8 +18,6 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mxnorm_pass import recording
-from mxnorm_pass.announce import announce, announce_failure
 from mxnorm_pass.freezing import FrozenGraph, attribute_of, is_static
 from mxnorm_pass.graph.modules import module_paths, subgraphs
 from mxnorm_pass.graph.nodes import aten
@@ -31,7 +29,6 @@ from mxnorm_pass.graph_pass import (
     LeaveAlone,
     LowerOps,
     MXNormPass,
-    PassResult,
     foreign_subclass,
 )
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
@@ -45,9 +42,12 @@ from mxnorm_pass.plan import find_plan
 from mxnorm_pass.plan_json import from_json as plan_from_json
 from mxnorm_pass.plan_json import to_json as plan_to_json
 from mxnorm_pass.provenance import mark_ends
-from mxnorm_pass.recording import StoredCompile
 from mxnorm_pass.regions import names_in_layers, passed, renamings, site_of_layer, split_regions
-from mxnorm_pass.report import SkipReason
+from mxnorm_pass.report import recording
+from mxnorm_pass.report.announce import announce, announce_failure
+from mxnorm_pass.report.reason import SkipReason
+from mxnorm_pass.report.recording import StoredCompile
+from mxnorm_pass.report.site import PassResult
 from mxnorm_pass.run_graph import Interpreter, run_graph
 from mxnorm_pass.scopes import Scope, scopes_of
 from mxnorm_pass.specialize import specialize

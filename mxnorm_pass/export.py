@@ -14,7 +14,6 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from mxnorm_pass import lowering
-from mxnorm_pass.announce import announce
 from mxnorm_pass.exported_autocast import as_exported
 from mxnorm_pass.graph.build import CONSTANT_PREFIX, unwrap_constants
 from mxnorm_pass.graph.inputs import mark_inputs
@@ -25,6 +24,7 @@ from mxnorm_pass.graph_pass import GraphFacts, foreign_subclass, run_pass
 from mxnorm_pass.options.channel_order import check_channels
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.parse import parse_options
+from mxnorm_pass.report.announce import announce
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 # Composite ops that backends match as one: the pass reads the first two and needs none open.

@@ -34,36 +34,15 @@ from mxnorm_pass.match.norm import Norm, find_norms
 from mxnorm_pass.options.calibration import Calibration
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.provenance import Provenance, take_marks
-from mxnorm_pass.report import Graph, Site, SkipReason, count_ops
+from mxnorm_pass.report.reason import SkipReason
+from mxnorm_pass.report.site import Graph, PassResult, count_ops
+from mxnorm_pass.report.site_graphs import SiteGraphs
+from mxnorm_pass.report.snapshot import Alignment, Snapshot
+from mxnorm_pass.report.traffic import TrafficEstimate
 from mxnorm_pass.rewrite import expand_estimates, rewrite
 from mxnorm_pass.scopes import Scope
-from mxnorm_pass.site_graphs import SiteGraphs
-from mxnorm_pass.snapshot import Alignment, Snapshot
-from mxnorm_pass.traffic import TrafficEstimate
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """What one run of the pass did.
-
-    Attributes:
-        graph: code, op counts and sites, named "inference" or "training".
-        matmul_modules: dotted names of the linears, and of the modules that multiply other
-            matrices, in the forward graph.
-        seconds: time the pass took, the report included.
-        float_inputs: positions of the graph inputs that a norm's eps or factor depends on.
-    """
-
-    graph: Graph
-    matmul_modules: tuple[str, ...]
-    seconds: float
-    float_inputs: tuple[int, ...] = ()
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        return self.graph.sites
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mxnorm_pass
-from mxnorm_pass import announce
+from mxnorm_pass.report import announce
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers already fill the cores.

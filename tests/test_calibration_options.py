@@ -19,7 +19,7 @@ from mxnorm_pass import Calibration, CalibrationWarning, MXNormWarning, Report
 from mxnorm_pass.options.channel_order import channel_statistics
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.parse import parse_options
-from mxnorm_pass.report import Site
+from mxnorm_pass.report.site import Site
 
 WEIGHTS = torch.tensor([0.1, 0.07])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mxnorm_pass.options.calibration import Calibration
 from mxnorm_pass.options.channel_order import channel_statistics, check_channels
-from mxnorm_pass.report import Site
+from mxnorm_pass.report.site import Site
 
 D = 128
 SITES = (Site(norm="norm", consumers=("linear",)),)

@@ -22,9 +22,9 @@ from models import build, example_inputs
 
 import mxnorm_pass
 from mxnorm_pass import Graph, Report, Site
-from mxnorm_pass.page import bytes_text, change_text
-from mxnorm_pass.report import SkipReason
-from mxnorm_pass.subgraph import Subgraph, SubgraphNode, Traffic
+from mxnorm_pass.report.page import bytes_text, change_text
+from mxnorm_pass.report.reason import SkipReason
+from mxnorm_pass.report.subgraph import Subgraph, SubgraphNode, Traffic
 
 HOSTILE = "<script>document.title = 'hacked'</script>&\"'</code>"
 MODULES = {

@@ -15,7 +15,7 @@ from matching import Model, expected_warnings, inputs
 
 import mxnorm_pass
 from mxnorm_pass import Graph, NearMiss, Report, ReportDiff, Site, SkipReason
-from mxnorm_pass.report_diff import GraphDiff, SiteKey
+from mxnorm_pass.report.diff import GraphDiff, SiteKey
 
 pytestmark = expected_warnings
 FUSED = Site("a", ("q", "k"), "fused", estimator="mxnorm", gain="fold", format="mxfp8")

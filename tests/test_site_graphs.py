@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import mxnorm_pass
 from mxnorm_pass import Report
-from mxnorm_pass.subgraph import Subgraph, Traffic
+from mxnorm_pass.report.subgraph import Subgraph, Traffic
 
 ROWS, WIDTH, OUT = 64, 128, 256
 X, W, GAIN = 4 * ROWS * WIDTH, 4 * WIDTH * OUT, 4 * WIDTH

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from mxnorm_pass.collector import collector_paused
 from mxnorm_pass.graph.build import created_nodes
-from mxnorm_pass.snapshot import Snapshot
+from mxnorm_pass.report.snapshot import Snapshot
 
 
 class Chain(nn.Module):

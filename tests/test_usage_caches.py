@@ -20,7 +20,8 @@ from torch._inductor.codegen import cpp_utils
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import mxnorm_pass
-from mxnorm_pass import Report, recording
+from mxnorm_pass import Report
+from mxnorm_pass.report import recording
 
 IDS = token_ids()
 AOT: dict[str, Any] = {"inner": "aot_eager"}

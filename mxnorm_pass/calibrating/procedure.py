@@ -34,7 +34,7 @@ from mxnorm_pass.errors import MXNormWarning
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 from mxnorm_pass.options.calibration import Calibration, architecture_hash
 from mxnorm_pass.options.channel_order import channel_statistics
-from mxnorm_pass.report import Site
+from mxnorm_pass.report.site import Site
 
 
 def calibrate(

@@ -16,7 +16,7 @@ from mxnorm_pass.names import clean_module_path
 from mxnorm_pass.numerics.formats import MXFormat
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.parse import parse
-from mxnorm_pass.report import Site
+from mxnorm_pass.report.site import Site
 from mxnorm_pass.tracing import explain
 
 

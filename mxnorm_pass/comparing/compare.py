@@ -27,7 +27,7 @@ from mxnorm_pass.channels import in_eval_mode
 from mxnorm_pass.comparing.comparison import Comparison, Divergence, Ratio, SiteComparison, Step
 from mxnorm_pass.comparing.watch import Observation, WatchedModel
 from mxnorm_pass.options.parse import parse
-from mxnorm_pass.report import Site
+from mxnorm_pass.report.site import Site
 
 # So many of the norms that cost most are set to exact one after the other.
 _STEPS = 8

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from mxnorm_pass import ops
-from mxnorm_pass.announce import announce_failure
 from mxnorm_pass.backend import CompileJob, compile_with_interpreter
 from mxnorm_pass.calibrating.batches import Batch, token_rows
 from mxnorm_pass.graph.modules import module_path
@@ -19,7 +18,9 @@ from mxnorm_pass.numerics.cast import mx_dequantize
 from mxnorm_pass.numerics.norm_cast import mxnorm_cast
 from mxnorm_pass.ops.call import NormCastCall
 from mxnorm_pass.options.parse import parse
-from mxnorm_pass.report import Report, Site
+from mxnorm_pass.report.announce import announce_failure
+from mxnorm_pass.report.report import Report
+from mxnorm_pass.report.site import Site
 
 
 @dataclass

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from mxnorm_pass.match.site import Obstacle
-from mxnorm_pass.report import SkipReason
+from mxnorm_pass.report.reason import SkipReason
 from mxnorm_pass.scopes import Scope, is_higher_order
 
 _AUTOGRAD = frozenset({"torch.autograd", "torch.autograd.forward_ad", "torch.autograd.functional"})

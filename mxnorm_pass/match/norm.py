@@ -54,7 +54,7 @@ from mxnorm_pass.match.statistic import (
     is_narrowing,
     is_per_channel,
 )
-from mxnorm_pass.report import SkipReason
+from mxnorm_pass.report.reason import SkipReason
 
 _BOUNDS = frozenset(
     {

@@ -23,7 +23,7 @@ from mxnorm_pass.graph.nodes import (
 )
 from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.match.statistic import DIVISIONS, FACTORS, is_per_channel
-from mxnorm_pass.report import SkipReason
+from mxnorm_pass.report.reason import SkipReason
 
 
 @dataclass(frozen=True)

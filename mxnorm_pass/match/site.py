@@ -39,7 +39,8 @@ from mxnorm_pass.numerics.layout import ScaleLayout
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.rms import Estimator
 from mxnorm_pass.options.config import Calibrated, MXNormConfig
-from mxnorm_pass.report import Site, SkipReason
+from mxnorm_pass.report.reason import SkipReason
+from mxnorm_pass.report.site import Site
 
 
 @dataclass(frozen=True)

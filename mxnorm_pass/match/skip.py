@@ -8,7 +8,8 @@ from typing import Literal
 from torch import fx
 
 from mxnorm_pass.graph.source_line import source_line
-from mxnorm_pass.report import NearMiss, SkipReason
+from mxnorm_pass.report.reason import SkipReason
+from mxnorm_pass.report.site import NearMiss
 
 
 @dataclass(frozen=True)

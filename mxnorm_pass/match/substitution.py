@@ -32,7 +32,7 @@ from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.match.statistic import is_narrowing
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.provenance import Provenance, example_value
-from mxnorm_pass.report import SkipReason
+from mxnorm_pass.report.reason import SkipReason
 from mxnorm_pass.scopes import Scope, is_higher_order
 
 

@@ -17,7 +17,7 @@ from mxnorm_pass.match.router import is_router
 from mxnorm_pass.match.skip import Skip
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 from mxnorm_pass.options.config import MXNormConfig
-from mxnorm_pass.report import SkipReason
+from mxnorm_pass.report.reason import SkipReason
 
 _LINEAR_DTYPES = (torch.bfloat16, torch.float32)
 _SHOWN = 3

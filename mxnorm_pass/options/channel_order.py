@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.names import clean_module_path
 from mxnorm_pass.options.calibration import Calibration
-from mxnorm_pass.report import Site
+from mxnorm_pass.report.site import Site
 
 # Channels in another order correlate by 0 +- 1 / sqrt(D), those of a fine-tuned model by almost 1.
 _SAME = 0.5

@@ -28,8 +28,8 @@ from torch import fx
 from mxnorm_pass.graph.code import add_bytes
 from mxnorm_pass.graph.nodes import aten
 from mxnorm_pass.ops import NAMESPACE
-from mxnorm_pass.snapshot import NodeState, Snapshot
-from mxnorm_pass.subgraph import Traffic
+from mxnorm_pass.report.snapshot import NodeState, Snapshot
+from mxnorm_pass.report.subgraph import Traffic
 
 _PICKS_ROWS = frozenset(
     {aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default}

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mxnorm_pass.files import write_text
-from mxnorm_pass.graph_pass import PassResult
-from mxnorm_pass.report import Graph, Report
-from mxnorm_pass.serialize import json_value
+from mxnorm_pass.report.json_values import json_value
+from mxnorm_pass.report.report import Report
+from mxnorm_pass.report.site import Graph, PassResult
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,29 +8,19 @@ time is linear in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
 from torch import fx
 
-from mxnorm_pass import ops
-from mxnorm_pass.graph.modules import module_path
-from mxnorm_pass.graph.nodes import forward_users, is_backward, is_view
 from mxnorm_pass.match import Fusion, Refusal
-from mxnorm_pass.match.linear import CastIndex, readers
 from mxnorm_pass.match.norm import Norm
-from mxnorm_pass.report import Site
-from mxnorm_pass.snapshot import Alignment, NodeState, Snapshot
-from mxnorm_pass.subgraph import Change, Subgraph, SubgraphNode, Traffic
-from mxnorm_pass.traffic import TrafficEstimate, is_free
-
-_FUSED_OPS = frozenset(
-    {ops.norm_cast, ops.norm_cast_both, ops.add_norm_cast, ops.add_norm_cast_both}
-)
-# A weight is some views, a cast and its dequantisation away from the matmul.
-_MAX_WEIGHT_NODES = 64
-_MAX_MODULE_NODES = 64
+from mxnorm_pass.passes.match.parts import part_of_created, parts_of_fusion, parts_of_refusal
+from mxnorm_pass.report.site import Site
+from mxnorm_pass.report.snapshot import Alignment, NodeState, Snapshot
+from mxnorm_pass.report.subgraph import Change, Subgraph, SubgraphNode, Traffic
+from mxnorm_pass.report.traffic import TrafficEstimate
 
 Users = Mapping[fx.Node, Sequence[fx.Node]]
 
@@ -105,9 +95,9 @@ class SiteGraphs:
         self._sites = list(found)
         self._before = [
             dict(
-                _parts_of_fusion(site, before)
+                parts_of_fusion(site, before)
                 if isinstance(site, Fusion)
-                else _parts_of_refusal(site, by_anchor.get(site.anchor))
+                else parts_of_refusal(site, by_anchor.get(site.anchor))
             )
             for site in found
         ]
@@ -117,12 +107,12 @@ class SiteGraphs:
         """Say what a site is in the graph that was traced anew with estimates in it."""
         index = self._index(site)
         self._sites[index] = fusion
-        self._after[index] = dict(_parts_of_fusion(fusion, traced_again))
+        self._after[index] = dict(parts_of_fusion(fusion, traced_again))
 
     def add(self, fusion: Fusion, created: Iterable[fx.Node]) -> None:
         """Say which nodes the fusion's rewrite has put into the graph."""
         index = self._index(fusion)
-        self._after[index] |= {node: _part_of_created(node, fusion) for node in created}
+        self._after[index] |= {node: part_of_created(node, fusion) for node in created}
 
     def _index(self, wanted: Fusion) -> int:
         return next(i for i, site in enumerate(self._sites) if site is wanted)
@@ -167,95 +157,3 @@ def _drawn(found: Fusion | Refusal, cut: _Cut, new_cut: _Cut, alignment: Alignme
     return replace(
         found.site(), before=cut.subgraph(change_before), after=new_cut.subgraph(change_after)
     )
-
-
-def _parts_of_fusion(fusion: Fusion, before: Snapshot) -> Iterator[tuple[fx.Node, str]]:
-    """The nodes of the site with the part that each belongs to; what comes last holds."""
-    yield from _as("norm backward", _backward_of(fusion.norm))
-    for transposed in fusion.transposed:
-        yield from _as("cast along T", transposed.cast.nodes)
-    activations = {n for c in fusion.consumers for n in (*c.nodes, *c.cast.nodes)}
-    for consumer in fusion.consumers:
-        weight = "weight" if consumer.weight is None else "weight cast"
-        yield from _as(weight, _weight_nodes(consumer.linear.matmul, activations, before))
-        yield from _as("dequantize", consumer.linear.slice)
-        yield from _as("cast", (*consumer.reader.path, *consumer.cast.nodes))
-    yield from _as("linear", (consumer.linear.matmul for consumer in fusion.consumers))
-    yield from _as("norm", fusion.norm.nodes)
-    if fusion.residual is not None:
-        yield fusion.residual, "residual add"
-
-
-def _backward_of(norm: Norm) -> Iterator[fx.Node]:
-    """The backward nodes that read the norm and its gain, and what is computed from them alone."""
-    # Autograd saves results through views.
-    inside = norm.nodes - {norm.output}
-    saved = {user for node in inside for user in node.users if is_view(user)}
-    sources = {norm.x, *inside, *saved, *([norm.gain] if norm.gain is not None else [])}
-    found: set[fx.Node] = set()
-    pending = [user for node in sources - {norm.x} for user in node.users]
-    pending += [user for user in norm.x.users if user.all_input_nodes == [norm.x]]
-    pending = [user for user in pending if is_backward(user)]
-    while pending and len(found) < _MAX_MODULE_NODES:
-        node = pending.pop()
-        if node in found or node.op != "call_function":
-            continue
-        found.add(node)
-        known = {*sources, *found}
-        pending += [user for user in node.users if known.issuperset(user.all_input_nodes)]
-    return iter(found)
-
-
-def _parts_of_refusal(refusal: Refusal, norm: Norm | None) -> Iterator[tuple[fx.Node, str]]:
-    """The norm, and the views and dtype casts on the way to its readers."""
-    if norm is None:
-        yield from _as("norm", _same_module(refusal.anchor))
-        return
-    for reader in readers(norm.output, CastIndex.of(())):
-        yield from _as("norm", reader.path)
-    yield from _as("norm", norm.nodes)
-
-
-def _as(part: str, nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, str]]:
-    return ((node, part) for node in nodes)
-
-
-def _part_of_created(node: fx.Node, fusion: Fusion) -> str:
-    if is_backward(node):
-        return "norm backward"
-    while is_free(node):
-        node = node.all_input_nodes[0]
-    if node.target in _FUSED_OPS:
-        return "norm and cast"
-    if node.target is ops.dequantize:
-        return "dequantize"
-    return "norm" if module_path(node) == fusion.norm.name else "weight cast"
-
-
-def _weight_nodes(matmul: fx.Node, stop: Container[fx.Node], before: Snapshot) -> set[fx.Node]:
-    """What is computed for the other operand of a linear, back to the inputs of the graph.
-
-    Casts may have been inserted in front of the linear since it came in.
-    """
-    found: set[fx.Node] = set()
-    pending = [*before.states[matmul].inputs, *matmul.all_input_nodes]
-    while pending and len(found) < _MAX_WEIGHT_NODES:
-        node = pending.pop()
-        if node.op == "call_function" and node not in stop and node not in found:
-            found.add(node)
-            pending += node.all_input_nodes
-    return found
-
-
-def _same_module(anchor: fx.Node) -> set[fx.Node]:
-    """The forward nodes around ``anchor`` that its module made, at most a few."""
-    module = module_path(anchor)
-    found = {anchor}
-    pending = [anchor] if module else []
-    while pending and len(found) < _MAX_MODULE_NODES:
-        node = pending.pop()
-        for other in (*node.all_input_nodes, *forward_users(node)):
-            if other not in found and other.op == "call_function" and module_path(other) == module:
-                found.add(other)
-                pending.append(other)
-    return found

@@ -1,22 +1,14 @@
-"""What the pass says of a graph: one Site per norm, with a reason where it was not fused."""
+"""What the pass did to a graph: one Site per norm, with a reason where it was not fused."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from textwrap import indent
 from typing import Any, Literal
 
-from mxnorm_pass.files import write_text
-from mxnorm_pass.page import render
-from mxnorm_pass.report_diff import ReportDiff, diff
-from mxnorm_pass.report_table import render_table
-from mxnorm_pass.serialize import json_value
-from mxnorm_pass.skip_reason import SkipReason as SkipReason
-from mxnorm_pass.subgraph import Subgraph, Traffic
+from mxnorm_pass.report.reason import SkipReason
+from mxnorm_pass.report.subgraph import Subgraph, Traffic
 
 
 @dataclass(frozen=True)
@@ -130,79 +122,6 @@ class Graph:
         return cls(**{**entry, "sites": sites, **traffic})
 
 
-@dataclass
-class Report:
-    """What the pass did to every graph that was compiled, in order."""
-
-    graphs: list[Graph] = field(default_factory=list)
-
-    @property
-    def sites(self) -> list[Site]:
-        """One Site per norm and graph."""
-        return [site for graph in self.graphs for site in graph.sites]
-
-    @property
-    def fused(self) -> list[Site]:
-        return [site for site in self.sites if site.status == "fused"]
-
-    @property
-    def skipped(self) -> list[Site]:
-        return [site for site in self.sites if site.status == "skipped"]
-
-    def add(self, graph: Graph) -> None:
-        """Append a graph, its name numbered by its place in this report."""
-        self.graphs.append(replace(graph, name=f"{graph.name}_{len(self.graphs)}"))
-
-    def __str__(self) -> str:
-        if not self.graphs:
-            return "mxnorm: no graph was compiled"
-        lines = []
-        for graph in self.graphs:
-            fused = sum(site.status == "fused" for site in graph.sites)
-            lines.append(
-                f"mxnorm: {graph.name}: {len(graph.sites)} norms, {fused} fused, "
-                f"{len(graph.sites) - fused} skipped"
-            )
-            lines += [indent(str(site), "  ") for site in graph.sites]
-            lines += [f"  ops {changes}" for changes in [_op_changes(graph)] if changes]
-        return "\n".join(lines)
-
-    def diff(self, other: Report) -> ReportDiff:
-        """What changed from this report to the other; false where nothing did.
-
-        Graphs are paired by their norms, sites by name and by which call of the norm they are.
-        """
-        return diff(self.graphs, other.graphs)
-
-    def _repr_html_(self) -> str:
-        return render_table(self.graphs)
-
-    def to_json(self) -> str:
-        """The whole report as JSON; :meth:`from_json` reads it back."""
-        return json.dumps(self.graphs, default=json_value, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Report:
-        return cls(list(map(Graph.from_dict, json.loads(text))))
-
-    def save_html(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as one self-contained HTML page, for any browser, without a network.
-
-        It shows each site's part of the graph before and after as diagram and code, and estimated
-        bytes moved (see :mod:`mxnorm_pass.traffic`).
-
-        Raises:
-            OSError: ``path`` cannot be written; what stood there before stays.
-        """
-        write_text(path, render(self.graphs))
-
-
-def _op_changes(graph: Graph) -> str:
-    names = sorted(graph.ops_before.keys() | graph.ops_after.keys())
-    changes = {name: graph.ops_after.get(name, 0) - graph.ops_before.get(name, 0) for name in names}
-    return ", ".join(f"{name} {change:+d}" for name, change in changes.items() if change)
-
-
 def _site_from_dict(entry: dict[str, Any]) -> Site:
     converted = {
         "consumers": tuple(entry["consumers"]),
@@ -232,3 +151,25 @@ def site_rows(graph: Graph) -> list[dict[str, Any]]:
 def count_ops(targets: list[str]) -> dict[str, int]:
     """How often each op is called, by name."""
     return dict(sorted(Counter(targets).items()))
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one run of the pass did.
+
+    Attributes:
+        graph: code, op counts and sites, named "inference" or "training".
+        matmul_modules: dotted names of the linears, and of the modules that multiply other
+            matrices, in the forward graph.
+        seconds: time the pass took, the report included.
+        float_inputs: positions of the graph inputs that a norm's eps or factor depends on.
+    """
+
+    graph: Graph
+    matmul_modules: tuple[str, ...]
+    seconds: float
+    float_inputs: tuple[int, ...] = ()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.graph.sites

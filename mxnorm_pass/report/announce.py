@@ -13,13 +13,13 @@ from torch import fx
 from torch._dynamo import exc
 from torch._logging._internal import trace_structured
 
-from mxnorm_pass import recording
 from mxnorm_pass.errors import CalibrationWarning, MXNormWarning
 from mxnorm_pass.graph.source_line import source_line
-from mxnorm_pass.graph_pass import PassResult
 from mxnorm_pass.names import UnmatchedPattern
 from mxnorm_pass.options.config import MXNormConfig
-from mxnorm_pass.report import Graph, Site, SkipReason, site_rows
+from mxnorm_pass.report import recording
+from mxnorm_pass.report.reason import SkipReason
+from mxnorm_pass.report.site import Graph, PassResult, Site, site_rows
 
 log = logging.getLogger("mxnorm_pass")
 

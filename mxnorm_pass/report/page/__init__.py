@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
-from mxnorm_pass.serialize import json_value
+from mxnorm_pass.report.json_values import json_value
 
 _FOLDER = Path(__file__).parent
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
