@@ -32,24 +32,24 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Calibration": "calibration",
-    "CalibrationWarning": "announce",
+    "Calibration": "options.calibration",
+    "CalibrationWarning": "errors",
     "Comparison": "comparing.comparison",
-    "Graph": "report",
-    "MXNormConfig": "config",
-    "MXNormWarning": "announce",
-    "NearMiss": "report",
-    "Report": "report",
-    "ReportDiff": "report_diff",
-    "Site": "report",
-    "SkipReason": "report",
+    "Graph": "report.site",
+    "MXNormConfig": "options.config",
+    "MXNormWarning": "errors",
+    "NearMiss": "report.site",
+    "Report": "report.report",
+    "ReportDiff": "report.diff",
+    "Site": "report.site",
+    "SkipReason": "report.reason",
     "apply": "export",
     "calibrate": "calibrating.procedure",
     "compare": "comparing.compare",
     "compile_layers": "layers",
     "explain": "tracing",
     "permute_channels": "channels",
-    "record": "recording",
+    "record": "report.recording",
 }
 __all__ = sorted([*_HOME, "functional"])
 

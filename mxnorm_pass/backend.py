@@ -32,12 +32,12 @@ from mxnorm_pass.graph_pass import (
     foreign_subclass,
 )
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
-from mxnorm_pass.match import Obstacle
-from mxnorm_pass.match.derivatives import inner_derivative
-from mxnorm_pass.match.substitution import Substitution
 from mxnorm_pass.options.channel_order import check_channels
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.parse import ParsedOptions, inductor_setting, parse
+from mxnorm_pass.passes.before_autograd.derivatives import inner_derivative
+from mxnorm_pass.passes.before_autograd.substitution import Substitution
+from mxnorm_pass.passes.match.fusion import Obstacle
 from mxnorm_pass.plan import find_plan
 from mxnorm_pass.plan_json import from_json as plan_from_json
 from mxnorm_pass.plan_json import to_json as plan_to_json

@@ -21,11 +21,11 @@ from mxnorm_pass import ops
 from mxnorm_pass.errors import VerificationError
 from mxnorm_pass.graph.modules import module_path
 from mxnorm_pass.graph.nodes import aten, is_backward, prims
-from mxnorm_pass.match.cast import Cast, find_casts
 from mxnorm_pass.numerics.cast import mx_dequantize
 from mxnorm_pass.numerics.norm import Gradient, inverse_rms
 from mxnorm_pass.numerics.rms import Estimator, mean_square
 from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.passes.match.casts.find import Cast, find_casts
 
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
 _ONE = 127  # the byte of E8M0's 1.0

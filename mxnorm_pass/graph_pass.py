@@ -28,11 +28,12 @@ from mxnorm_pass.graph.nodes import BACKWARD, input_position, is_backward, parti
 from mxnorm_pass.graph.trace import SubgraphCache
 from mxnorm_pass.graph.weights import Weight
 from mxnorm_pass.insert import insert_casts
-from mxnorm_pass.match import Fusion, Obstacle, Refusal, find_sites
-from mxnorm_pass.match.linear import linear_name
-from mxnorm_pass.match.norm import Norm, find_norms
 from mxnorm_pass.options.calibration import Calibration
 from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.passes.match.decide import find_sites
+from mxnorm_pass.passes.match.fusion import Fusion, Obstacle, Refusal
+from mxnorm_pass.passes.match.linears.plain import linear_name
+from mxnorm_pass.passes.match.norms.find import Norm, find_norms
 from mxnorm_pass.provenance import Provenance, take_marks
 from mxnorm_pass.report.reason import SkipReason
 from mxnorm_pass.report.site import Graph, PassResult, count_ops

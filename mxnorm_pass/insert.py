@@ -23,11 +23,12 @@ from torch import fx
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import call, outputs_of
 from mxnorm_pass.graph.nodes import aten, dtype_of, is_backward, is_transpose
-from mxnorm_pass.match.linear import CastIndex, PlainLinear, plain_linear, readers
-from mxnorm_pass.match.norm import Norm
-from mxnorm_pass.match.uncast import obstacle
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE, MXFormat
 from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.passes.match.linears.castable import obstacle
+from mxnorm_pass.passes.match.linears.plain import PlainLinear, plain_linear
+from mxnorm_pass.passes.match.linears.readers import CastIndex, readers
+from mxnorm_pass.passes.match.norms.find import Norm
 
 
 def insert_casts(graph: fx.Graph, norms: Iterable[Norm], config: MXNormConfig) -> int:

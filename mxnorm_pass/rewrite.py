@@ -44,12 +44,13 @@ from mxnorm_pass.graph.nodes import (
     tensor_of,
 )
 from mxnorm_pass.graph.trace import SubgraphCache
-from mxnorm_pass.match import FusedCast, Fusion
-from mxnorm_pass.match.cast import Cast
-from mxnorm_pass.match.linear import Consumer, WeightCast, cast_use
-from mxnorm_pass.match.norm import Norm
-from mxnorm_pass.match.norm_tail import Rounding
 from mxnorm_pass.numerics.norm import Gradient, inverse_rms, inverse_rms_vjp
+from mxnorm_pass.passes.match.casts.find import Cast
+from mxnorm_pass.passes.match.fusion import FusedCast, Fusion
+from mxnorm_pass.passes.match.linears.consumer import Consumer, WeightCast
+from mxnorm_pass.passes.match.linears.products import cast_use
+from mxnorm_pass.passes.match.norms.find import Norm
+from mxnorm_pass.passes.match.norms.tail import Rounding
 from mxnorm_pass.residual import fuse_residual_add
 
 

@@ -14,9 +14,9 @@ from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.mx_tensor import to_mx
 
 from mxnorm_pass import functional
-from mxnorm_pass.match.cast import Cast as FoundCast
-from mxnorm_pass.match.cast import UnknownCast, find_casts
 from mxnorm_pass.numerics.formats import ELEMENT_FORMATS, MXFormat
+from mxnorm_pass.passes.match.casts.find import Cast as FoundCast
+from mxnorm_pass.passes.match.casts.find import UnknownCast, find_casts
 
 F16 = torch.float16
 all_inputs = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)

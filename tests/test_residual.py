@@ -32,7 +32,7 @@ from training import IDS, train
 
 import mxnorm_pass
 from mxnorm_pass import Report, Site
-from mxnorm_pass.match import site
+from mxnorm_pass.passes.match import decide
 
 ADD_NORM_CAST = "mxnorm_pass.add_norm_cast.default"
 Add = Callable[[Tensor, Tensor], Tensor]
@@ -45,7 +45,7 @@ def unfused(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], An
     def call(function: Callable[[], Any]) -> Any:
         torch._dynamo.reset()
         with monkeypatch.context() as patch:
-            patch.setattr(site, "residual_add", lambda *_: None)
+            patch.setattr(decide, "residual_add", lambda *_: None)
             return function()
 
     return call

@@ -27,10 +27,10 @@ from torchao.quantization.quantize_.common.kernel_preference import KernelPrefer
 import mxnorm_pass
 from mxnorm_pass import MXNormConfig, SkipReason, functional, graph_pass
 from mxnorm_pass.graph_pass import run_pass
-from mxnorm_pass.match.cast import Cast, find_casts
 from mxnorm_pass.numerics.e8m0 import round_up_to_e8m0
 from mxnorm_pass.numerics.formats import ELEMENT_FORMATS, MXFormat
 from mxnorm_pass.numerics.layout import blocked_scales
+from mxnorm_pass.passes.match.casts.find import Cast, find_casts
 
 aten = torch.ops.aten
 BF16, E8M0 = torch.bfloat16, torch.float8_e8m0fnu

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mxnorm_pass
 from mxnorm_pass import Report
-from mxnorm_pass.match import site
+from mxnorm_pass.passes.match import decide
 
 WIDTH, FEATURES = 128, 64
 both_estimators = pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
@@ -72,7 +72,7 @@ def step_without(
 ) -> Step:
     """The step in which no transposed cast is found."""
     with monkeypatch.context() as patch:
-        patch.setattr(site, "transposed_casts", lambda norm, reads: [])
+        patch.setattr(decide, "transposed_casts", lambda norm, reads: [])
         found = step(model, x, **options)
     assert "norm_cast_both" not in found.fused_ops
     return found

@@ -14,8 +14,8 @@ from itertools import chain
 
 from torch import fx
 
-from mxnorm_pass.match import Fusion, Refusal
-from mxnorm_pass.match.norm import Norm
+from mxnorm_pass.passes.match.fusion import Fusion, Refusal
+from mxnorm_pass.passes.match.norms.find import Norm
 from mxnorm_pass.passes.match.parts import part_of_created, parts_of_fusion, parts_of_refusal
 from mxnorm_pass.report.site import Site
 from mxnorm_pass.report.snapshot import Alignment, NodeState, Snapshot

@@ -9,9 +9,9 @@ from torch import fx
 from mxnorm_pass import ops
 from mxnorm_pass.graph.modules import module_path
 from mxnorm_pass.graph.nodes import forward_users, is_backward, is_view
-from mxnorm_pass.match import Fusion, Refusal
-from mxnorm_pass.match.linear import CastIndex, readers
-from mxnorm_pass.match.norm import Norm
+from mxnorm_pass.passes.match.fusion import Fusion, Refusal
+from mxnorm_pass.passes.match.linears.readers import CastIndex, readers
+from mxnorm_pass.passes.match.norms.find import Norm
 from mxnorm_pass.report.snapshot import Snapshot
 from mxnorm_pass.report.traffic import is_free
 

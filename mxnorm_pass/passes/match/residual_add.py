@@ -19,7 +19,7 @@ from mxnorm_pass.graph.nodes import (
     same_shape,
     tensor_of,
 )
-from mxnorm_pass.match.norm import Norm
+from mxnorm_pass.passes.match.norms.find import Norm
 
 
 def residual_add(

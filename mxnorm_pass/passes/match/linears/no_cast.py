@@ -5,47 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
-import torch
 from torch import fx
 
 from mxnorm_pass.graph.code import call_text, type_name
 from mxnorm_pass.graph.matmul import is_product
 from mxnorm_pass.graph.modules import module_path
 from mxnorm_pass.graph.nodes import aten, forward_users, is_call, tensor_of
-from mxnorm_pass.match.linear import PlainLinear, Reader, plain_linear
-from mxnorm_pass.match.router import is_router
-from mxnorm_pass.match.skip import Skip
-from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.passes.match.linears.castable import obstacle
+from mxnorm_pass.passes.match.linears.plain import PlainLinear, plain_linear
+from mxnorm_pass.passes.match.linears.readers import Reader
+from mxnorm_pass.passes.match.linears.router import is_router
+from mxnorm_pass.passes.match.skip import Skip
 from mxnorm_pass.report.reason import SkipReason
 
-_LINEAR_DTYPES = (torch.bfloat16, torch.float32)
 _SHOWN = 3
 # From a norm to the attention or the experts it feeds there is a handful of ops.
 _MAX_STEPS = 64
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
-
-
-def obstacle(linear: PlainLinear, config: MXNormConfig) -> str | None:
-    """What keeps the backend from casting a plain linear, None where it casts it.
-
-    The words follow "a linear in bf16". MX matmuls want both sides of the weight in whole blocks;
-    that leaves out small adapters.
-    """
-    if config.quantize == "existing":
-        return "that quantize='existing' leaves without a cast"
-    if not config.resolve(linear.name, opt_in=linear.opt_in or is_router(linear)).enabled:
-        if config.turns_off(linear.name):
-            return "that `modules` turns off"
-        return "that is cast only if `modules` names it"
-    activation, weight = tensor_of(linear.activation), tensor_of(linear.weight)
-    if activation is None or weight is None or activation.dtype != weight.dtype:
-        return f"whose weight is {type_name(linear.weight)}"
-    if not all(isinstance(n, int) and n % MX_BLOCK_SIZE == 0 for n in weight.shape):
-        return f"whose weight {list(weight.shape)} is not in whole blocks of {MX_BLOCK_SIZE}"
-    if activation.dtype not in _LINEAR_DTYPES:
-        return "where only bf16 and f32 get casts"
-    return None
 
 
 def no_cast(output: fx.Node, read_by: Sequence[Reader], config: MXNormConfig) -> Skip:

@@ -40,13 +40,7 @@ from mxnorm_pass.graph.nodes import (
     strip,
     tensor_of,
 )
-from mxnorm_pass.match.layer_norm import centered
-from mxnorm_pass.match.norm_tail import Rounding, Tail, follow_output, is_one, rounding_skip
-from mxnorm_pass.match.row_program import RowProgram
-from mxnorm_pass.match.scaling import Scaling, find_scalings
-from mxnorm_pass.match.skip import Skip
-from mxnorm_pass.match.start import Start, find_start
-from mxnorm_pass.match.statistic import (
+from mxnorm_pass.passes.match.norms.inverse_rms import (
     ADDS,
     FACTORS,
     Statistic,
@@ -54,6 +48,12 @@ from mxnorm_pass.match.statistic import (
     is_narrowing,
     is_per_channel,
 )
+from mxnorm_pass.passes.match.norms.layer_norm import centered
+from mxnorm_pass.passes.match.norms.row_program import RowProgram
+from mxnorm_pass.passes.match.norms.scaling import Scaling, find_scalings
+from mxnorm_pass.passes.match.norms.start import Start, find_start
+from mxnorm_pass.passes.match.norms.tail import Rounding, Tail, follow_output, is_one, rounding_skip
+from mxnorm_pass.passes.match.skip import Skip
 from mxnorm_pass.report.reason import SkipReason
 
 _BOUNDS = frozenset(

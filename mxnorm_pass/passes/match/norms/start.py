@@ -10,7 +10,7 @@ from torch import fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.nodes import aten, is_call, is_view, same_size, strip, tensor_of
-from mxnorm_pass.match.statistic import Statistic
+from mxnorm_pass.passes.match.norms.inverse_rms import Statistic
 
 _MEANS = frozenset({aten.mean.dim})
 _SUMS = frozenset({aten.sum.dim_IntList})

@@ -8,8 +8,9 @@ from torch import fx
 
 from mxnorm_pass.graph.constants import constant_of
 from mxnorm_pass.graph.nodes import aten, is_call, same_size, tensor_of
-from mxnorm_pass.match.linear import CastIndex, plain_linear, readers
-from mxnorm_pass.match.statistic import FACTORS, is_per_channel
+from mxnorm_pass.passes.match.linears.plain import plain_linear
+from mxnorm_pass.passes.match.linears.readers import CastIndex, readers
+from mxnorm_pass.passes.match.norms.inverse_rms import FACTORS, is_per_channel
 
 # As they keep the quotient of a small row from being too large, or none.
 _GUARDS = frozenset(

@@ -27,10 +27,10 @@ from mxnorm_pass.graph.nodes import (
     same_shape,
     tensor_of,
 )
-from mxnorm_pass.match.cast import Cast, last_view
-from mxnorm_pass.match.linear import PRODUCTS, QuantizedMatmul
-from mxnorm_pass.match.program import Program
 from mxnorm_pass.numerics.cast import mx_dequantize
+from mxnorm_pass.passes.match.casts.find import Cast, last_view
+from mxnorm_pass.passes.match.casts.program import Program
+from mxnorm_pass.passes.match.linears.products import PRODUCTS, QuantizedMatmul
 
 
 def dequantization(cast: Cast, linear: QuantizedMatmul) -> fx.Node | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass.graph.fake import real_tensors
-from mxnorm_pass.match.row_program import RowProgram
+from mxnorm_pass.passes.match.norms.row_program import RowProgram
 
 Guard = Literal["added", "clamped", "outside", "other"]
 _GUARDED: dict[Guard, Callable[[Tensor, float], Tensor]] = {

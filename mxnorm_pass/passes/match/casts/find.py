@@ -25,10 +25,10 @@ from mxnorm_pass.graph.nodes import (
     same_size,
     tensor_of,
 )
-from mxnorm_pass.match.cast_op import CastOp, cast_op
-from mxnorm_pass.match.cast_program import recognize
-from mxnorm_pass.match.program import CONSTANTS
 from mxnorm_pass.numerics.formats import CAST_MODES, ELEMENT_FORMATS, MXFormat
+from mxnorm_pass.passes.match.casts.known_ops import CastOp, cast_op
+from mxnorm_pass.passes.match.casts.program import CONSTANTS
+from mxnorm_pass.passes.match.casts.recognize import recognize
 
 _MAX_REGION = 200
 _HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32)

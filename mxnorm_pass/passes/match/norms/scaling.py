@@ -28,10 +28,10 @@ from mxnorm_pass.graph.nodes import (
     strip,
     tensor_of,
 )
-from mxnorm_pass.match.layer_norm import centered
-from mxnorm_pass.match.radial import InverseNorm, inverse_norm
-from mxnorm_pass.match.row_program import RowProgram
-from mxnorm_pass.match.statistic import DIVISIONS, MULTIPLICATIONS, is_per_channel
+from mxnorm_pass.passes.match.norms.inverse_rms import DIVISIONS, MULTIPLICATIONS, is_per_channel
+from mxnorm_pass.passes.match.norms.layer_norm import centered
+from mxnorm_pass.passes.match.norms.radial import InverseNorm, inverse_norm
+from mxnorm_pass.passes.match.norms.row_program import RowProgram
 
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 _PARTS = frozenset({aten.slice.Tensor, aten.select.int})

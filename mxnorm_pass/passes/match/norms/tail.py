@@ -21,8 +21,8 @@ from mxnorm_pass.graph.nodes import (
     strip,
     tensor_of,
 )
-from mxnorm_pass.match.skip import Skip
-from mxnorm_pass.match.statistic import DIVISIONS, FACTORS, is_per_channel
+from mxnorm_pass.passes.match.norms.inverse_rms import DIVISIONS, FACTORS, is_per_channel
+from mxnorm_pass.passes.match.skip import Skip
 from mxnorm_pass.report.reason import SkipReason
 
 

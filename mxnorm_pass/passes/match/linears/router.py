@@ -12,8 +12,8 @@ from torch import fx
 from mxnorm_pass.graph.constants import constant_of
 from mxnorm_pass.graph.matmul import is_product
 from mxnorm_pass.graph.nodes import aten, forward_users, is_call, tensor_of
-from mxnorm_pass.match.linear import PlainLinear, plain_linear
-from mxnorm_pass.match.statistic import is_per_channel
+from mxnorm_pass.passes.match.linears.plain import PlainLinear, plain_linear
+from mxnorm_pass.passes.match.norms.inverse_rms import is_per_channel
 
 _PICKS = frozenset({aten.topk.default, aten.sort.default, aten.sort.stable, aten.argmax.default})
 _SUMS = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.cat.default})

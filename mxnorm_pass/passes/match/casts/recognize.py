@@ -14,10 +14,10 @@ from torch import Tensor, fx
 
 from mxnorm_pass.graph.fake import real_tensors
 from mxnorm_pass.graph.nodes import tensor_of
-from mxnorm_pass.match.program import Program
 from mxnorm_pass.numerics.cast import mx_cast
 from mxnorm_pass.numerics.e8m0 import E8M0_NAN
 from mxnorm_pass.numerics.formats import CAST_MODES, MXFormat, element_format
+from mxnorm_pass.passes.match.casts.program import Program
 
 
 def recognize(

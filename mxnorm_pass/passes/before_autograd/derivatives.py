@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from mxnorm_pass.match.site import Obstacle
+from mxnorm_pass.passes.match.fusion import Obstacle
 from mxnorm_pass.report.reason import SkipReason
 from mxnorm_pass.scopes import Scope, is_higher_order
 

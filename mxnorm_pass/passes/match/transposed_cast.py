@@ -23,10 +23,10 @@ from mxnorm_pass.graph.nodes import (
     same_size,
     tensor_of,
 )
-from mxnorm_pass.match.cast import Cast, casts_of
-from mxnorm_pass.match.linear import narrowest_dtype
-from mxnorm_pass.match.norm import Norm
 from mxnorm_pass.numerics.formats import ELEMENT_FORMATS
+from mxnorm_pass.passes.match.casts.find import Cast, casts_of
+from mxnorm_pass.passes.match.linears.readers import narrowest_dtype
+from mxnorm_pass.passes.match.norms.find import Norm
 
 Read = tuple[fx.Node, fx.Node]
 

@@ -1,0 +1,36 @@
+"""Which plain linears the backend may cast."""
+
+from __future__ import annotations
+
+import torch
+
+from mxnorm_pass.graph.code import type_name
+from mxnorm_pass.graph.nodes import tensor_of
+from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
+from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.passes.match.linears.plain import PlainLinear
+from mxnorm_pass.passes.match.linears.router import is_router
+
+_LINEAR_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def obstacle(linear: PlainLinear, config: MXNormConfig) -> str | None:
+    """What keeps the backend from casting a plain linear, None where it casts it.
+
+    The words follow "a linear in bf16". MX matmuls want both sides of the weight in whole blocks;
+    that leaves out small adapters.
+    """
+    if config.quantize == "existing":
+        return "that quantize='existing' leaves without a cast"
+    if not config.resolve(linear.name, opt_in=linear.opt_in or is_router(linear)).enabled:
+        if config.turns_off(linear.name):
+            return "that `modules` turns off"
+        return "that is cast only if `modules` names it"
+    activation, weight = tensor_of(linear.activation), tensor_of(linear.weight)
+    if activation is None or weight is None or activation.dtype != weight.dtype:
+        return f"whose weight is {type_name(linear.weight)}"
+    if not all(isinstance(n, int) and n % MX_BLOCK_SIZE == 0 for n in weight.shape):
+        return f"whose weight {list(weight.shape)} is not in whole blocks of {MX_BLOCK_SIZE}"
+    if activation.dtype not in _LINEAR_DTYPES:
+        return "where only bf16 and f32 get casts"
+    return None
