@@ -18,40 +18,41 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mxnorm_pass.compilation.inductor_passes import LeaveAlone, LowerOps, MXNormPass
+from mxnorm_pass.compilation.job import foreign_subclass
 from mxnorm_pass.freezing import FrozenGraph, attribute_of, is_static
 from mxnorm_pass.graph.modules import module_paths, subgraphs
 from mxnorm_pass.graph.nodes import aten
 from mxnorm_pass.graph.weights import Weight
 from mxnorm_pass.graph_names import GraphNames
-from mxnorm_pass.graph_pass import (
-    Analysis,
-    GraphFacts,
-    LeaveAlone,
-    LowerOps,
-    MXNormPass,
-    foreign_subclass,
-)
 from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
 from mxnorm_pass.options.channel_order import check_channels
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.parse import ParsedOptions, inductor_setting, parse
 from mxnorm_pass.passes.before_autograd.derivatives import inner_derivative
+from mxnorm_pass.passes.before_autograd.plan import find_plan
+from mxnorm_pass.passes.before_autograd.plan_json import from_json as plan_from_json
+from mxnorm_pass.passes.before_autograd.plan_json import to_json as plan_to_json
+from mxnorm_pass.passes.before_autograd.provenance import mark_ends
+from mxnorm_pass.passes.before_autograd.regions import (
+    names_in_layers,
+    passed,
+    renamings,
+    site_of_layer,
+    split_regions,
+)
+from mxnorm_pass.passes.before_autograd.scopes import Scope, scopes_of
+from mxnorm_pass.passes.before_autograd.substitute import substitute
 from mxnorm_pass.passes.before_autograd.substitution import Substitution
+from mxnorm_pass.passes.joint import Analysis, GraphFacts
 from mxnorm_pass.passes.match.fusion import Obstacle
-from mxnorm_pass.plan import find_plan
-from mxnorm_pass.plan_json import from_json as plan_from_json
-from mxnorm_pass.plan_json import to_json as plan_to_json
-from mxnorm_pass.provenance import mark_ends
-from mxnorm_pass.regions import names_in_layers, passed, renamings, site_of_layer, split_regions
 from mxnorm_pass.report import recording
 from mxnorm_pass.report.announce import announce, announce_failure
 from mxnorm_pass.report.reason import SkipReason
 from mxnorm_pass.report.recording import StoredCompile
 from mxnorm_pass.report.site import PassResult
 from mxnorm_pass.run_graph import Interpreter, run_graph
-from mxnorm_pass.scopes import Scope, scopes_of
 from mxnorm_pass.specialize import specialize
-from mxnorm_pass.substitute import substitute
 
 log = logging.getLogger("mxnorm_pass")
 

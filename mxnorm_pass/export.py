@@ -13,17 +13,18 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
-from mxnorm_pass import lowering
+from mxnorm_pass.compilation.job import foreign_subclass
 from mxnorm_pass.exported_autocast import as_exported
 from mxnorm_pass.graph.build import CONSTANT_PREFIX, unwrap_constants
 from mxnorm_pass.graph.inputs import mark_inputs
 from mxnorm_pass.graph.modules import module_paths
 from mxnorm_pass.graph.nodes import aten, prims
 from mxnorm_pass.graph.weights import Weight, named_weights
-from mxnorm_pass.graph_pass import GraphFacts, foreign_subclass, run_pass
 from mxnorm_pass.options.channel_order import check_channels
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.parse import parse_options
+from mxnorm_pass.passes import lower
+from mxnorm_pass.passes.joint import GraphFacts, run_pass
 from mxnorm_pass.report.announce import announce
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -73,7 +74,7 @@ def apply(
         order_known = check_channels(options.calibration, program.state_dict)
     result = run_pass(graph, options, facts=GraphFacts(weights=_weights(program)))
     announce([result], options, module_paths(program.graph_module), order_known)
-    decomposed = lowering.decompose(graph, {}) if decompose else 0
+    decomposed = lower.decompose(graph, {}) if decompose else 0
     if not decomposed and result.graph.before == result.graph.after:
         copied = _copied(exported_program.graph_module)
         return _rebuilt(exported_program, copied, dict(exported_program.state_dict))

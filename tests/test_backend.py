@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import mxnorm_pass
 from mxnorm_pass import MXNormConfig, SkipReason
-from mxnorm_pass.graph_pass import GraphFacts, MXNormPass
-from mxnorm_pass.scopes import scopes_of
+from mxnorm_pass.compilation.inductor_passes import MXNormPass
+from mxnorm_pass.passes.before_autograd.scopes import scopes_of
+from mxnorm_pass.passes.joint import GraphFacts
 
 IDS = token_ids()
 

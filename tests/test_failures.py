@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from usage import Block, block_reference, inputs
 
 import mxnorm_pass
-from mxnorm_pass import MXNormWarning, graph_pass, lowering
+from mxnorm_pass import MXNormWarning
+from mxnorm_pass.passes import joint, lower
 
 both_inner = pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 both_modes = pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
@@ -48,7 +49,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Exception]) -> N
     def fail(*args: Any) -> Any:
         raise make()
 
-    monkeypatch.setattr(graph_pass, "find_norms", fail)
+    monkeypatch.setattr(joint, "find_norms", fail)
 
 
 def step(function: Callable[[Tensor], Tensor], block: Block, train: bool) -> tuple[Tensor, ...]:
@@ -133,15 +134,15 @@ def test_a_backward_that_does_not_compile_raises(
 ) -> None:
     """Inductor compiles it in ``backward()``, where Dynamo has no part."""
     suppressing(True)
-    lower, graphs = lowering.lower, []
+    original, graphs = lower.lower, []
 
     def fail_in_backward(graph: fx.Graph, decompositions: Any) -> Any:
         graphs.append(graph)
         if len(graphs) > 1:
             raise data_dependent()
-        return lower(graph, decompositions)
+        return original(graph, decompositions)
 
-    monkeypatch.setattr(lowering, "lower", fail_in_backward)
+    monkeypatch.setattr(lower, "lower", fail_in_backward)
     out = torch.compile(Block(), backend="mxnorm")(inputs(8, 64).requires_grad_())
     with pytest.raises(Exception, match="local_scalar_dense"):
         out.sum().backward()

@@ -23,9 +23,9 @@ from torch import Tensor, fx
 
 from mxnorm_pass import SkipReason
 from mxnorm_pass.graph.nodes import is_backward
-from mxnorm_pass.graph_pass import run_pass
 from mxnorm_pass.numerics.formats import ELEMENT_FORMATS
 from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.passes.joint import run_pass
 
 INDEX = Index.load()
 RECORD = Path(__file__).parent / "golden" / "record.py"

@@ -22,8 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from mxnorm_pass import kernels, lowering, ops
+from mxnorm_pass import kernels, ops
 from mxnorm_pass.kernels import coverage
+from mxnorm_pass.passes import lower
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 WIDTH = 256
@@ -62,12 +63,12 @@ def tensor(mode: FakeTensorMode, *shape: Any, dtype: Any = BF16, device: str = "
 
 
 class Lowered:
-    """A function's graph after lowering; its results have the metadata they had before."""
+    """A function's graph after lower; its results have the metadata they had before."""
 
     def __init__(self, function: Function, *args: Any) -> None:
         graph = make_fx(lambda *tensors: function(*tensors))(*args).graph
         before = _results(graph)
-        self.count = lowering.lower(graph, {})
+        self.count = lower.lower(graph, {})
         graph.eliminate_dead_code()
         graph.lint()
         self.graph = graph

@@ -35,8 +35,9 @@ from test_match_casts import E4M3_FLOOR, dequantize, hand_cast_reference
 from torch import Tensor, fx, nn
 
 from mxnorm_pass import Report, SkipReason, backend
-from mxnorm_pass.graph_pass import MXNormPass, run_pass
+from mxnorm_pass.compilation.inductor_passes import MXNormPass
 from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.passes.joint import run_pass
 from mxnorm_pass.report.site import PassResult
 
 pytestmark = expected_warnings

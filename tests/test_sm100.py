@@ -25,11 +25,12 @@ from torchao.quantization import quantize_
 from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
 import mxnorm_pass
-from mxnorm_pass import MXNormConfig, SkipReason, functional, graph_pass
-from mxnorm_pass.graph_pass import run_pass
+from mxnorm_pass import MXNormConfig, SkipReason, functional
 from mxnorm_pass.numerics.e8m0 import round_up_to_e8m0
 from mxnorm_pass.numerics.formats import ELEMENT_FORMATS, MXFormat
 from mxnorm_pass.numerics.layout import blocked_scales
+from mxnorm_pass.passes import joint
+from mxnorm_pass.passes.joint import run_pass
 from mxnorm_pass.passes.match.casts.find import Cast, find_casts
 
 aten = torch.ops.aten
@@ -108,7 +109,7 @@ def watch_operands(*targets: Any) -> Iterator[list[list[list[Operand]]]]:
         seen.append(matmul_operands(graph, *targets))
         return result
 
-    with mock.patch.object(graph_pass, "run_pass", watched):
+    with mock.patch.object(joint, "run_pass", watched):
         yield seen
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from mxnorm_pass.collector import collector_paused
 from mxnorm_pass.graph.build import created_nodes
+from mxnorm_pass.passes.garbage_collection import collector_paused
 from mxnorm_pass.report.snapshot import Snapshot
 
 

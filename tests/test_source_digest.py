@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mxnorm_pass import graph_pass
-from mxnorm_pass.graph_pass import source_digest, source_files
+from mxnorm_pass.compilation.inductor_passes import source_digest, source_files
+from mxnorm_pass.passes import joint
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mxnorm_pass"
 # What a compile's result depends on most: a cache that outlives a change here gives wrong results.
@@ -26,5 +26,5 @@ def test_a_change_of_a_file_is_another_digest(name: str, tmp_path: Path, monkeyp
     changed = tmp_path / Path(name).name
     changed.write_text((PACKAGE / name).read_text() + "# changed\n")
     files = [changed if path.resolve() == PACKAGE / name else path for path in source_files()]
-    monkeypatch.setattr(graph_pass, "source_files", lambda: files)
+    monkeypatch.setattr(joint, "source_files", lambda: files)
     assert source_digest.__wrapped__() != before

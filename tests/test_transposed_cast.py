@@ -44,7 +44,8 @@ from transposed_casts import (
     step_without,
 )
 
-from mxnorm_pass import functional, lowering, ops
+from mxnorm_pass import functional, ops
+from mxnorm_pass.passes import lower
 
 
 class TorchaoLinear(nn.Linear):
@@ -254,7 +255,7 @@ def test_cast_that_nobody_reads_is_dropped(add: bool, gain_in_rows: bool, read: 
 
     x, gain = rows(64).detach(), torch.rand(WIDTH).bfloat16()
     traced = make_fx(function, tracing_mode="fake")(x, gain)
-    lowering.drop_unread_casts(traced.graph)
+    lower.drop_unread_casts(traced.graph)
     narrower = ops.add_norm_cast if add else ops.norm_cast
     called = {node.target for node in traced.graph.nodes} & {op, narrower}
     assert called == ({narrower} if read == 3 else {op})

@@ -13,8 +13,9 @@ from reference import build_llama, convert_to_mxfp8_training, token_ids
 from torch import Tensor, nn
 
 import mxnorm_pass
-from mxnorm_pass import Report, functional, ops, rewrite
+from mxnorm_pass import Report, functional, ops
 from mxnorm_pass.errors import VerificationError
+from mxnorm_pass.passes.rewrite import fusion
 
 pytestmark = expected_warnings
 D, EPS = 64, 1e-6
@@ -81,17 +82,17 @@ def wrong_factor(patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_derivative(patch: pytest.MonkeyPatch) -> None:
-    """The rewrite's alone; ``functional`` is right."""
-    right = rewrite._inverse_rms_vjp
-    patch.setattr(rewrite, "_inverse_rms_vjp", lambda *a: right(*a) + a[1] * 0.01)
+    """The fusion's alone; ``functional`` is right."""
+    right = fusion._inverse_rms_vjp
+    patch.setattr(fusion, "_inverse_rms_vjp", lambda *a: right(*a) + a[1] * 0.01)
 
 
 def no_derivative(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(rewrite, "_inverse_rms_vjp", lambda grad, x, *options: torch.zeros_like(x))
+    patch.setattr(fusion, "_inverse_rms_vjp", lambda grad, x, *options: torch.zeros_like(x))
 
 
 def gain_twice(patch: pytest.MonkeyPatch) -> None:
-    right = rewrite._fold_gain
+    right = fusion._fold_gain
 
     def twice(*args: Any) -> None:
         right(*args)
@@ -99,19 +100,19 @@ def gain_twice(patch: pytest.MonkeyPatch) -> None:
         for node in graph.find_nodes(op="call_function", target=ops.norm_cast):
             node.update_arg(1, fusion.norm.gain)
 
-    patch.setattr(rewrite, "_fold_gain", twice)
+    patch.setattr(fusion, "_fold_gain", twice)
 
 
 def exact_in_the_forward(patch: pytest.MonkeyPatch) -> None:
     """The forward is not what has been differentiated."""
-    right = rewrite._fuse_casts
+    right = fusion._fuse_casts
 
     def fuse(graph: Any, *args: Any) -> Any:
         rho = right(graph, *args)
         rho.args[0].update_arg(4, "exact")
         return rho
 
-    patch.setattr(rewrite, "_fuse_casts", fuse)
+    patch.setattr(fusion, "_fuse_casts", fuse)
 
 
 @pytest.mark.parametrize(
@@ -228,25 +229,25 @@ def test_inference_passes() -> None:
 
 
 def another_eps(patch: pytest.MonkeyPatch) -> None:
-    right = rewrite._fuse_casts
+    right = fusion._fuse_casts
 
     def fuse(graph: Any, *args: Any) -> Any:
         rho = right(graph, *args)
         rho.args[0].update_arg(3, 0.5)
         return rho
 
-    patch.setattr(rewrite, "_fuse_casts", fuse)
+    patch.setattr(fusion, "_fuse_casts", fuse)
 
 
 def gain_left_out(patch: pytest.MonkeyPatch) -> None:
-    right = rewrite._fuse_casts
+    right = fusion._fuse_casts
 
     def fuse(graph: Any, *args: Any) -> Any:
         rho = right(graph, *args)
         rho.args[0].update_arg(1, None)
         return rho
 
-    patch.setattr(rewrite, "_fuse_casts", fuse)
+    patch.setattr(fusion, "_fuse_casts", fuse)
 
 
 @pytest.mark.parametrize("broken", [another_eps, gain_left_out])

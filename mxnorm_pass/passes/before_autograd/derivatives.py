@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from mxnorm_pass.passes.before_autograd.scopes import Scope, is_higher_order
 from mxnorm_pass.passes.match.fusion import Obstacle
 from mxnorm_pass.report.reason import SkipReason
-from mxnorm_pass.scopes import Scope, is_higher_order
 
 _AUTOGRAD = frozenset({"torch.autograd", "torch.autograd.forward_ad", "torch.autograd.functional"})
 _FUNCTORCH = ("torch._C._functorch", "torch._functorch", "torch.func")

@@ -27,14 +27,14 @@ from torch.utils import _pytree as pytree
 
 from mxnorm_pass.graph.nodes import ancestors, is_dtype_cast, is_view, makes_tensors, strip
 from mxnorm_pass.numerics.norm import Gradient
+from mxnorm_pass.passes.before_autograd.provenance import Provenance, example_value
+from mxnorm_pass.passes.before_autograd.scopes import Scope, is_higher_order
 from mxnorm_pass.passes.match.fusion import Fusion
 from mxnorm_pass.passes.match.linears.products import cast_use
 from mxnorm_pass.passes.match.linears.readers import is_float8
 from mxnorm_pass.passes.match.norms.inverse_rms import is_narrowing
 from mxnorm_pass.passes.match.skip import Skip
-from mxnorm_pass.provenance import Provenance, example_value
 from mxnorm_pass.report.reason import SkipReason
-from mxnorm_pass.scopes import Scope, is_higher_order
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from mxnorm_pass import ops
 from mxnorm_pass.errors import VerificationError
-from mxnorm_pass.float64 import Float64Interpreter
 from mxnorm_pass.graph.modules import module_path
 from mxnorm_pass.graph.nodes import ancestors, is_backward
 from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.passes.verify.float64 import Float64Interpreter
 
 log = logging.getLogger("mxnorm_pass")
 

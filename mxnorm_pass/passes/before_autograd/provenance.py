@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.cleanup import remove_dead
-from mxnorm_pass.scopes import Scope, intervened_in, kind_of_call
+from mxnorm_pass.passes.before_autograd.scopes import Scope, intervened_in, kind_of_call
 
 _END = -1
 

@@ -15,9 +15,9 @@ from torch import fx
 from mxnorm_pass.graph.modules import module_path, rename_modules
 from mxnorm_pass.graph.weights import Weight
 from mxnorm_pass.options.config import MXNormConfig
-from mxnorm_pass.provenance import copied_graph_module
+from mxnorm_pass.passes.before_autograd.provenance import copied_graph_module
+from mxnorm_pass.passes.before_autograd.scopes import Scope, kind_of_call
 from mxnorm_pass.report.site import Site
-from mxnorm_pass.scopes import Scope, kind_of_call
 
 # The inputs of Dynamo's graph that are weights.
 Weights = Mapping[fx.Node, Weight]

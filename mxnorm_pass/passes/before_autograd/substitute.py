@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.nodes import same_shape
+from mxnorm_pass.passes.before_autograd.provenance import example_value
 from mxnorm_pass.passes.before_autograd.substitution import Substitution
-from mxnorm_pass.provenance import example_value
 
 # What later stages read of a node of Dynamo's: where it comes from.
 _ORIGIN = ("nn_module_stack", "source_fn_stack", "stack_trace", "custom")

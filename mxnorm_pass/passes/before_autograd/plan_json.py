@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from mxnorm_pass.passes.before_autograd.scopes import Scope
 from mxnorm_pass.passes.before_autograd.substitution import Estimate, Substitution
-from mxnorm_pass.scopes import Scope
 
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 

@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mxnorm_pass import lowering
-from mxnorm_pass.collector import collector_paused
 from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.graph.build import copied_graph, created_nodes
 from mxnorm_pass.graph.cleanup import remove_dead
 from mxnorm_pass.graph.inputs import mark_parameters, mark_weights
 from mxnorm_pass.graph.matmul import is_matmul
-from mxnorm_pass.graph.nodes import BACKWARD, input_position, is_backward, partition_of
+from mxnorm_pass.graph.nodes import input_position, is_backward
 from mxnorm_pass.graph.trace import SubgraphCache
 from mxnorm_pass.graph.weights import Weight
-from mxnorm_pass.insert import insert_casts
 from mxnorm_pass.options.calibration import Calibration
 from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.passes.garbage_collection import collector_paused
+from mxnorm_pass.passes.insert import insert_casts
 from mxnorm_pass.passes.match.decide import find_sites
 from mxnorm_pass.passes.match.fusion import Fusion, Obstacle, Refusal
 from mxnorm_pass.passes.match.linears.plain import linear_name
 from mxnorm_pass.passes.match.norms.find import Norm, find_norms
-from mxnorm_pass.provenance import Provenance, take_marks
+from mxnorm_pass.passes.rewrite.estimate import expand_estimates
+from mxnorm_pass.passes.rewrite.fusion import rewrite
 from mxnorm_pass.report.reason import SkipReason
 from mxnorm_pass.report.site import Graph, PassResult, count_ops
 from mxnorm_pass.report.site_graphs import SiteGraphs
 from mxnorm_pass.report.snapshot import Alignment, Snapshot
 from mxnorm_pass.report.traffic import TrafficEstimate
-from mxnorm_pass.rewrite import expand_estimates, rewrite
-from mxnorm_pass.scopes import Scope
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +157,7 @@ def run_pass(
 def _verify(
     analysis: Analysis, with_casts: fx.Graph, graph: fx.Graph, config: MXNormConfig
 ) -> None:
-    from mxnorm_pass.verify import verify_gradients, verify_outputs
+    from mxnorm_pass.passes.verify.verify import verify_gradients, verify_outputs
 
     verify_gradients(analysis.graph, graph, config)
     if all(fusion.estimator == "exact" for fusion in analysis.fusions):
@@ -259,138 +250,3 @@ def _op_counts(snapshot: Snapshot) -> dict[str, int]:
 def _matmul_modules(graph: fx.Graph) -> tuple[str, ...]:
     names = (linear_name(n) for n in graph.nodes if is_matmul(n) and not is_backward(n))
     return tuple(dict.fromkeys(filter(None, names)))
-
-
-def foreign_subclass(values: Iterable[Any]) -> str | None:
-    """Name of a tensor subclass among the values, torchao's aside."""
-    for value in values:
-        if is_traceable_wrapper_subclass(value):
-            kind = type(value)
-            if kind.__module__.split(".")[0] != "torchao":
-                return kind.__name__
-    return None
-
-
-class MXNormPass(CustomGraphPass):
-    """The pass as Inductor's ``joint_custom_pre_pass``.
-
-    Graphs without a mark are those that it has seen before, or parts of them; they are left alone.
-
-    Args:
-        config: options of this compile.
-        module_paths: module name of each node. ``config.modules`` selects by them, and they
-            are no part of Inductor's cache key.
-        scopes: what Dynamo captured, whose marks the graphs bear.
-        facts: of a scope's graph.
-        originals: by scope number, what :func:`analyze` found before there were estimates.
-        on_result: called with the scope and the result of every run.
-        decompositions: see :func:`run_pass`.
-    """
-
-    def __init__(
-        self,
-        config: MXNormConfig,
-        *,
-        module_paths: tuple[str, ...] = (),
-        scopes: Sequence[Scope] = (),
-        facts: Callable[[Scope], GraphFacts] | None = None,
-        originals: Mapping[int, Analysis] | None = None,
-        on_result: Callable[[Scope, PassResult], None] | None = None,
-        decompositions: dict[Any, Any] | None = None,
-    ) -> None:
-        self.config = config
-        self._module_paths = module_paths
-        self._scopes = scopes
-        self._facts = facts or (lambda scope: GraphFacts())
-        self._originals = originals or {}
-        self._on_result = on_result
-        self._decompositions = decompositions
-
-    def __call__(self, graph: fx.Graph) -> None:
-        provenance = take_marks(graph, self._scopes)
-        if provenance is None:
-            return
-        scope, facts = provenance.scope, self._facts(provenance.scope)
-        if facts.differentiated:
-            note_backward(graph, provenance)
-        result = run_pass(
-            graph,
-            self.config,
-            facts=facts,
-            decompositions=self._decompositions,
-            original=self._originals.get(scope.number),
-        )
-        if self._on_result is not None:
-            self._on_result(scope, result)
-
-    def __deepcopy__(self, memo: Any) -> MXNormPass:
-        """Itself: who copies Inductor's config is not to copy the user's model."""
-        return self
-
-    def uuid(self) -> str:
-        parts = (
-            source_digest(),
-            self.config.fingerprint_for(self._module_paths),
-            *(self._facts_key(scope) for scope in self._scopes),
-        )
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-    def _facts_key(self, scope: Scope) -> tuple[object, ...]:
-        """The same in every process for equal facts; of names it has what ``modules`` makes."""
-        facts = self._facts(scope)
-        names = (n for w in facts.weights.values() for n in (*w.names, *sorted(w.linears)))
-        return (
-            facts.tensor_subclass,
-            sorted(facts.parameters),
-            self.config.fingerprint_for(names),
-            [(i, len(w.names), w.opt_in) for i, w in facts.weights.items()],
-            facts.differentiated,
-            facts.obstacle,
-        )
-
-
-def note_backward(graph: fx.Graph, provenance: Provenance) -> None:
-    """Note the backward nodes of a body that is differentiated by itself.
-
-    AOTAutograd does so in the graph of the whole; in a body only the last mark tells.
-    """
-    if not any(partition_of(node)[0] for node in graph.nodes):
-        for node in provenance.behind:
-            node.meta[BACKWARD] = True
-
-
-class LeaveAlone(CustomGraphPass):
-    """In the place of :class:`MXNormPass` for a graph that is not to be rewritten."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        return
-
-    def uuid(self) -> str:
-        return "mxnorm_pass.LeaveAlone"
-
-
-class LowerOps(CustomGraphPass):
-    """Inductor's ``post_grad_custom_pre_pass`` that puts kernels or ATen ops in our ops' place."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        from torch._inductor.decomposition import select_decomp_table
-
-        lowering.lower(graph, select_decomp_table())
-
-    def uuid(self) -> str:
-        return source_digest()
-
-
-@lru_cache(maxsize=1)
-def source_digest() -> str:
-    """Hash of this package's sources and of torch's version, for cache keys."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    for path in source_files():
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def source_files() -> list[Path]:
-    """All that decides what a compile gives: the modules of the whole package, wherever this is."""
-    return sorted(Path(str(files("mxnorm_pass"))).rglob("*.py"))

@@ -1,4 +1,4 @@
-"""Python's garbage collector."""
+"""Python's garbage collector, which a pass over a large graph does without."""
 
 from __future__ import annotations
 

@@ -1,0 +1,139 @@
+"""Put the fused op in the place of a norm's casts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import fx
+
+from mxnorm_pass import ops
+from mxnorm_pass.graph.build import call, outputs_of
+from mxnorm_pass.graph.nodes import dtype_of, partition_of, tensor_of
+from mxnorm_pass.passes.match.casts.find import Cast
+from mxnorm_pass.passes.match.fusion import FusedCast, Fusion
+from mxnorm_pass.passes.match.linears.consumer import Consumer
+from mxnorm_pass.passes.match.linears.products import cast_use
+from mxnorm_pass.passes.match.norms.tail import Rounding
+from mxnorm_pass.passes.rewrite.shapes import byte_view
+
+
+def fuse_casts(
+    graph: fx.Graph,
+    fusion: Fusion,
+    cast: FusedCast,
+    block_weights: fx.Node | None,
+    at: fx.Node,
+) -> fx.Node:
+    """Insert the fused op before ``at``, hand its results to the consumers; returns rho."""
+    norm = fusion.norm
+    rounding = norm.rounding or Rounding(None, dtype_of(norm.output))
+    consumers = [c for c in fusion.consumers if fusion.cast_of(c) == cast]
+    transposed = fusion.transposed_with(cast)
+    fmt = cast.format
+    origin = norm.output
+    options = (
+        block_weights,
+        norm.eps,
+        fusion.estimator,
+        fusion.config.p,
+        fmt.block_size,
+        fmt.elem_dtype,
+        fmt.scale_mode,
+        rounding.norm_dtype,
+        cast.out_dtype,
+        cast.scale_layout,
+    )
+    in_rows = fusion.gain == "activation"
+    with graph.inserting_before(at):
+        if transposed:
+            op = call(graph, origin, ops.norm_cast_both, norm.x, norm.gain, *options, in_rows)
+        else:
+            gain = norm.gain if in_rows else None
+            op = call(graph, origin, ops.norm_cast, norm.x, gain, *options)
+        values, scales, rho, *along_rows = outputs_of(graph, origin, op)
+        _redirect_casts(graph, origin, consumers, values, scales)
+    for backward_cast in transposed:
+        _redirect_transposed(graph, backward_cast, *along_rows)
+    return rho
+
+
+def _redirect_transposed(graph: fx.Graph, cast: Cast, values: fx.Node, scales: fx.Node) -> None:
+    """Let the backward read the cast along T that the forward has made."""
+    replaced = {}
+    for old, new in ((cast.values, values), (cast.scales, scales)):
+        with graph.inserting_before(old):
+            replaced[old] = byte_view(graph, old, new, old)
+    replace_cast(cast, replaced)
+
+
+def _redirect_casts(
+    graph: fx.Graph, at: fx.Node, consumers: Sequence[Consumer], values: fx.Node, scales: fx.Node
+) -> None:
+    matmuls = {c.linear.matmul for c in consumers}
+    products = {(c.cast, c.linear.matmul): c.dequantized for c in consumers}
+    views: dict[object, fx.Node] = {}
+    for cast in dict.fromkeys(c.cast for c in consumers):
+        use = cast_use(cast)
+        new_values = _shared_view(graph, at, values, cast.values, views)
+        exclusive = all(m.matmul in matmuls for m in use.matmuls)
+        for matmul in use.matmuls:
+            if matmul.matmul not in matmuls:
+                continue
+            old_scales = matmul.blocked_scales or cast.scales
+            new_scales = _shared_view(graph, at, scales, old_scales, views)
+            replaced = {cast.values: new_values, old_scales: new_scales}
+            product = products[cast, matmul.matmul]
+            if product is not None:
+                new = _shared_dequantization(graph, values, scales, product, views)
+                replaced[product] = _shared_view(graph, product, new, product, views)
+            if exclusive:
+                replace_cast(cast, replaced)
+            else:
+                clone_dequantization(graph, matmul.slice, matmul.matmul, replaced)
+
+
+def replace_cast(cast: Cast, replaced: Mapping[fx.Node, fx.Node]) -> None:
+    for old, new in replaced.items():
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in cast.nodes)
+
+
+def _shared_view(
+    graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node, views: dict[object, fx.Node]
+) -> fx.Node:
+    """:func:`byte_view`, made once for all who ask for the same one."""
+    target = tensor_of(like)
+    assert target is not None
+    key = (node, str(tuple(target.shape)), target.dtype)
+    if key not in views:
+        views[key] = byte_view(graph, at, node, like)
+    return views[key]
+
+
+def _shared_dequantization(
+    graph: fx.Graph,
+    values: fx.Node,
+    scales: fx.Node,
+    like: fx.Node,
+    made: dict[object, fx.Node],
+) -> fx.Node:
+    """Values times scales in the dtype of ``like``, made once for each part of the graph."""
+    key = (values, dtype_of(like), *partition_of(like))
+    if key not in made:
+        made[key] = call(graph, like, ops.dequantize, values, scales, dtype_of(like))
+    return made[key]
+
+
+def clone_dequantization(
+    graph: fx.Graph,
+    nodes: Iterable[fx.Node],
+    matmul: fx.Node,
+    replaced: Mapping[fx.Node, fx.Node],
+) -> None:
+    """Give one matmul a copy of a dequantisation that it shared with others."""
+    env = dict(replaced)
+    with graph.inserting_before(matmul):
+        for node in nodes:
+            if node not in replaced:
+                env[node] = graph.node_copy(node, lambda n: env.get(n, n))
+    for old, new in env.items():
+        matmul.replace_input_with(old, new)

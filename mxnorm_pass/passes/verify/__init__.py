@@ -1,0 +1,1 @@
+"""The oracle: is a rewritten graph right, in float64?"""
