@@ -39,7 +39,7 @@ from torchao.quantization.quantize_.common.kernel_preference import KernelPrefer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxnorm_pass
-from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
+from mxnorm_pass.compilation.e8m0_on_cpu import cpu_e8m0_support
 
 VOCAB = 1024
 HEAD = 128

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from mxnorm_pass.channels import permute_channels as permute_channels
     from mxnorm_pass.comparing.compare import compare as compare
     from mxnorm_pass.comparing.comparison import Comparison as Comparison
+    from mxnorm_pass.compilation.explain import explain as explain
+    from mxnorm_pass.compilation.export import apply as apply
+    from mxnorm_pass.compilation.layers import compile_layers as compile_layers
     from mxnorm_pass.errors import CalibrationWarning as CalibrationWarning
     from mxnorm_pass.errors import MXNormWarning as MXNormWarning
-    from mxnorm_pass.export import apply as apply
-    from mxnorm_pass.layers import compile_layers as compile_layers
     from mxnorm_pass.options.calibration import Calibration as Calibration
     from mxnorm_pass.options.config import MXNormConfig as MXNormConfig
     from mxnorm_pass.report.diff import ReportDiff as ReportDiff
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from mxnorm_pass.report.site import Graph as Graph
     from mxnorm_pass.report.site import NearMiss as NearMiss
     from mxnorm_pass.report.site import Site as Site
-    from mxnorm_pass.tracing import explain as explain
 
 __version__ = "0.1.0"
 
@@ -43,11 +43,11 @@ _HOME = {
     "ReportDiff": "report.diff",
     "Site": "report.site",
     "SkipReason": "report.reason",
-    "apply": "export",
+    "apply": "compilation.export",
     "calibrate": "calibrating.procedure",
     "compare": "comparing.compare",
-    "compile_layers": "layers",
-    "explain": "tracing",
+    "compile_layers": "compilation.layers",
+    "explain": "compilation.explain",
     "permute_channels": "channels",
     "record": "report.recording",
 }

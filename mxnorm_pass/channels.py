@@ -20,8 +20,8 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from mxnorm_pass.channel_spaces import ChannelSpaces, Dim
+from mxnorm_pass.compilation.export import functional_program
 from mxnorm_pass.errors import ChannelError
-from mxnorm_pass.export import functional_program
 from mxnorm_pass.graph.modules import module_path
 
 __all__ = ["inverse", "permute_channels", "stream_weights"]

@@ -15,7 +15,8 @@ from torch._dynamo.backends import debugging
 from usage import Block, inputs
 
 import mxnorm_pass
-from mxnorm_pass import Calibration, run_graph
+from mxnorm_pass import Calibration
+from mxnorm_pass.compilation import run_graph
 
 saves_graphs = pytest.mark.skipif(
     not hasattr(debugging, "AOTEagerOutputCode"), reason="torch saves what Inductor compiles"

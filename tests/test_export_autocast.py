@@ -11,7 +11,7 @@ from matching import BF16, F32, assert_same_bits, expected_warnings, inputs
 from torch import Tensor, nn
 
 import mxnorm_pass
-from mxnorm_pass.exported_autocast import exported_autocast
+from mxnorm_pass.compilation.exported_autocast import exported_autocast
 
 pytestmark = expected_warnings
 

@@ -11,7 +11,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.utils import run_and_get_code
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
+from mxnorm_pass.compilation.e8m0_on_cpu import cpu_e8m0_support
 
 E8M0 = torch.float8_e8m0fnu
 NATIVE = E8M0 in DTYPE_TO_CPP

@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import mxnorm_pass
-from mxnorm_pass import MXNormWarning, Site, functional, layers
+from mxnorm_pass import MXNormWarning, Site, functional
+from mxnorm_pass.compilation import layers
 from mxnorm_pass.names import clean_module_path
 
 IDS = token_ids()

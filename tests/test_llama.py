@@ -34,7 +34,7 @@ from training import (
 
 import mxnorm_pass
 from mxnorm_pass import SkipReason
-from mxnorm_pass.inductor_e8m0 import cpu_e8m0_support
+from mxnorm_pass.compilation.e8m0_on_cpu import cpu_e8m0_support
 
 DTYPES = [torch.float32, torch.bfloat16]
 

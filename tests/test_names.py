@@ -17,8 +17,9 @@ from name_ways import Block, LateBlock, Options, Pair, Stack, breaking, compiled
 from torch import Tensor, nn
 
 import mxnorm_pass
-from mxnorm_pass import Calibration, MXNormWarning, Report, graph_names
-from mxnorm_pass.holders import HolderSearch
+from mxnorm_pass import Calibration, MXNormWarning, Report
+from mxnorm_pass.compilation.names import graph_names
+from mxnorm_pass.compilation.names.holders import HolderSearch
 
 AOT: Options = {"inner": "aot_eager"}
 WAYS = {**name_ways_module.WAYS, **name_ways_function.WAYS}

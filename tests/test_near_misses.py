@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 import mxnorm_pass
 from mxnorm_pass import Graph, Report, SkipReason
-from mxnorm_pass.backend import CompileJob
+from mxnorm_pass.compilation.job import CompileJob
 from mxnorm_pass.options.parse import parse
 
 pytestmark = expected_warnings

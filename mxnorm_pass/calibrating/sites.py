@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from mxnorm_pass.calibrating.batches import Batch, run
+from mxnorm_pass.compilation.explain import explain
 from mxnorm_pass.errors import MXNormWarning
 from mxnorm_pass.names import clean_module_path
 from mxnorm_pass.numerics.formats import MXFormat
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.parse import parse
 from mxnorm_pass.report.site import Site
-from mxnorm_pass.tracing import explain
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from mxnorm_pass.cli.config_model import build, example_inputs, load_config
 from mxnorm_pass.cli.inputs import check_outputs, read_options
 from mxnorm_pass.cli.progress import progress
+from mxnorm_pass.compilation.explain import explain
 from mxnorm_pass.files import write_text
-from mxnorm_pass.tracing import explain
 
 
 def run(args: argparse.Namespace) -> None:

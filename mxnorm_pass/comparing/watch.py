@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from mxnorm_pass import ops
-from mxnorm_pass.backend import CompileJob, compile_with_interpreter
 from mxnorm_pass.calibrating.batches import Batch, token_rows
+from mxnorm_pass.compilation.inner import compile_with_interpreter
+from mxnorm_pass.compilation.job import CompileJob
 from mxnorm_pass.graph.modules import module_path
 from mxnorm_pass.numerics.cast import mx_dequantize
 from mxnorm_pass.numerics.norm_cast import mxnorm_cast

@@ -15,8 +15,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes import lower
-from mxnorm_pass.passes.before_autograd.provenance import take_marks
-from mxnorm_pass.passes.before_autograd.provenance_tmp import note_backward
+from mxnorm_pass.passes.before_autograd.provenance import note_backward, take_marks
 from mxnorm_pass.passes.before_autograd.scopes import Scope
 from mxnorm_pass.passes.joint import Analysis, GraphFacts, run_pass
 from mxnorm_pass.report.site import PassResult
@@ -135,3 +134,30 @@ def source_digest() -> str:
 def source_files() -> list[Path]:
     """All that decides what a compile gives: the modules of the whole package, wherever this is."""
     return sorted(Path(str(files("mxnorm_pass"))).rglob("*.py"))
+
+
+class PassSequence(CustomGraphPass):
+    """A user's passes in an Inductor slot, then ours."""
+
+    def __init__(self, passes: Sequence[Callable[[fx.Graph], None]]) -> None:
+        self._passes = tuple(passes)
+
+    @classmethod
+    def of(cls, users: Any, ours: CustomGraphPass) -> CustomGraphPass:
+        if users is None:
+            return ours
+        passes = users if isinstance(users, (list, tuple)) else (users,)
+        return cls([*passes, ours])
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for graph_pass in self._passes:
+            graph_pass(graph)
+
+    def uuid(self) -> Any:
+        """None, which turns Inductor's cache off, if a user's pass cannot name itself."""
+        uuids = tuple(map(pass_uuid, self._passes))
+        return None if None in uuids else uuids
+
+
+def pass_uuid(graph_pass: Any) -> Any:
+    return graph_pass.uuid() if isinstance(graph_pass, CustomGraphPass) else None

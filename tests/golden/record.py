@@ -28,7 +28,7 @@ from torch import fx  # noqa: E402
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 from torch._inductor.decomposition import select_decomp_table  # noqa: E402
 
-from mxnorm_pass.backend import _norm_decompositions  # noqa: E402
+from mxnorm_pass.compilation.inner import _norm_decompositions
 
 DECOMPOSITIONS = {"aten": _norm_decompositions, "inductor": select_decomp_table}
 

@@ -16,8 +16,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from mxnorm_pass.options.config import MXNormConfig
-from mxnorm_pass.passes.before_autograd.provenance import Provenance, marked_copy, take_marks
-from mxnorm_pass.passes.before_autograd.provenance_tmp import note_backward
+from mxnorm_pass.passes.before_autograd.provenance import (
+    Provenance,
+    marked_copy,
+    note_backward,
+    take_marks,
+)
 from mxnorm_pass.passes.before_autograd.scopes import Scope
 from mxnorm_pass.passes.before_autograd.substitution import Substitution, find_substitution
 from mxnorm_pass.passes.joint import Analysis, GraphFacts, analyze

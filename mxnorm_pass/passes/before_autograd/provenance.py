@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.cleanup import remove_dead
+from mxnorm_pass.graph.nodes import BACKWARD, partition_of
 from mxnorm_pass.passes.before_autograd.scopes import Scope, intervened_in, kind_of_call
 
 _END = -1
@@ -231,3 +232,13 @@ def _interventions(
             on = values[tensor]
             found[on] = (*found.get(on, ()), node)
     return found
+
+
+def note_backward(graph: fx.Graph, provenance: Provenance) -> None:
+    """Note the backward nodes of a body that is differentiated by itself.
+
+    AOTAutograd does so in the graph of the whole; in a body only the last mark tells.
+    """
+    if not any(partition_of(node)[0] for node in graph.nodes):
+        for node in provenance.behind:
+            node.meta[BACKWARD] = True

@@ -11,8 +11,9 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from mxnorm_pass.backend import CompileJob, trace_only
-from mxnorm_pass.fake_models import traceable
+from mxnorm_pass.compilation.fake_models import traceable
+from mxnorm_pass.compilation.inner import trace_only
+from mxnorm_pass.compilation.job import CompileJob
 from mxnorm_pass.options.parse import parse
 from mxnorm_pass.report.announce import announce_failure
 from mxnorm_pass.report.report import Report

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
+from mxnorm_pass.compilation.decompositions import export_decompositions
+from mxnorm_pass.compilation.exported_autocast import as_exported
 from mxnorm_pass.compilation.job import foreign_subclass
-from mxnorm_pass.exported_autocast import as_exported
 from mxnorm_pass.graph.build import CONSTANT_PREFIX, unwrap_constants
 from mxnorm_pass.graph.inputs import mark_inputs
 from mxnorm_pass.graph.modules import module_paths
@@ -28,8 +29,6 @@ from mxnorm_pass.passes.joint import GraphFacts, run_pass
 from mxnorm_pass.report.announce import announce
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-# Composite ops that backends match as one: the pass reads the first two and needs none open.
-_KEPT_WHOLE = frozenset({"linear", "matmul", "scaled_dot_product_attention"})
 
 
 def apply(
@@ -139,7 +138,7 @@ def functional_program(program: ExportedProgram) -> ExportedProgram:
     call, original = _call_signature(traceable), _call_signature(program)
     call.out_spec = pytree.tree_structure((0,) * original.out_spec.num_leaves)
     with as_exported(program.graph_module):
-        functional: ExportedProgram = traceable.run_decompositions(_decompositions())
+        functional: ExportedProgram = traceable.run_decompositions(export_decompositions())
     _call_signature(functional).out_spec = original.out_spec
     _drop_metadata_checks(functional.graph)
     return functional
@@ -151,22 +150,6 @@ def _interpret(module: fx.GraphModule, *args: Any) -> Any:
 
 def _call_signature(program: ExportedProgram) -> Any:
     return program.module_call_graph[0].signature
-
-
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Of composite ops: norms and casts are spelled in all of them (``rms_norm``, ``type_as``)."""
-    table = torch.export.default_decompositions()
-    return {op: function for op, function in table.items() if _is_open(op)}
-
-
-def _is_open(op: Any) -> bool:
-    namespace, _, name = op._schema.name.partition("::")
-    if namespace != "aten" or name in _KEPT_WHOLE:
-        return False
-    key = "CompositeImplicitAutograd"
-    return name == "_fused_rms_norm" or torch._C._dispatch_has_kernel_for_dispatch_key(
-        op.name(), key
-    )
 
 
 def _drop_metadata_checks(graph: fx.Graph) -> None:

@@ -19,11 +19,16 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mxnorm_pass.compiled_call import CompiledCall, current_call, guard_kind, held_modules
-from mxnorm_pass.freezing import is_static
+from mxnorm_pass.compilation.freezing import is_static
+from mxnorm_pass.compilation.names.compiled_call import (
+    CompiledCall,
+    current_call,
+    guard_kind,
+    held_modules,
+)
+from mxnorm_pass.compilation.names.holders import HolderSearch, join, outermost
 from mxnorm_pass.graph.modules import module_paths, spelling_of, subgraphs
 from mxnorm_pass.graph.weights import Weight, named_weights, weight_held_by
-from mxnorm_pass.holders import HolderSearch, join, outermost
 from mxnorm_pass.names import clean_module_path
 from mxnorm_pass.options.config import MXNormConfig
 

@@ -1,0 +1,1 @@
+"""Names of modules and weights in the graphs of Dynamo, by identity."""
