@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import mxnorm_pass
-from mxnorm_pass.calibrating.emulation import Emulation, Estimate
-from mxnorm_pass.calibrating.fallback import rank_by_cost
-from mxnorm_pass.calibrating.fit import Moments, block_weights
-from mxnorm_pass.calibrating.moments import BlockMoments
-from mxnorm_pass.calibrating.runner import Runner
-from mxnorm_pass.calibrating.sites import NormSite, find_sites
+from mxnorm_pass.checkpoints.calibrate.emulation import Emulation, Estimate
+from mxnorm_pass.checkpoints.calibrate.fallback import rank_by_cost
+from mxnorm_pass.checkpoints.calibrate.fit import Moments, block_weights
+from mxnorm_pass.checkpoints.calibrate.moments import BlockMoments
+from mxnorm_pass.checkpoints.calibrate.norms import NormSite, find_sites
+from mxnorm_pass.checkpoints.calibrate.runner import Runner
 from mxnorm_pass.functional import rms_constant
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 

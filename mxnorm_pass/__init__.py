@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mxnorm_pass import functional as functional
-    from mxnorm_pass.calibrating.procedure import calibrate as calibrate
-    from mxnorm_pass.channels import permute_channels as permute_channels
-    from mxnorm_pass.comparing.compare import compare as compare
-    from mxnorm_pass.comparing.comparison import Comparison as Comparison
+    from mxnorm_pass.checkpoints.calibrate.calibrate import calibrate as calibrate
+    from mxnorm_pass.checkpoints.channels.permute import permute_channels as permute_channels
+    from mxnorm_pass.checkpoints.compare.compare import compare as compare
+    from mxnorm_pass.checkpoints.compare.comparison import Comparison as Comparison
     from mxnorm_pass.compilation.explain import explain as explain
     from mxnorm_pass.compilation.export import apply as apply
     from mxnorm_pass.compilation.layers import compile_layers as compile_layers
@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Calibration": "options.calibration",
     "CalibrationWarning": "errors",
-    "Comparison": "comparing.comparison",
+    "Comparison": "checkpoints.compare.comparison",
     "Graph": "report.site",
     "MXNormConfig": "options.config",
     "MXNormWarning": "errors",
@@ -44,11 +44,11 @@ _HOME = {
     "Site": "report.site",
     "SkipReason": "report.reason",
     "apply": "compilation.export",
-    "calibrate": "calibrating.procedure",
-    "compare": "comparing.compare",
+    "calibrate": "checkpoints.calibrate.calibrate",
+    "compare": "checkpoints.compare.compare",
     "compile_layers": "compilation.layers",
     "explain": "compilation.explain",
-    "permute_channels": "channels",
+    "permute_channels": "checkpoints.channels.permute",
     "record": "report.recording",
 }
 __all__ = sorted([*_HOME, "functional"])

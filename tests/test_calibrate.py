@@ -11,9 +11,9 @@ from reference import build_llama, expected_sites, quantize_with_torchao
 from torch import Tensor, nn
 
 import mxnorm_pass
-from mxnorm_pass.calibrating.emulation import Emulation, Estimate
-from mxnorm_pass.calibrating.probe import probe
-from mxnorm_pass.calibrating.sites import find_sites
+from mxnorm_pass.checkpoints.calibrate.emulation import Emulation, Estimate
+from mxnorm_pass.checkpoints.calibrate.norms import find_sites
+from mxnorm_pass.checkpoints.calibrate.probe import probe
 from mxnorm_pass.functional import rms_estimate
 
 BF16, FP32 = torch.bfloat16, torch.float32

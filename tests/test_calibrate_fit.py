@@ -13,12 +13,17 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 from torch import Tensor
 
-from mxnorm_pass.calibrating.batches import Loss, has_tokens, loss_of, split_batches, token_rows
-from mxnorm_pass.calibrating.emulation import Estimate
-from mxnorm_pass.calibrating.fallback import divergence, exact_norms, few_rows, rank_by_cost
-from mxnorm_pass.calibrating.fit import Moments, block_weights
-from mxnorm_pass.calibrating.moments import BlockMoments, ChannelPower
-from mxnorm_pass.calibrating.order import candidate_orders
+from mxnorm_pass.checkpoints.batches import Loss, has_tokens, loss_of, split_batches, token_rows
+from mxnorm_pass.checkpoints.calibrate.emulation import Estimate
+from mxnorm_pass.checkpoints.calibrate.fallback import (
+    divergence,
+    exact_norms,
+    few_rows,
+    rank_by_cost,
+)
+from mxnorm_pass.checkpoints.calibrate.fit import Moments, block_weights
+from mxnorm_pass.checkpoints.calibrate.moments import BlockMoments, ChannelPower
+from mxnorm_pass.checkpoints.calibrate.orders import candidate_orders
 from mxnorm_pass.functional import rms_estimate
 
 BLOCK = 32

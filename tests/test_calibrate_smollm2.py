@@ -16,10 +16,10 @@ from checkpointlib import BadInput, load_checkpoint, python_reference, smollm2_f
 from torch import Tensor
 
 import mxnorm_pass
-from mxnorm_pass.calibrating.emulation import Emulation, Estimate
-from mxnorm_pass.calibrating.fallback import Estimates
-from mxnorm_pass.calibrating.runner import Runner
-from mxnorm_pass.calibrating.sites import NormSite, find_sites
+from mxnorm_pass.checkpoints.calibrate.emulation import Emulation, Estimate
+from mxnorm_pass.checkpoints.calibrate.fallback import Estimates
+from mxnorm_pass.checkpoints.calibrate.norms import NormSite, find_sites
+from mxnorm_pass.checkpoints.calibrate.runner import Runner
 from mxnorm_pass.functional import rms_constant
 
 pytestmark = pytest.mark.checkpoint

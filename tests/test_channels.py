@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mxnorm_pass
-from mxnorm_pass import channel_spaces
-from mxnorm_pass.channels import inverse, permute_channels
+from mxnorm_pass.checkpoints.channels import dims
+from mxnorm_pass.checkpoints.channels.permute import inverse, permute_channels
 
 D, VOCABULARY = 64, 64
 IDS = torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -231,8 +231,8 @@ def test_the_error_names_the_module() -> None:
 
 def test_float64_outputs_are_compared(monkeypatch: Any) -> None:
     """Were a rule wrong, the model would be as it was."""
-    rules = {**channel_spaces._RULES, torch.ops.aten.roll: channel_spaces._pointwise}
-    monkeypatch.setattr(channel_spaces, "_RULES", rules)
+    rules = {**dims._RULES, torch.ops.aten.roll: dims._pointwise}
+    monkeypatch.setattr(dims, "_RULES", rules)
     assert_refused(Toy(lambda x: x.roll(1, -1)), "moves its float64 outputs by [0-9]")
 
 

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from mxnorm_pass.cli.arguments import make_parser
 from mxnorm_pass.cli.errors import UsageError
+from mxnorm_pass.cli.parser import make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

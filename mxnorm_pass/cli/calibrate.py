@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mxnorm_pass.calibrating.procedure import calibrate
+from mxnorm_pass.checkpoints.calibrate.calibrate import calibrate
 from mxnorm_pass.cli.checkpoint import load
 from mxnorm_pass.cli.errors import UsageError
 from mxnorm_pass.cli.inputs import check_outputs, read_options

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from mxnorm_pass.channels import permute_channels
+from mxnorm_pass.checkpoints.channels.permute import permute_channels
+from mxnorm_pass.checkpoints.compare.compare import compare
 from mxnorm_pass.cli.checkpoint import load
 from mxnorm_pass.cli.errors import UsageError
 from mxnorm_pass.cli.inputs import check_outputs, read_options
-from mxnorm_pass.comparing.compare import compare
 from mxnorm_pass.files import write_text
 from mxnorm_pass.options.parse import parse
 

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mxnorm_pass.calibrating.probe import NormConstants, probe
-from mxnorm_pass.calibrating.sites import Linear, NormSite
-from mxnorm_pass.channels import in_eval_mode
+from mxnorm_pass.checkpoints.calibrate.norms import Linear, NormSite
+from mxnorm_pass.checkpoints.calibrate.probe import NormConstants, probe
+from mxnorm_pass.checkpoints.channels.permute import in_eval_mode
 from mxnorm_pass.numerics.cast import mx_cast, mx_dequantize
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE, MXFormat
 from mxnorm_pass.numerics.norm import inverse_rms

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mxnorm_pass.calibrating.batches import (
+from mxnorm_pass.checkpoints.batches import (
     Batch,
     Loss,
     Split,
@@ -22,14 +22,19 @@ from mxnorm_pass.calibrating.batches import (
     split_batches,
     token_rows,
 )
-from mxnorm_pass.calibrating.emulation import Emulation, Estimate
-from mxnorm_pass.calibrating.fallback import Estimates, exact_norms, few_rows, rank_by_cost
-from mxnorm_pass.calibrating.fit import block_weights
-from mxnorm_pass.calibrating.moments import BlockMoments, ChannelPower
-from mxnorm_pass.calibrating.order import candidate_orders
-from mxnorm_pass.calibrating.runner import Runner
-from mxnorm_pass.calibrating.sites import NormSite, check_options, find_sites
-from mxnorm_pass.channels import stream_weights
+from mxnorm_pass.checkpoints.calibrate.emulation import Emulation, Estimate
+from mxnorm_pass.checkpoints.calibrate.fallback import (
+    Estimates,
+    exact_norms,
+    few_rows,
+    rank_by_cost,
+)
+from mxnorm_pass.checkpoints.calibrate.fit import block_weights
+from mxnorm_pass.checkpoints.calibrate.moments import BlockMoments, ChannelPower
+from mxnorm_pass.checkpoints.calibrate.norms import NormSite, check_options, find_sites
+from mxnorm_pass.checkpoints.calibrate.orders import candidate_orders
+from mxnorm_pass.checkpoints.calibrate.runner import Runner
+from mxnorm_pass.checkpoints.channels.permute import stream_weights
 from mxnorm_pass.errors import MXNormWarning
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 from mxnorm_pass.options.calibration import Calibration, architecture_hash

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mxnorm_pass import ops
-from mxnorm_pass.calibrating.batches import Batch, token_rows
+from mxnorm_pass.checkpoints.batches import Batch, token_rows
 from mxnorm_pass.compilation.inner import compile_with_interpreter
 from mxnorm_pass.compilation.job import CompileJob
 from mxnorm_pass.graph.modules import module_path

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mxnorm_pass.calibrating.batches import (
+from mxnorm_pass.checkpoints.batches import (
     Batch,
     Loss,
     check_batch,
@@ -23,9 +23,15 @@ from mxnorm_pass.calibrating.batches import (
     run,
     token_rows,
 )
-from mxnorm_pass.channels import in_eval_mode
-from mxnorm_pass.comparing.comparison import Comparison, Divergence, Ratio, SiteComparison, Step
-from mxnorm_pass.comparing.watch import Observation, WatchedModel
+from mxnorm_pass.checkpoints.channels.permute import in_eval_mode
+from mxnorm_pass.checkpoints.compare.comparison import (
+    Comparison,
+    Divergence,
+    Ratio,
+    SiteComparison,
+    Step,
+)
+from mxnorm_pass.checkpoints.compare.watch import Observation, WatchedModel
 from mxnorm_pass.options.parse import parse
 from mxnorm_pass.report.site import Site
 

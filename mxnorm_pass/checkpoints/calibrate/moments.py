@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mxnorm_pass.calibrating.batches import Batch, token_rows
-from mxnorm_pass.calibrating.fit import Moments, block_weights
+from mxnorm_pass.checkpoints.batches import Batch, token_rows
+from mxnorm_pass.checkpoints.calibrate.fit import Moments, block_weights
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 from mxnorm_pass.numerics.rms import block_absmax
 

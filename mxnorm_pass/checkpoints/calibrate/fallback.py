@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxnorm_pass.calibrating.batches import Batch
-from mxnorm_pass.calibrating.emulation import Estimate
+from mxnorm_pass.checkpoints.batches import Batch
+from mxnorm_pass.checkpoints.calibrate.emulation import Estimate
 
 Estimates = Mapping[str, Estimate]
 

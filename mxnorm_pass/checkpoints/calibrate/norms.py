@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxnorm_pass.calibrating.batches import Batch, run
+from mxnorm_pass.checkpoints.batches import Batch, run
 from mxnorm_pass.compilation.explain import explain
 from mxnorm_pass.errors import MXNormWarning
 from mxnorm_pass.names import clean_module_path

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from mxnorm_pass.channel_spaces import ChannelSpaces, Dim
+from mxnorm_pass.checkpoints.channels.dims import ChannelSpaces, Dim
 from mxnorm_pass.compilation.export import functional_program
 from mxnorm_pass.errors import ChannelError
 from mxnorm_pass.graph.modules import module_path

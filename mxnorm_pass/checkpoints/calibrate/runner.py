@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxnorm_pass.calibrating.batches import Batch, Loss, check_finite, logits_of, loss_of, run
-from mxnorm_pass.calibrating.emulation import Emulation
-from mxnorm_pass.calibrating.fallback import Estimates
-from mxnorm_pass.calibrating.moments import BlockMoments, ChannelPower
+from mxnorm_pass.checkpoints.batches import Batch, Loss, check_finite, logits_of, loss_of, run
+from mxnorm_pass.checkpoints.calibrate.emulation import Emulation
+from mxnorm_pass.checkpoints.calibrate.fallback import Estimates
+from mxnorm_pass.checkpoints.calibrate.moments import BlockMoments, ChannelPower
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Permute the channels of the residual stream: ``dims`` follows them through a graph."""
