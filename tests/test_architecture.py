@@ -1,123 +1,92 @@
-"""The package's imports go one way: backend -> graph_pass -> insert, match, rewrite -> ops."""
+"""Imports go one way, as mxnorm_pass/README.md draws it."""
 
 from __future__ import annotations
 
 import ast
-from pathlib import Path
+from graphlib import TopologicalSorter
 
-import mxnorm_pass
+import pytest
+from paths import PACKAGE
 
-ROOT = Path(mxnorm_pass.__file__).parent
-# From the top of the house to its floor; a module imports only from layers below its own.
-LAYERS = [
-    {"__init__", "__main__"},
-    {"cli"},
-    {"cli.explain", "cli.compare", "cli.calibrate"},
-    {"cli.checkpoint"},
-    {"cli.config_model", "cli.inputs", "cli.text", "cli.progress"},
-    {"cli.arguments", "cli.errors"},
-    {"comparing", "comparing.compare"},
-    {"comparing.comparison", "comparing.watch"},
-    {"calibrating.procedure"},
-    {"calibrating.runner"},
-    {"calibrating.fallback"},
-    {"calibrating.emulation", "calibrating.moments"},
-    {"calibrating.probe", "calibrating.sites"},
-    {"calibrating", "calibrating.batches", "calibrating.fit", "calibrating.order"},
-    {"layers", "tracing", "channels"},
-    {"backend", "export", "fake_models"},
-    {"announce"},
-    {"graph_names"},
-    {"recording", "inductor_e8m0", "freezing", "run_graph", "exported_autocast", "specialize"},
-    {"plan", "regions"},
-    {"graph_pass", "plan_json", "substitute"},
-    {"match.derivatives", "match.substitution", "verify"},
-    {"float64", "provenance"},
-    {"insert", "rewrite", "scopes", "site_graphs"},
-    {"traffic"},
-    {"snapshot"},
-    {"match"},
-    {"match.site"},
-    {"match.uncast"},
-    {"match.router", "match.feeds"},
-    {"match.residual", "match.dequantize"},
-    {"match.transposed_cast"},
-    {"match.linear"},
-    {"match.cast", "match.norm"},
-    {"match.cast_op", "match.cast_program", "match.scale_layout"},
-    {"match.norm_tail", "match.program", "match.scaling", "match.start"},
-    {"match.layer_norm", "match.radial", "match.statistic"},
-    {"match.row_program"},
-    {"match.constant"},
-    {
-        "match.skip",
-        "match.matmul",
-        "lowering",
-        "graph_code",
-        "canonicalize",
-        "residual",
-        "channel_spaces",
-    },
-    {"ops", "graph_utils", "source_line"},
-    {"functional", "dispatch"},
-    {"arguments", "kernels.coverage", "kernels.launch_both"},
-    {"kernels.launch"},
-    {"kernels", "kernels.norm_cast_both"},
-    {"kernels.norm_cast"},
-    {"kernels.statistic"},
-    {"kernels.mx"},
-    {"kernels.rounding", "kernels.publish"},
-    {"estimate", "spec"},
-    {"config", "channel_order"},
-    {"calibration", "report", "weight_names"},
-    {"files", "formats", "inductor_options", "module_names", "name_patterns", "errors"},
-    {"holders", "compiled_call"},
-    {"subgraph", "skip_reason"},
-    {"report_diff", "page", "report_table"},
-    {"serialize", "collector"},
+# From the top of the house to its floor: a folder imports from itself and from those below it.
+FOLDERS = [
+    "",  # what users import: the backend, functional, and the command line's start
+    "cli",
+    "checkpoints",
+    "compilation",
+    "passes.before_autograd",
+    "passes",
+    "passes.verify",
+    "passes.rewrite",
+    "passes.match",
+    "report",
+    "ops",
+    "kernels",
+    "graph",
+    "options",
+    "numerics",
 ]
-LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+# In the package's root, but at its floor.
+LEAVES = {"names", "files", "errors"}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+def rank(module: str) -> int:
+    """The higher, the further down."""
+    if module in LEAVES:
+        return len(FOLDERS)
+    folder = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    while folder not in FOLDERS:
+        folder = folder.rpartition(".")[0]
+    return FOLDERS.index(folder)
 
 
-def imports(path: Path) -> set[str]:
+def imports(module: str) -> set[str]:
+    """The modules of this package that a module imports anywhere, its folder's ``__init__`` aside."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(
-            "mxnorm_pass"
-        ):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if not isinstance(node, ast.ImportFrom) or node.module is None:
             continue
-        inside = (node.module or "").removeprefix("mxnorm_pass").lstrip(".")
-        found |= {inside} if inside else {alias.name for alias in node.names}
-    return found
-
-
-def test_imports_go_down() -> None:
-    sources = {module_name(p): p for p in ROOT.rglob("*.py")}
-    assert sources.keys() == LEVEL.keys()
-    for name, path in sources.items():
-        if name == "__init__":
+        package, _, inside = node.module.partition(".")
+        if package != "mxnorm_pass":
             continue
-        for imported in imports(path):
-            assert LEVEL[name] < LEVEL[imported], f"{name} imports {imported}"
+        for alias in node.names:
+            name = f"{inside}.{alias.name}".lstrip(".")
+            found.add(name if name in MODULES else inside)
+    return found - {module}
 
 
-def test_kernels_and_functional_know_no_graphs() -> None:
-    for name in ("functional", "formats", "config", "report"):
-        assert "fx" not in {
-            alias.name
-            for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text()))
-            if isinstance(node, (ast.Import, ast.ImportFrom))
-            for alias in node.names
-        }
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_down(module: str) -> None:
+    if module in ("__init__", ""):
+        return
+    for imported in imports(module):
+        assert rank(module) <= rank(imported), f"{module} imports {imported}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {module: imports(module) for module in MODULES if module != "__init__"}
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def test_every_folder_says_what_it_is_for() -> None:
+    for folder in (path for path in PACKAGE.rglob("*") if (path / "__init__.py").exists()):
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
+
+
+@pytest.mark.parametrize("folder, unknown", [("numerics", "fx"), ("kernels", "fx")])
+def test_the_math_knows_no_graphs(folder: str, unknown: str) -> None:
+    for path in (PACKAGE / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert unknown not in {alias.name for alias in node.names}, path
 
 
 def test_files_and_functions_stay_readable() -> None:
-    for path in ROOT.rglob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         source = path.read_text()
         assert len(source.splitlines()) <= 500, path
         for node in ast.walk(ast.parse(source)):
