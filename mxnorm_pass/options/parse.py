@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.inductor import check_inductor_value, inductor_key, invalid, mode_options
 from mxnorm_pass.options.validate import VALIDATORS
@@ -68,6 +67,9 @@ def _as_mapping(options: object) -> Mapping[Any, Any]:
 
 def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> ParsedOptions:
     """`parse_options` with errors that torch.compile hands to its caller as they are."""
+    # Which imports Dynamo.
+    from mxnorm_pass.errors import InvalidOptionsError
+
     try:
         parsed = parse_options(options, mode)
     except ValueError as error:

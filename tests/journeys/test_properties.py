@@ -34,7 +34,8 @@ from random_models import all_gradients, assert_same_results, check_sites, compi
 from random_specs import ModelSpec, NormSpec, ReaderSpec, StageSpec, model_specs
 from torch import Tensor, fx
 
-from mxnorm_pass import Report, SkipReason, backend
+from mxnorm_pass import Report, SkipReason
+from mxnorm_pass.compilation import job
 from mxnorm_pass.compilation.inductor_passes import MXNormPass
 from mxnorm_pass.passes.joint import run_pass
 from mxnorm_pass.report.site import PassResult
