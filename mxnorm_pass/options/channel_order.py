@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.names import clean_module_path
 from mxnorm_pass.options.calibration import Calibration
-from mxnorm_pass.report.site import Site
 
 # Channels in another order correlate by 0 +- 1 / sqrt(D), those of a fine-tuned model by almost 1.
 _SAME = 0.5
@@ -24,7 +23,7 @@ _SPREAD = 2.0**-8
 _TIE = 1e-3
 
 
-def channel_statistics(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
+def channel_statistics(model: nn.Module, norms: Mapping[str, Iterable[str]]) -> dict[str, Tensor]:
     """What :class:`Calibration` keeps of ``model`` as ``channels``.
 
     For each norm its gain, or where the gains are all alike the RMS of the columns of a linear
@@ -32,18 +31,18 @@ def channel_statistics(model: nn.Module, sites: Iterable[Site]) -> dict[str, Ten
 
     Args:
         model: as it was calibrated, its channels permuted already.
-        sites: of a report on that model.
+        norms: by name, the linears that read each.
 
     Returns:
         Parameter name -> [D] float32, on the CPU.
     """
     parameters = {clean_module_path(name): p for name, p in model.named_parameters()}
     found: dict[str, Tensor] = {}
-    for site in sites:
-        owners = (site.norm, *site.consumers)
+    for norm, consumers in norms.items():
+        owners = (norm, *consumers)
         # A linear without a module of its own has the name of its weight.
         names = [n for o in owners for n in parameters if o in (n, n.rpartition(".")[0])]
-        gains = [n for n in names if n.startswith(f"{site.norm}.")]
+        gains = [n for n in names if n.startswith(f"{norm}.")]
         linears = [n for n in names if n not in gains and parameters[n].ndim == 2]
         for name in (*gains, *linears):
             statistic = _statistic(parameters[name])

@@ -1,10 +1,10 @@
-"""The pass over one joint (or inference) graph: norms -> casts -> sites -> rewrite -> report."""
+"""The pass over one joint (or inference) graph: norms, casts, decisions, rewrite, report."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +22,11 @@ from mxnorm_pass.options.calibration import Calibration
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.garbage_collection import collector_paused
 from mxnorm_pass.passes.insert import insert_casts
-from mxnorm_pass.passes.match.decide import find_sites
-from mxnorm_pass.passes.match.fusion import Fusion, Obstacle, Refusal
+from mxnorm_pass.passes.match.decide import decide
+from mxnorm_pass.passes.match.fusion import Decision, Fusion, Obstacle, Refusal
 from mxnorm_pass.passes.match.linears.plain import linear_name
 from mxnorm_pass.passes.match.norms.find import Norm, find_norms
+from mxnorm_pass.passes.match.parts import parts_of, parts_of_created
 from mxnorm_pass.passes.rewrite.estimate import expand_estimates
 from mxnorm_pass.passes.rewrite.fusion import rewrite
 from mxnorm_pass.report.reason import SkipReason
@@ -43,21 +44,21 @@ class Analysis:
 
     Attributes:
         before: the graph as it came in; casts may have been inserted since.
-        found: one fusion or refusal per norm, in graph order.
+        decisions: one per norm, in graph order.
         inserted: how many linears were given casts.
         graph: a copy of the graph as it came in, if it is to be verified.
     """
 
     before: Snapshot
     norms: tuple[Norm, ...]
-    found: tuple[Fusion | Refusal, ...]
+    decisions: tuple[Decision, ...]
     inserted: int
     matmul_modules: tuple[str, ...]
     graph: fx.Graph | None = None
 
     @property
     def fusions(self) -> tuple[Fusion, ...]:
-        return tuple(site for site in self.found if isinstance(site, Fusion))
+        return tuple(d for d in self.decisions if isinstance(d, Fusion))
 
     @property
     def float_inputs(self) -> tuple[int, ...]:
@@ -94,7 +95,7 @@ def analyze(graph: fx.Graph, config: MXNormConfig, facts: GraphFacts) -> Analysi
     norms = find_norms(graph)
     untouched = facts.tensor_subclass is not None or facts.obstacle is not None
     inserted = 0 if untouched else insert_casts(graph, norms, config)
-    found = find_sites(
+    decisions = decide(
         graph,
         norms,
         config,
@@ -102,7 +103,7 @@ def analyze(graph: fx.Graph, config: MXNormConfig, facts: GraphFacts) -> Analysi
         differentiated=facts.differentiated,
         obstacle=facts.obstacle,
     )
-    analysis = Analysis(before, tuple(norms), tuple(found), inserted, modules, original)
+    analysis = Analysis(before, tuple(norms), tuple(decisions), inserted, modules, original)
     _check_calibration(analysis.fusions, config.calibration)
     return analysis
 
@@ -128,16 +129,16 @@ def run_pass(
     start = time.perf_counter()
     analysis = analyze(graph, config, facts or GraphFacts())
     shown = original or analysis
-    site_graphs = SiteGraphs(shown.before, shown.found, shown.norms)
+    drawing = _Drawing(shown)
     if original is not None:
-        for site, fusion in _pairs(original, analysis):
-            site_graphs.became(site, fusion, analysis.before)
+        for fusion, again in _pairs(original, analysis):
+            drawing.became(fusion, again, analysis)
     with_casts = copied_graph(graph) if config.verify else None
     subgraphs = SubgraphCache(decompositions)
     for fusion in analysis.fusions:
         with created_nodes(graph) as created:
             rewrite(graph, fusion, subgraphs)
-        site_graphs.add(fusion, created)
+        drawing.add(fusion, created)
     expand_estimates(graph, subgraphs)
     changed = bool(analysis.fusions) or analysis.inserted > 0
     if changed:
@@ -147,11 +148,52 @@ def run_pass(
         _verify(shown, with_casts, graph, config)
     after = Snapshot(graph, analysis.before) if changed else analysis.before
     return PassResult(
-        _report(shown.before, after, site_graphs, one_graph=original is None),
+        drawing.graph(after, one_graph=original is None),
         shown.matmul_modules,
         time.perf_counter() - start,
         shown.float_inputs,
     )
+
+
+class _Drawing:
+    """The report of a graph: follows each decision to what it becomes in the end."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self._before = analysis.before
+        self._decisions = list(analysis.decisions)
+        parts = (parts_of(d, analysis.norms, analysis.before) for d in analysis.decisions)
+        self._site_graphs = SiteGraphs(parts)
+
+    def became(self, fusion: Fusion, again: Fusion, analysis: Analysis) -> None:
+        """Say what a fusion is in the graph that was traced anew with estimates in it."""
+        index = self._index(fusion)
+        self._decisions[index] = again
+        self._site_graphs.became(index, parts_of(again, analysis.norms, analysis.before))
+
+    def add(self, fusion: Fusion, created: Iterable[fx.Node]) -> None:
+        """Say which nodes the rewrite of a fusion has put into the graph."""
+        self._site_graphs.add(self._index(fusion), parts_of_created(created, fusion))
+
+    def _index(self, wanted: Fusion) -> int:
+        return next(i for i, decision in enumerate(self._decisions) if decision is wanted)
+
+    def graph(self, after: Snapshot, one_graph: bool) -> Graph:
+        """The graph before and after, with its sites."""
+        before = self._before
+        moved = TrafficEstimate(before)
+        moved_after = TrafficEstimate(after, moved) if after is not before else moved
+        sites = [decision.site() for decision in self._decisions]
+        alignment = Alignment(before, after, one_graph)
+        return Graph(
+            name="training" if any(s.backward for s in after.states.values()) else "inference",
+            before=before.code(),
+            after=after.code(),
+            ops_before=_op_counts(before),
+            ops_after=_op_counts(after),
+            sites=self._site_graphs.drawn(sites, moved, moved_after, alignment),
+            traffic_before=moved.total,
+            traffic_after=moved_after.total,
+        )
 
 
 def _verify(
@@ -169,39 +211,21 @@ def _pairs(original: Analysis, analysis: Analysis) -> Iterator[tuple[Fusion, Fus
     again: dict[str, list[Fusion]] = {}
     for fusion in analysis.fusions:
         again.setdefault(fusion.norm.name, []).append(fusion)
-    for site in original.fusions:
-        same_name = again.get(site.norm.name)
+    for fusion in original.fusions:
+        same_name = again.get(fusion.norm.name)
         if not same_name:
-            raise _lost(site, analysis)
-        yield site, same_name.pop(0)
+            raise _lost(fusion, analysis)
+        yield fusion, same_name.pop(0)
 
 
-def _lost(site: Fusion, analysis: Analysis) -> RuntimeError:
-    name = site.norm.name
-    refusals = (s for s in analysis.found if isinstance(s, Refusal) and s.name == name)
+def _lost(fusion: Fusion, analysis: Analysis) -> RuntimeError:
+    name = fusion.norm.name
+    refusals = (d for d in analysis.decisions if isinstance(d, Refusal) and d.name == name)
     why = "; ".join(str(refusal.site()) for refusal in refusals)
     return RuntimeError(
         f"mxnorm: the norm {name!r} was given its estimate, but cannot be fused in the graph that "
         f"was traced with it ({why or 'it is not there'}). Please report this; meanwhile turn the "
         f"norm off: options={{'modules': {{{name!r}: False}}}}"
-    )
-
-
-def _report(before: Snapshot, after: Snapshot, site_graphs: SiteGraphs, one_graph: bool) -> Graph:
-    traffic_before = TrafficEstimate(before)
-    traffic_after = (
-        TrafficEstimate(after, traffic_before) if after is not before else traffic_before
-    )
-    alignment = Alignment(before, after, one_graph)
-    return Graph(
-        name="training" if any(s.backward for s in after.states.values()) else "inference",
-        before=before.code(),
-        after=after.code(),
-        ops_before=_op_counts(before),
-        ops_after=_op_counts(after),
-        sites=site_graphs.sites(traffic_before, traffic_after, alignment),
-        traffic_before=traffic_before.total,
-        traffic_after=traffic_after.total,
     )
 
 

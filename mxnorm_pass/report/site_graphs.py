@@ -14,15 +14,13 @@ from itertools import chain
 
 from torch import fx
 
-from mxnorm_pass.passes.match.fusion import Fusion, Refusal
-from mxnorm_pass.passes.match.norms.find import Norm
-from mxnorm_pass.passes.match.parts import part_of_created, parts_of_fusion, parts_of_refusal
 from mxnorm_pass.report.site import Site
-from mxnorm_pass.report.snapshot import Alignment, NodeState, Snapshot
+from mxnorm_pass.report.snapshot import Alignment, NodeState
 from mxnorm_pass.report.subgraph import Change, Subgraph, SubgraphNode, Traffic
 from mxnorm_pass.report.traffic import TrafficEstimate
 
 Users = Mapping[fx.Node, Sequence[fx.Node]]
+Parts = Mapping[fx.Node, str]
 
 
 @dataclass(frozen=True)
@@ -81,49 +79,33 @@ class _Cut:
 class SiteGraphs:
     """Draws the sites of a graph as it stood before and after the pass.
 
-    Made once the sites are known and nothing is rewritten, as what belongs to a site is read off
-    the graph with its inserted casts.
-
     Args:
-        before: the graph as it came in.
+        parts: per site what belongs to it before the rewrite, and as what ("norm", "cast").
     """
 
-    def __init__(
-        self, before: Snapshot, found: Sequence[Fusion | Refusal], norms: Iterable[Norm]
-    ) -> None:
-        by_anchor = {norm.anchor: norm for norm in norms}
-        self._sites = list(found)
-        self._before = [
-            dict(
-                parts_of_fusion(site, before)
-                if isinstance(site, Fusion)
-                else parts_of_refusal(site, by_anchor.get(site.anchor))
-            )
-            for site in found
-        ]
-        self._after = [dict(parts) for parts in self._before]
+    def __init__(self, parts: Iterable[Parts]) -> None:
+        self._before = [dict(of_site) for of_site in parts]
+        self._after = [dict(of_site) for of_site in self._before]
 
-    def became(self, site: Fusion, fusion: Fusion, traced_again: Snapshot) -> None:
+    def became(self, index: int, parts: Parts) -> None:
         """Say what a site is in the graph that was traced anew with estimates in it."""
-        index = self._index(site)
-        self._sites[index] = fusion
-        self._after[index] = dict(parts_of_fusion(fusion, traced_again))
+        self._after[index] = dict(parts)
 
-    def add(self, fusion: Fusion, created: Iterable[fx.Node]) -> None:
-        """Say which nodes the fusion's rewrite has put into the graph."""
-        index = self._index(fusion)
-        self._after[index] |= {node: part_of_created(node, fusion) for node in created}
+    def add(self, index: int, created: Parts) -> None:
+        """Say which nodes the rewrite of a site has put into the graph."""
+        self._after[index] |= created
 
-    def _index(self, wanted: Fusion) -> int:
-        return next(i for i, site in enumerate(self._sites) if site is wanted)
-
-    def sites(
-        self, before: TrafficEstimate, after: TrafficEstimate, alignment: Alignment
+    def drawn(
+        self,
+        sites: Sequence[Site],
+        before: TrafficEstimate,
+        after: TrafficEstimate,
+        alignment: Alignment,
     ) -> tuple[Site, ...]:
         """The sites with both subgraphs; a skipped one has only the first."""
         cuts = _cuts(self._before, before), _cuts(self._after, after)
-        drawn = zip(self._sites, *cuts, strict=True)
-        return tuple(_drawn(site, cut, new_cut, alignment) for site, cut, new_cut in drawn)
+        triples = zip(sites, *cuts, strict=True)
+        return tuple(_drawn(site, cut, new_cut, alignment) for site, cut, new_cut in triples)
 
 
 def _cuts(sites: Sequence[Mapping[fx.Node, str]], estimate: TrafficEstimate) -> list[_Cut]:
@@ -134,9 +116,9 @@ def _cuts(sites: Sequence[Mapping[fx.Node, str]], estimate: TrafficEstimate) -> 
     return [_Cut.of(parts, users, estimate) for parts in own]
 
 
-def _drawn(found: Fusion | Refusal, cut: _Cut, new_cut: _Cut, alignment: Alignment) -> Site:
-    if isinstance(found, Refusal):
-        return replace(found.site(), before=cut.subgraph(lambda node, state: ""))
+def _drawn(site: Site, cut: _Cut, new_cut: _Cut, alignment: Alignment) -> Site:
+    if site.status == "skipped":
+        return replace(site, before=cut.subgraph(lambda node, state: ""))
 
     def change_before(node: fx.Node, state: NodeState) -> Change:
         later = alignment.later(node)
@@ -154,6 +136,4 @@ def _drawn(found: Fusion | Refusal, cut: _Cut, new_cut: _Cut, alignment: Alignme
         same = other is None or alignment.same(other, state)
         return "" if same and not reads_new else "rewired"
 
-    return replace(
-        found.site(), before=cut.subgraph(change_before), after=new_cut.subgraph(change_after)
-    )
+    return replace(site, before=cut.subgraph(change_before), after=new_cut.subgraph(change_after))

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from mxnorm_pass.options.calibration import Calibration
 from mxnorm_pass.options.channel_order import channel_statistics, check_channels
-from mxnorm_pass.report.site import Site
 
 D = 128
-SITES = (Site(norm="norm", consumers=("linear",)),)
+NORMS = {"norm": ["linear"]}
 
 
 class Block(nn.Module):
@@ -42,7 +41,7 @@ def some_order(seed: int = 1) -> Tensor:
 def calibrated(model: Block, order: Tensor | None) -> Calibration:
     """What is measured on a model whose channels are in that order."""
     return Calibration(
-        {"norm": torch.ones(4)}, order=order, channels=channel_statistics(model, SITES)
+        {"norm": torch.ones(4)}, order=order, channels=channel_statistics(model, NORMS)
     )
 
 

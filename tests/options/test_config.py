@@ -426,7 +426,8 @@ def test_config_survives_pickle_deepcopy_and_replace() -> None:
 
 def test_importing_the_module_leaves_inductor_alone() -> None:
     program = (
-        "import sys, torch; before = set(sys.modules); import mxnorm_pass.options.config as c; from mxnorm_pass.options import parse; "
+        "import sys, torch; before = set(sys.modules); "
+        "import mxnorm_pass.options.config as c; from mxnorm_pass.options import parse; "
         "c.MXNormConfig(modules={'a': {'p': 1}}).resolve('a'); parse.parse_options({'p': 1}); "
         "new = set(sys.modules) - before; "
         "assert not [m for m in new if m.startswith('torch')], new; "

@@ -39,7 +39,6 @@ from mxnorm_pass.errors import MXNormWarning
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 from mxnorm_pass.options.calibration import Calibration, architecture_hash
 from mxnorm_pass.options.channel_order import channel_statistics
-from mxnorm_pass.report.site import Site
 
 
 def calibrate(
@@ -176,8 +175,8 @@ def _channels(model: nn.Module, sites: Sequence[NormSite], fit: _Fit) -> dict[st
     found: dict[str, Tensor] = {}
     for site in sites:
         order = fit.orders.get(site.name)
-        described = Site(site.name, tuple(linear.name for linear in site.linears))
-        for name, statistic in channel_statistics(model, [described]).items():
+        linears = [linear.name for linear in site.linears]
+        for name, statistic in channel_statistics(model, {site.name: linears}).items():
             found[name] = statistic if order is None else statistic[order]
     return found
 

@@ -25,7 +25,7 @@ from mxnorm_pass.passes.before_autograd.provenance import (
 from mxnorm_pass.passes.before_autograd.scopes import Scope
 from mxnorm_pass.passes.before_autograd.substitution import Substitution, find_substitution
 from mxnorm_pass.passes.joint import Analysis, GraphFacts, analyze
-from mxnorm_pass.passes.match.fusion import Fusion, Refusal
+from mxnorm_pass.passes.match.fusion import Decision, Fusion
 from mxnorm_pass.passes.match.skip import Skip
 
 
@@ -120,14 +120,14 @@ def _substitutions(
     analysis: Analysis, provenance: Provenance
 ) -> tuple[Analysis, list[Substitution]]:
     """The estimates to put into Dynamo's graph; where there can be none the norm is refused."""
-    decided: list[Fusion | Refusal] = []
+    decided: list[Decision] = []
     accepted: list[Substitution] = []
-    for site in analysis.found:
-        if isinstance(site, Fusion) and site.estimator == "mxnorm":
-            found = find_substitution(site, provenance)
+    for decision in analysis.decisions:
+        if isinstance(decision, Fusion) and decision.estimator == "mxnorm":
+            found = find_substitution(decision, provenance)
             if isinstance(found, Skip):
-                site = site.refused(found)
+                decision = decision.refused(found)
             else:
                 accepted.append(found)
-        decided.append(site)
-    return replace(analysis, found=tuple(decided)), accepted
+        decided.append(decision)
+    return replace(analysis, decisions=tuple(decided)), accepted

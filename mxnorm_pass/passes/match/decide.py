@@ -13,7 +13,7 @@ from mxnorm_pass.graph.nodes import is_backward, same_size, tensor_of
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.match.casts.find import Cast, UnknownCast, find_casts
-from mxnorm_pass.passes.match.fusion import Fusion, Obstacle, Refusal
+from mxnorm_pass.passes.match.fusion import Decision, Fusion, Obstacle, Refusal
 from mxnorm_pass.passes.match.linears.consumer import (
     Consumer,
     casts_by_matmul,
@@ -46,7 +46,7 @@ class _Context:
     obstacle: Obstacle | None
 
 
-def find_sites(
+def decide(
     graph: fx.Graph,
     norms: Sequence[Norm],
     config: MXNormConfig,
@@ -54,7 +54,7 @@ def find_sites(
     tensor_subclass: str | None = None,
     differentiated: bool = False,
     obstacle: Obstacle | None = None,
-) -> list[Fusion | Refusal]:
+) -> list[Decision]:
     """One fusion or refusal per norm, LayerNorms included, in graph order. Changes nothing.
 
     Args:
@@ -74,9 +74,9 @@ def find_sites(
         differentiated=differentiated,
         obstacle=obstacle,
     )
-    sites = [_find_site(norm, context) for norm in norms if _counts(norm, context)]
-    sites += [_refuse_layer_norm(norm, config) for norm in find_layer_norms(graph)]
-    return list(_with_residual_adds(sorted(sites, key=_anchor)))
+    decisions = [_decide(norm, context) for norm in norms if _counts(norm, context)]
+    decisions += [_refuse_layer_norm(norm, config) for norm in find_layer_norms(graph)]
+    return list(_with_residual_adds(sorted(decisions, key=_anchor)))
 
 
 def _counts(norm: Norm, context: _Context) -> bool:
@@ -84,21 +84,21 @@ def _counts(norm: Norm, context: _Context) -> bool:
     return norm.is_rms_norm or feeds_linear_or_cast(norm.output, context.casts, context.unknown)
 
 
-def _with_residual_adds(sites: Iterable[Fusion | Refusal]) -> Iterator[Fusion | Refusal]:
+def _with_residual_adds(decisions: Iterable[Decision]) -> Iterator[Decision]:
     """Give each fusion the add in front of it; of several norms of one sum the first gets it."""
     taken: set[fx.Node] = set()
-    for site in sites:
-        if isinstance(site, Fusion):
-            gain = site.norm.gain
-            add = residual_add(site.norm, [gain] if gain is not None else [], taken)
+    for decision in decisions:
+        if isinstance(decision, Fusion):
+            gain = decision.norm.gain
+            add = residual_add(decision.norm, [gain] if gain is not None else [], taken)
             if add is not None:
                 taken.add(add)
-                site = replace(site, residual=add)
-        yield site
+                decision = replace(decision, residual=add)
+        yield decision
 
 
-def _anchor(site: Fusion | Refusal) -> fx.Node:
-    return site.norm.anchor if isinstance(site, Fusion) else site.anchor
+def _anchor(decision: Decision) -> fx.Node:
+    return decision.norm.anchor if isinstance(decision, Fusion) else decision.anchor
 
 
 def _refuse_layer_norm(norm: LayerNorm, config: MXNormConfig) -> Refusal:
@@ -112,7 +112,7 @@ def _turned_off(name: str) -> Skip:
     return Skip(SkipReason.DISABLED, f"modules turns {name!r} off")
 
 
-def _find_site(norm: Norm, context: _Context) -> Fusion | Refusal:
+def _decide(norm: Norm, context: _Context) -> Decision:
     resolved = context.config.resolve(norm.name)
     read_by = readers(norm.output, context.casts)
     found = _consumers(norm, read_by, context)

@@ -126,6 +126,9 @@ class Refusal:
         )
 
 
+Decision = Fusion | Refusal
+
+
 @dataclass(frozen=True)
 class Obstacle:
     """Why no norm of a graph may be rewritten.

@@ -9,7 +9,7 @@ from torch import fx
 from mxnorm_pass import ops
 from mxnorm_pass.graph.modules import module_path
 from mxnorm_pass.graph.nodes import forward_users, is_backward, is_view
-from mxnorm_pass.passes.match.fusion import Fusion, Refusal
+from mxnorm_pass.passes.match.fusion import Decision, Fusion, Refusal
 from mxnorm_pass.passes.match.linears.readers import CastIndex, readers
 from mxnorm_pass.passes.match.norms.find import Norm
 from mxnorm_pass.report.snapshot import Snapshot
@@ -23,7 +23,25 @@ _MAX_WEIGHT_NODES = 64
 _MAX_MODULE_NODES = 64
 
 
-def parts_of_fusion(fusion: Fusion, before: Snapshot) -> Iterator[tuple[fx.Node, str]]:
+def parts_of(decision: Decision, norms: Iterable[Norm], before: Snapshot) -> dict[fx.Node, str]:
+    """The nodes that belong to a norm, with the part that each is of it.
+
+    Args:
+        norms: of the graph.
+        before: the graph as it came in.
+    """
+    if isinstance(decision, Fusion):
+        return dict(_parts_of_fusion(decision, before))
+    norm = next((norm for norm in norms if norm.anchor is decision.anchor), None)
+    return dict(_parts_of_refusal(decision, norm))
+
+
+def parts_of_created(nodes: Iterable[fx.Node], fusion: Fusion) -> dict[fx.Node, str]:
+    """The same of the nodes that the rewrite of a fusion has put into the graph."""
+    return {node: _part_of_created(node, fusion) for node in nodes}
+
+
+def _parts_of_fusion(fusion: Fusion, before: Snapshot) -> Iterator[tuple[fx.Node, str]]:
     """The nodes of the site with the part that each belongs to; what comes last holds."""
     yield from _as("norm backward", _backward_of(fusion.norm))
     for transposed in fusion.transposed:
@@ -60,7 +78,7 @@ def _backward_of(norm: Norm) -> Iterator[fx.Node]:
     return iter(found)
 
 
-def parts_of_refusal(refusal: Refusal, norm: Norm | None) -> Iterator[tuple[fx.Node, str]]:
+def _parts_of_refusal(refusal: Refusal, norm: Norm | None) -> Iterator[tuple[fx.Node, str]]:
     """The norm, and the views and dtype casts on the way to its readers."""
     if norm is None:
         yield from _as("norm", _same_module(refusal.anchor))
@@ -74,7 +92,7 @@ def _as(part: str, nodes: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, str]]:
     return ((node, part) for node in nodes)
 
 
-def part_of_created(node: fx.Node, fusion: Fusion) -> str:
+def _part_of_created(node: fx.Node, fusion: Fusion) -> str:
     if is_backward(node):
         return "norm backward"
     while is_free(node):
