@@ -40,7 +40,7 @@ from mxnorm_pass.passes.before_autograd.scopes import Scope, scopes_of
 from mxnorm_pass.passes.before_autograd.substitute import substitute
 from mxnorm_pass.passes.before_autograd.substitution import Substitution
 from mxnorm_pass.passes.joint import Analysis, GraphFacts
-from mxnorm_pass.passes.match.fusion import Obstacle
+from mxnorm_pass.passes.match.skip import Skip
 from mxnorm_pass.report.reason import SkipReason
 from mxnorm_pass.report.recording import StoredCompile
 from mxnorm_pass.report.site import PassResult
@@ -154,7 +154,7 @@ class CompileJob:
         self.plan_seconds = time.perf_counter() - start
 
     @cached_property
-    def _obstacle(self) -> Obstacle | None:
+    def _obstacle(self) -> Skip | None:
         return inner_derivative(self.scopes, self.differentiated)
 
     def facts(self, scope: Scope) -> GraphFacts:
@@ -285,8 +285,8 @@ def _needs_gradients(example_inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-_IN_A_BRANCH = Obstacle(
+_IN_A_BRANCH = Skip(
     SkipReason.BACKWARD,
     "the norm is in a branch or a loop, whose backward computes the forward anew",
-    "a norm outside of torch.cond, while_loop and their like",
+    expected="a norm outside of torch.cond, while_loop and their like",
 )

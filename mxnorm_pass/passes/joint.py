@@ -23,10 +23,11 @@ from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.garbage_collection import collector_paused
 from mxnorm_pass.passes.insert import insert_casts
 from mxnorm_pass.passes.match.decide import decide
-from mxnorm_pass.passes.match.fusion import Decision, Fusion, Obstacle, Refusal
+from mxnorm_pass.passes.match.fusion import Decision, Fusion, Refusal
 from mxnorm_pass.passes.match.linears.plain import linear_name
 from mxnorm_pass.passes.match.norms.find import Norm, find_norms
 from mxnorm_pass.passes.match.parts import parts_of, parts_of_created
+from mxnorm_pass.passes.match.skip import Skip
 from mxnorm_pass.passes.rewrite.estimate import expand_estimates
 from mxnorm_pass.passes.rewrite.fusion import rewrite
 from mxnorm_pass.report.reason import SkipReason
@@ -81,7 +82,7 @@ class GraphFacts:
     parameters: frozenset[int] = frozenset()
     weights: Mapping[Any, Weight] = field(default_factory=dict)
     differentiated: bool = False
-    obstacle: Obstacle | None = None
+    obstacle: Skip | None = None
 
 
 @collector_paused()

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from mxnorm_pass.passes.before_autograd.scopes import Scope, is_higher_order
-from mxnorm_pass.passes.match.fusion import Obstacle
+from mxnorm_pass.passes.match.skip import Skip
 from mxnorm_pass.report.reason import SkipReason
 
 _AUTOGRAD = frozenset({"torch.autograd", "torch.autograd.forward_ad", "torch.autograd.functional"})
@@ -22,7 +22,7 @@ _METHODS = frozenset({"backward"})
 _BATCHING = ("vmap", "batch_dim", "lazy_load_decompositions")
 
 
-def inner_derivative(scopes: Iterable[Scope], differentiated: bool) -> Obstacle | None:
+def inner_derivative(scopes: Iterable[Scope], differentiated: bool) -> Skip | None:
     """The refusal of a graph that takes derivatives itself, if it does.
 
     Args:
@@ -35,7 +35,7 @@ def inner_derivative(scopes: Iterable[Scope], differentiated: bool) -> Obstacle 
             what = "batched" if is_batching else "differentiated"
             detail = f"the graph is {what} inside of the compiled function ({name})"
             expected = "a forward that is differentiated outside of torch.compile alone"
-            return Obstacle(SkipReason.BACKWARD, detail, expected)
+            return Skip(SkipReason.BACKWARD, detail, expected=expected)
     return None
 
 

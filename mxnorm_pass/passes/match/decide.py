@@ -13,7 +13,7 @@ from mxnorm_pass.graph.nodes import is_backward, same_size, tensor_of
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.match.casts.find import Cast, UnknownCast, find_casts
-from mxnorm_pass.passes.match.fusion import Decision, Fusion, Obstacle, Refusal
+from mxnorm_pass.passes.match.fusion import Decision, Fusion, Refusal
 from mxnorm_pass.passes.match.linears.consumer import (
     Consumer,
     casts_by_matmul,
@@ -39,11 +39,11 @@ from mxnorm_pass.report.reason import SkipReason
 class _Context:
     casts: CastIndex
     by_matmul: dict[fx.Node, tuple[Cast, ...]]
-    unknown: dict[fx.Node, UnknownCast]
+    unknown: dict[fx.Node, Skip]
     config: MXNormConfig
     subclass: str | None
     differentiated: bool
-    obstacle: Obstacle | None
+    obstacle: Skip | None
 
 
 def decide(
@@ -53,7 +53,7 @@ def decide(
     *,
     tensor_subclass: str | None = None,
     differentiated: bool = False,
-    obstacle: Obstacle | None = None,
+    obstacle: Skip | None = None,
 ) -> list[Decision]:
     """One fusion or refusal per norm, LayerNorms included, in graph order. Changes nothing.
 
@@ -68,7 +68,7 @@ def decide(
     context = _Context(
         casts=CastIndex.of(known),
         by_matmul=casts_by_matmul(known),
-        unknown={c.source: c for c in casts if isinstance(c, UnknownCast)},
+        unknown={c.source: c.skip for c in casts if isinstance(c, UnknownCast)},
         config=config,
         subclass=tensor_subclass,
         differentiated=differentiated,
@@ -202,8 +202,7 @@ def _legality(
     if norm.problem is not None:
         return norm.problem
     if context.obstacle is not None:
-        obstacle = context.obstacle
-        return Skip(obstacle.reason, obstacle.detail, norm.anchor, obstacle.expected)
+        return replace(context.obstacle, node=norm.anchor)
     if found.escapes:
         return found.escapes[0]
     if not found.consumers:
@@ -244,9 +243,7 @@ def _no_cast(norm: Norm, context: _Context) -> Skip:
     read_by = readers(norm.output, CastIndex.of(()))
     for node in (norm.output, *chain.from_iterable((*r.path, r.node) for r in read_by)):
         if node in context.unknown:
-            unknown = context.unknown[node]
-            reason = SkipReason.CAST_NOT_RECOGNIZED
-            return Skip(reason, unknown.detail, unknown.node, unknown.expected)
+            return context.unknown[node]
     if norm.width % MX_BLOCK_SIZE:
         return _odd_width(norm, MX_BLOCK_SIZE)
     return no_cast(norm.output, read_by, context.config)

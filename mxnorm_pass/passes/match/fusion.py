@@ -18,7 +18,6 @@ from mxnorm_pass.passes.match.linears.consumer import Consumer
 from mxnorm_pass.passes.match.norms.find import Norm
 from mxnorm_pass.passes.match.skip import Skip
 from mxnorm_pass.passes.match.transposed_cast import TransposedCast
-from mxnorm_pass.report.reason import SkipReason
 from mxnorm_pass.report.site import Site
 
 
@@ -127,17 +126,3 @@ class Refusal:
 
 
 Decision = Fusion | Refusal
-
-
-@dataclass(frozen=True)
-class Obstacle:
-    """Why no norm of a graph may be rewritten.
-
-    Attributes:
-        reason: what each norm is refused with.
-        detail, expected: what was found, and what had to be, in words.
-    """
-
-    reason: SkipReason
-    detail: str
-    expected: str

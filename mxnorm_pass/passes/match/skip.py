@@ -1,4 +1,4 @@
-"""A refusal with its reason."""
+"""The one refusal: of a norm, of a cast that it reads, or of all norms of a graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Skip:
     Attributes:
         reason: the kind.
         detail: what was found, in words.
-        node: the first node at which the match failed.
+        node: the first node at which the match failed; None for a whole graph.
         expected: what had to stand there, in words; empty where nothing failed.
     """
 

@@ -29,6 +29,8 @@ from mxnorm_pass.numerics.formats import CAST_MODES, ELEMENT_FORMATS, MXFormat
 from mxnorm_pass.passes.match.casts.known_ops import CastOp, cast_op
 from mxnorm_pass.passes.match.casts.program import CONSTANTS
 from mxnorm_pass.passes.match.casts.recognize import recognize
+from mxnorm_pass.passes.match.skip import Skip
+from mxnorm_pass.report.reason import SkipReason
 
 _MAX_REGION = 200
 _HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
@@ -59,14 +61,11 @@ class UnknownCast:
 
     Attributes:
         source: what is cast.
-        node: where it fails to be one.
-        detail, expected: what stands there and what had to, in words.
+        skip: the refusal of a norm that it reads.
     """
 
     source: fx.Node
-    node: fx.Node
-    detail: str
-    expected: str
+    skip: Skip
 
 
 def find_casts(graph: fx.Graph, backward: bool = False) -> list[Cast | UnknownCast]:
@@ -135,11 +134,15 @@ def _own_cast(node: fx.Node) -> Cast:
     )
 
 
+def _unknown(source: fx.Node, node: fx.Node, detail: str, expected: str) -> UnknownCast:
+    return UnknownCast(source, Skip(SkipReason.CAST_NOT_RECOGNIZED, detail, node, expected))
+
+
 def _opaque_cast(node: fx.Node, op: CastOp) -> Cast | UnknownCast:
     outputs = {user.args[1]: user for user in node.users}
     values, scales = outputs.get(op.values), outputs.get(op.scales)
     if op.format is None or values is None or scales is None:
-        return UnknownCast(op.source, node, f"{op.name} is not known", "a known cast op")
+        return _unknown(op.source, node, f"{op.name} is not known", "a known cast op")
     return Cast(op.source, values, scales, op.format, frozenset((node, values, scales)))
 
 
@@ -148,16 +151,16 @@ def _match_region(values: fx.Node, region: _Region) -> Cast | UnknownCast:
     scales = _find_scales(region)
     if scales is None:
         detail = "no scale of one byte per block comes with the values"
-        return UnknownCast(blocks, values, detail, "E8M0 scales beside the values")
+        return _unknown(blocks, values, detail, "E8M0 scales beside the values")
     leak = _leak(region, scales)
     if leak is not None:
         detail = f"{leak} inside the cast is read from outside"
-        return UnknownCast(blocks, leak, detail, "values and scales as the cast's only results")
+        return _unknown(blocks, leak, detail, "values and scales as the cast's only results")
     nodes = (*region.nodes, *(n for n in scales.nodes if n not in region.nodes))
     fmt = recognize(blocks, nodes, values, scales.node)
     if fmt is None:
         detail = f"the cast to {values.name} matches no MX scale mode"
-        return UnknownCast(blocks, values, detail, f"the bits of {', '.join(CAST_MODES)}")
+        return _unknown(blocks, values, detail, f"the bits of {', '.join(CAST_MODES)}")
     last_values, last_scales = last_view(values), last_view(scales.node)
     return Cast(
         blocks, last_values, last_scales, fmt, frozenset((*nodes, last_values, last_scales))

@@ -27,7 +27,7 @@ def found(cast: Cast, dtype: torch.dtype) -> MXFormat | str:
     """What the pass takes the cast for; words where it is none."""
     (match,) = find_casts(make_fx(cast, tracing_mode="fake")(torch.ones(4, 64, dtype=dtype)).graph)
     if isinstance(match, UnknownCast):
-        return match.detail
+        return match.skip.detail
     assert isinstance(match, FoundCast)
     return match.format
 
