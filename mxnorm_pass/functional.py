@@ -10,6 +10,7 @@ Leading dimensions are free; blocks lie along the last one.
 from __future__ import annotations
 
 from mxnorm_pass.numerics.cast import mx_cast, mx_dequantize
+from mxnorm_pass.numerics.formats import BlockFormat, block_format
 from mxnorm_pass.numerics.layout import blocked_scales
 from mxnorm_pass.numerics.linear import mx_linear
 from mxnorm_pass.numerics.norm import inverse_rms, inverse_rms_vjp, mxnorm, mxnorm_vjp, normalize
@@ -17,6 +18,8 @@ from mxnorm_pass.numerics.norm_cast import mxnorm_cast, mxnorm_cast_both
 from mxnorm_pass.numerics.rms import rms_constant, rms_estimate
 
 __all__ = [
+    "BlockFormat",
+    "block_format",
     "blocked_scales",
     "inverse_rms",
     "inverse_rms_vjp",

@@ -132,7 +132,7 @@ class CompileJob:
         if stored is not None:
             self.differentiated = stored.differentiated
             self.plan = plan_from_json(stored.plan, self.scopes)
-        elif self.differentiated and self.config.estimates and not self._obstacle:
+        elif self.differentiated and self.config.estimates and self._obstacle is None:
             self._find_plan()
         for substitution in self.plan:
             substitute(substitution)

@@ -15,6 +15,7 @@ MAX_WIDTH = 65536
 # The constant's p-th power must stay in float32's range.
 MAX_P = 16.0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ELEMENTS = ("e4m3fn", "e5m2")
 _BLOCK_SIZES = (16, 32, 64, 128)
 # Ada and Hopper are the first chips that convert to float8.
 _MIN_CAPABILITY = (8, 9)
@@ -40,10 +41,13 @@ def uncovered(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | No
     width = x.shape[-1]
     if not isinstance(width, int) or width > MAX_WIDTH:
         return f"rows of {width} elements; a kernel takes at most {MAX_WIDTH}"
-    if spec.block_size not in _BLOCK_SIZES:
-        return f"block size {spec.block_size}; the kernels know {_BLOCK_SIZES}"
-    if spec.scale_mode not in SCALE_MODES:
-        return f"scale mode {spec.scale_mode!r}; the kernels know {', '.join(SCALE_MODES)}"
+    fmt = spec.format
+    if fmt.element.name not in ELEMENTS:
+        return f"elements {fmt.element.name}; the kernels know {', '.join(ELEMENTS)}"
+    if fmt.block_size not in _BLOCK_SIZES:
+        return f"block size {fmt.block_size}; the kernels know {_BLOCK_SIZES}"
+    if fmt.scale_mode not in SCALE_MODES:
+        return f"scale mode {fmt.scale_mode!r}; the kernels know {', '.join(SCALE_MODES)}"
     if spec.estimator == "mxnorm" and spec.p > MAX_P:
         return f"p = {spec.p}; the kernels take p up to {MAX_P}"
     if isinstance(x.numel(), int) and x.numel() == 0:
@@ -53,8 +57,8 @@ def uncovered(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | No
 
 def uncovered_both(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | None:
     """The same for the kernel that casts in both directions."""
-    if spec.block_size != 32:
-        return f"block size {spec.block_size}; casting in both directions takes 32"
+    if spec.format.block_size != 32:
+        return f"block size {spec.format.block_size}; casting in both directions takes 32"
     if math.prod(x.shape[:-1]) % 32 != 0:
         return f"{math.prod(x.shape[:-1])} rows, which 32 does not divide"
     return uncovered(x, spec, *others)

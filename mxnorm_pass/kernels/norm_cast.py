@@ -48,6 +48,7 @@ def norm_cast_kernel(
     ELEM_DTYPE: tl.constexpr,
     MAX_EXPONENT: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
+    MAX_MANTISSA: tl.constexpr,
     NORM_DTYPE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr,
@@ -65,7 +66,8 @@ def norm_cast_kernel(
         tl.program_id(0), x_ptr, residual_ptr, weight_ptr, block_weights_ptr, total_ptr,
         values_ptr, scales_ptr, rho_ptr, None, dequantized_ptr, rows, x_stride, residual_stride,
         D, BLOCK, ROWS, TILE_K, CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE, ELEM_DTYPE,
-        MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE,
+        MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE,
+        TOTAL_DTYPE,
         BLOCKED_SCALES, "",
     )  # fmt: skip
 
@@ -77,7 +79,8 @@ def cast_rows(
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr,
     CHUNKS: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr, P: tl.constexpr,
     FACTOR: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr, ELEM_DTYPE: tl.constexpr,
-    MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, NORM_DTYPE: tl.constexpr,
+    MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, MAX_MANTISSA: tl.constexpr,
+    NORM_DTYPE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr,
     BLOCKED_SCALES: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +125,7 @@ def cast_rows(
             weight = widen(gain)
         elements, exponent = norm_and_cast(
             x, rho, weight, EXACT, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE,
-            MODE, ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS,
+            MODE, ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA,
         )  # fmt: skip
         if values_ptr is not None:
             store_rows(values_ptr, elements, row, k, rows, D, BLOCK)
@@ -146,6 +149,7 @@ def norm_and_cast(
     ELEM_DTYPE: tl.constexpr,
     MAX_EXPONENT: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
+    MAX_MANTISSA: tl.constexpr,
 ):
     """float8 elements [ROWS, K, B] and int32 exponents [ROWS, K] of rows x with inverse RMS rho."""
     rho = rho[:, None]
@@ -160,7 +164,7 @@ def norm_and_cast(
     else:
         y = x * rho[:, :, None] * weight
         absmax = absmax_bits(y, 2)
-    return cast_blocks(y, absmax, 2, MODE, ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS)
+    return cast_blocks(y, absmax, 2, MODE, ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA)
 
 
 @triton.jit

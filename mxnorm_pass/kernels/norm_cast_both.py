@@ -33,6 +33,7 @@ def norm_cast_both_kernel(
     D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr,
     P: tl.constexpr, FACTOR: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr,
     ELEM_DTYPE: tl.constexpr, MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+    MAX_MANTISSA: tl.constexpr,
     NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr,
     TOTAL_DTYPE: tl.constexpr, BLOCKED_SCALES: tl.constexpr, GAIN_IN_ROWS: tl.constexpr,
     ROWS: tl.constexpr, TILE_K: tl.constexpr, CHUNKS: tl.constexpr, R: tl.constexpr,
@@ -57,7 +58,8 @@ def norm_cast_both_kernel(
         cast_columns(
             x_ptr, residual_ptr, weight_ptr, words_ptr, values_t_ptr, scales_t_ptr,
             columns // ACROSS * R, columns % ACROSS * C, row_blocks, x_stride,
-            residual_stride, D, MODE, MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE,
+            residual_stride, D, MODE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA, NORM_DTYPE,
+            PRODUCT_DTYPE,
             OUT_DTYPE, TOTAL_DTYPE, R, C,
         )  # fmt: skip
     else:
@@ -76,7 +78,8 @@ def norm_cast_both_kernel(
             row_program, x_ptr, residual_ptr, row_weight_ptr, block_weights_ptr, total_ptr,
             values_ptr, scales_ptr, rho_ptr, words_ptr, dequantized_ptr, rows, x_stride,
             residual_stride, D, BLOCK, ROWS, TILE_K, CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE,
-            ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE,
+            ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA, NORM_DTYPE, PRODUCT_DTYPE,
+            OUT_DTYPE,
             TOTAL_DTYPE, BLOCKED_SCALES,
             "evict_last",
         )  # fmt: skip
@@ -126,7 +129,8 @@ def prefetch_rows(ptr, offset, D: tl.constexpr):
 def cast_columns(
     x_ptr, residual_ptr, weight_ptr, words_ptr, values_ptr, scales_ptr, row, column, row_blocks,
     x_stride, residual_stride, D: tl.constexpr, MODE: tl.constexpr, MAX_EXPONENT: tl.constexpr,
-    MANTISSA_BITS: tl.constexpr, NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr, MAX_MANTISSA: tl.constexpr, NORM_DTYPE: tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +151,7 @@ def cast_columns(
         y = tl.load(like_values, row_blocks < 0, y)
     y = tl.reshape(y, [C, R // 32, 32])
     values, exponent = cast_blocks(
-        y, absmax_bits(y, 2), 2, MODE, elem_dtype, MAX_EXPONENT, MANTISSA_BITS
+        y, absmax_bits(y, 2), 2, MODE, elem_dtype, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA
     )
     inside = column + c < D
     values = tl.reshape(values, [C, R])
@@ -259,7 +263,7 @@ def norm_cast_both(
     read = [x] if residual is None else [x, residual]
     config = config or configuration(width, width * sum(t.element_size() for t in read))
     rows = Rows.of(x, weight, block_weights, spec, residual, dequantize)
-    values_t = x.new_empty((width, rows.count), dtype=spec.elem_dtype)
+    values_t = x.new_empty((width, rows.count), dtype=spec.format.elem_dtype)
     scales_t = x.new_empty((width, rows.count // 32), dtype=torch.uint8)
     groups = (rows.count + config.height - 1) // config.height
     programs = config.height // config.rows.rows + (width + config.columns - 1) // config.columns

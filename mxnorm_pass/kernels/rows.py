@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mxnorm_pass.numerics.formats import element_format
 from mxnorm_pass.numerics.layout import blocked_scales_shape
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 from mxnorm_pass.numerics.rms import rms_constant
@@ -88,7 +87,7 @@ class Rows:
         if dequantize is not None:
             dequantized = x.new_empty(x.shape, dtype=dequantize)
         else:
-            values = x.new_empty(x.shape, dtype=spec.elem_dtype)
+            values = x.new_empty(x.shape, dtype=spec.format.elem_dtype)
             scales = x.new_empty(scales_shape(x, spec), dtype=torch.uint8)
         rho = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
         weight = None if weight is None else weight.contiguous()
@@ -112,7 +111,7 @@ class Rows:
 
 
 def tile_blocks(width: int, spec: NormCastSpec, config: Config) -> int:
-    blocks: int = triton.next_power_of_2(width // spec.block_size) // config.chunks
+    blocks: int = triton.next_power_of_2(width // spec.format.block_size) // config.chunks
     # The blocked layout is padded to 4 blocks.
     return max(blocks, 4) if spec.scale_layout == "blocked" else blocks
 
@@ -124,7 +123,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def scales_shape(x: Tensor, spec: NormCastSpec) -> tuple[int, ...]:
-    shape = (*x.shape[:-1], x.shape[-1] // spec.block_size)
+    shape = (*x.shape[:-1], x.shape[-1] // spec.format.block_size)
     return blocked_scales_shape(shape) if spec.scale_layout == "blocked" else shape
 
 
@@ -136,8 +135,8 @@ def statistic_factors(
         return 1.0 / width, 1.0
     if block_weights is not None:
         return 1.0, 1.0
-    blocks = width // spec.block_size
-    c = rms_constant(spec.p, spec.block_size)
+    blocks = width // spec.format.block_size
+    c = rms_constant(spec.p, spec.format.block_size)
     if spec.p in (1, 2):
         return 1.0 / (blocks * c**spec.p), 1.0
     return 1.0 / blocks, 1.0 / c
@@ -151,23 +150,24 @@ def constants(
     total_dtype: torch.dtype,
 ) -> dict[str, Any]:
     """What all kernels are specialised on."""
-    elem = element_format(spec.elem_dtype)
+    elem = spec.format.element
     norm_dtype = spec.norm_dtype or torch.float32
     product = norm_dtype if weight is None else torch.promote_types(norm_dtype, weight.dtype)
     exact = spec.estimator == "exact"
     factor, scale = statistic_factors(spec, width, block_weights)
     return {
         "D": width,
-        "BLOCK": spec.block_size,
+        "BLOCK": spec.format.block_size,
         "EXACT": exact,
         "P": 2.0 if exact else float(spec.p),
         "EPS": spec.eps,
         "FACTOR": factor,
         "SCALE": scale,
-        "MODE": spec.scale_mode,
-        "ELEM_DTYPE": TRITON_DTYPES[spec.elem_dtype],
+        "MODE": spec.format.scale_mode,
+        "ELEM_DTYPE": TRITON_DTYPES[elem.dtype],
         "MAX_EXPONENT": elem.max_exponent,
         "MANTISSA_BITS": elem.mantissa_bits,
+        "MAX_MANTISSA": elem.max_mantissa,
         "NORM_DTYPE": TRITON_DTYPES[norm_dtype],
         "PRODUCT_DTYPE": TRITON_DTYPES[product],
         "OUT_DTYPE": TRITON_DTYPES[spec.out_dtype],

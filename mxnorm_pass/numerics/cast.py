@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,73 +12,89 @@ from mxnorm_pass.numerics.formats import (
     F32_MANTISSA_BITS,
     F32_SMALLEST_NORMAL,
     MX_BLOCK_SIZE,
-    CastMode,
-    element_format,
+    BlockFormat,
+    block_format,
 )
 from mxnorm_pass.numerics.layout import block_size_of, blocked_scales_shape
 from mxnorm_pass.numerics.rms import blocks
 
 
-def cast_elements(
-    x: Tensor, exponent: Tensor, elem_dtype: torch.dtype, scale_mode: CastMode
-) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A tensor in a block format.
+
+    Attributes:
+        values: [..., D], the elements.
+        scales: [..., K], row-major, or in another layout where a function says so.
+        tensor_scale: [] float32, of formats with two levels of scaling; None of others.
+    """
+
+    values: Tensor
+    scales: Tensor
+    tensor_scale: Tensor | None = None
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """values * scales in ``dtype``, of scales that are known to be row-major."""
+        block_size = block_size_of(self.values.shape, self.scales.shape)
+        in_blocks = self.values.to(dtype).reshape(*self.scales.shape, block_size)
+        scale = e8m0_to_float(self.scales).to(dtype).unsqueeze(-1)
+        return (in_blocks * scale).reshape(self.values.shape)
+
+
+@torch.no_grad()
+def quantize(x: Tensor, fmt: BlockFormat) -> Quantized:
+    """Cast [..., D], float32, bfloat16 or float16, along the last dimension."""
+    in_blocks = blocks(x, fmt.block_size)
+    absmax = in_blocks.abs().amax(-1, keepdim=True).to(torch.float32)
+    return cast_blocks(in_blocks.to(torch.float32), absmax, fmt)
+
+
+def cast_blocks(in_blocks: Tensor, absmax: Tensor, fmt: BlockFormat) -> Quantized:
+    """Cast blocks [..., K, B] in float32 under the scales that their absmaxes [..., K, 1] give."""
+    exponent = e8m0_exponent(absmax, fmt)
+    values = cast_elements(in_blocks, exponent, fmt).flatten(-2)
+    return Quantized(values, exponent.squeeze(-1).view(fmt.scale_dtype))
+
+
+def cast_elements(x: Tensor, exponent: Tensor, fmt: BlockFormat) -> Tensor:
     """Divide by the shared scale, saturate, and round to the element type.
 
     Args:
         x: float32, blocks along the last dimension.
         exponent: uint8 biased E8M0 exponents, broadcastable to ``x``.
-        elem_dtype: target element type.
-        scale_mode: the mode that made ``exponent`` (it decides how the smallest and largest
-            scales, which float32 cannot divide by exactly, are treated).
+        fmt: its scale mode made ``exponent`` (it decides how the smallest and largest scales,
+            which float32 cannot divide by exactly, are treated).
 
     Returns:
-        ``elem_dtype`` tensor of ``x``'s shape. Finite values saturate; NaN stays NaN.
+        Elements of ``x``'s shape. Finite values saturate; NaN stays NaN.
     """
-    limit = element_format(elem_dtype).max
-    if scale_mode in ("rceil", "rceil-log2"):
+    limit = fmt.element.max
+    if fmt.scale_mode in ("rceil", "rceil-log2"):
         scaled = x * rceil_reciprocal(exponent)
     else:
         scale = (exponent.to(torch.int32) << F32_MANTISSA_BITS).view(torch.float32)
         scaled = x / scale.clamp(min=F32_SMALLEST_NORMAL)
     # Clamp first: float32 -> float8_e4m3fn overflows to NaN on CPU before torch 2.13.
-    return scaled.clamp(-limit, limit).to(elem_dtype)
+    return scaled.clamp(-limit, limit).to(fmt.elem_dtype)
 
 
-def dequantize_blocks(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """``functional.mx_dequantize`` of scales that are known to be row-major."""
-    blocks = values.to(dtype).reshape(*scales.shape, block_size_of(values.shape, scales.shape))
-    return (blocks * e8m0_to_float(scales).to(dtype).unsqueeze(-1)).reshape(values.shape)
-
-
-@torch.no_grad()
-def mx_cast(
-    x: Tensor,
-    *,
-    elem_dtype: torch.dtype = torch.float8_e4m3fn,
-    scale_mode: CastMode = "rceil",
-    block_size: int = 32,
-) -> tuple[Tensor, Tensor]:
+def mx_cast(x: Tensor, format: BlockFormat | str = "mxfp8") -> tuple[Tensor, Tensor]:
     """Cast to an MX format along the last dimension.
 
     Args:
         x: [..., D], float32, bfloat16 or float16.
+        format: a :class:`BlockFormat` or the name of one, see :func:`block_format`.
 
     Returns:
-        values [..., D] of ``elem_dtype`` and scales [..., K] of ``torch.float8_e8m0fnu``.
+        values [..., D] of the format's ``elem_dtype`` and scales [..., K] of its ``scale_dtype``.
         Equal to torchao's ``to_mx`` bit for bit, but for the sign of NaN; its RCEIL of float32
         is "rceil-log2" (see :func:`mxnorm_pass.numerics.e8m0.e8m0_exponent`).
+
+    Raises:
+        ValueError: no such format, or D is not divisible by its block size.
     """
-    in_blocks = blocks(x, block_size)
-    absmax = in_blocks.abs().amax(-1, keepdim=True).to(torch.float32)
-    return cast_blocks(x, in_blocks.to(torch.float32), absmax, elem_dtype, scale_mode)
-
-
-def cast_blocks(
-    like: Tensor, in_blocks: Tensor, absmax: Tensor, elem_dtype: torch.dtype, mode: CastMode
-) -> tuple[Tensor, Tensor]:
-    exponent = e8m0_exponent(absmax, elem_dtype, mode)
-    values = cast_elements(in_blocks, exponent, elem_dtype, mode).reshape(like.shape)
-    return values, exponent.squeeze(-1).view(torch.float8_e8m0fnu)
+    quantized = quantize(x, block_format(format))
+    return quantized.values, quantized.scales
 
 
 @torch.no_grad()
@@ -113,4 +131,4 @@ def mx_dequantize(
             )
     if block_size is not None and inferred != block_size:
         raise ValueError(f"block_size is {block_size}, but scales has one per {inferred} values")
-    return dequantize_blocks(values, scales, dtype)
+    return Quantized(values, scales).dequantize(dtype)

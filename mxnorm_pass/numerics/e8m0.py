@@ -13,39 +13,27 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from mxnorm_pass.numerics.formats import (
-    CAST_MODES,
-    F32_MANTISSA_BITS,
-    F32_MANTISSA_MASK,
-    CastMode,
-    element_format,
-)
+from mxnorm_pass.numerics.formats import F32_MANTISSA_BITS, F32_MANTISSA_MASK, BlockFormat
 
 E8M0_BIAS: Final = 127
 E8M0_LARGEST: Final = 254
 E8M0_NAN: Final = 255
 
 
-def e8m0_exponent(absmax: Tensor, elem_dtype: torch.dtype, scale_mode: CastMode) -> Tensor:
+def e8m0_exponent(absmax: Tensor, fmt: BlockFormat) -> Tensor:
     """Biased E8M0 exponent of each block's shared scale.
 
     Args:
         absmax: float32, non-negative or NaN, any shape.
-        elem_dtype: element type that the scale must fit.
-        scale_mode: "floor" (OCP MX v1.0 section 6.3), "ceil", "even" (absmax rounded to the
-            element's mantissa first), "rceil" (cuBLAS block scaling: the smallest power of two
-            that is not below absmax / max, exactly), or "rceil-log2" (torchao's emulation of it:
-            float32's log2 may round a quotient just above a power of two down to it).
+        fmt: its scale mode is "floor" (OCP MX v1.0 section 6.3), "ceil", "even" (absmax rounded
+            to the element's mantissa first), "rceil" (cuBLAS block scaling: the smallest power of
+            two that is not below absmax / max, exactly), or "rceil-log2" (torchao's emulation of
+            it: float32's log2 may round a quotient just above a power of two down to it).
 
     Returns:
         uint8 of ``absmax``'s shape; 255 encodes NaN.
-
-    Raises:
-        ValueError: ``elem_dtype`` or ``scale_mode`` is unknown.
     """
-    elem = element_format(elem_dtype)
-    if scale_mode not in CAST_MODES:
-        raise ValueError(f"scale_mode is {scale_mode!r}; allowed: {', '.join(CAST_MODES)}")
+    elem, scale_mode = fmt.element, fmt.scale_mode
     if scale_mode == "rceil-log2":
         return _log2_exponent(absmax / elem.max)
     bits = absmax.view(torch.int32)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxnorm_pass.numerics.cast import dequantize_blocks, mx_cast
-from mxnorm_pass.numerics.formats import CastMode
+from mxnorm_pass.numerics.cast import Quantized, quantize
+from mxnorm_pass.numerics.formats import BlockFormat, block_format
 
 
 class _MXLinear(torch.autograd.Function):
@@ -21,13 +21,13 @@ class _MXLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        quantized_x: tuple[Tensor, Tensor],
-        quantized_weight: tuple[Tensor, Tensor],
+        quantized_x: Quantized,
+        quantized_weight: Quantized,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        activation = dequantize_blocks(*quantized_x, x.dtype)
-        return F.linear(activation, dequantize_blocks(*quantized_weight, weight.dtype), bias)
+        activation = quantized_x.dequantize(x.dtype)
+        return F.linear(activation, quantized_weight.dequantize(weight.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -47,9 +47,7 @@ def mx_linear(
     *,
     quantized: tuple[Tensor, Tensor] | None = None,
     gain: Tensor | None = None,
-    elem_dtype: torch.dtype = torch.float8_e4m3fn,
-    scale_mode: CastMode = "rceil",
-    block_size: int = 32,
+    format: BlockFormat | str = "mxfp8",
 ) -> Tensor:
     """Linear layer on MX-cast operands; the backward's matmuls stay in high precision.
 
@@ -58,7 +56,7 @@ def mx_linear(
         weight: [N, D], the high-precision weight.
         bias: [N] or None.
         quantized: (values, scales) of the activation where they come from somewhere else than
-            the cast of ``x``, above all from :func:`mxnorm_cast`.
+            ``x``, above all from :func:`mxnorm_cast`.
         gain: [D], the norm's gain to fold into the weight before its cast (paper, section 3:
             H = MXNorm(X) MXCast(W diag gain)^T). ``x`` must then include the gain and
             ``quantized`` must not.
@@ -66,13 +64,11 @@ def mx_linear(
     Returns:
         [..., N] of ``x``'s dtype; differentiable once in x, weight and bias.
     """
-    options: dict[str, Any] = {
-        "elem_dtype": elem_dtype, "scale_mode": scale_mode, "block_size": block_size
-    }  # fmt: skip
+    fmt = block_format(format)
     source = weight.detach()
     if gain is not None:
         source = source.to(torch.float32) * gain.detach().to(torch.float32)
-    activation = quantized if quantized is not None else mx_cast(x, **options)
-    quantized_weight = mx_cast(source, **options)
+    activation = quantize(x, fmt) if quantized is None else Quantized(*quantized)
+    quantized_weight = quantize(source, fmt)
     y: Tensor = _MXLinear.apply(x, weight, bias, activation, quantized_weight)  # type: ignore[no-untyped-call]
     return y

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from mxnorm_pass.numerics.cast import cast_blocks, mx_cast
+from mxnorm_pass.numerics.cast import Quantized, cast_blocks, mx_cast, quantize
 from mxnorm_pass.numerics.checks import check_choice
-from mxnorm_pass.numerics.formats import CastMode
+from mxnorm_pass.numerics.formats import BlockFormat, block_format
 from mxnorm_pass.numerics.layout import ScaleLayout, blocked_scales
 from mxnorm_pass.numerics.norm import normalize
 from mxnorm_pass.numerics.rms import (
@@ -22,6 +22,40 @@ from mxnorm_pass.numerics.rms import (
 )
 
 
+@dataclass(frozen=True)
+class NormCastSpec:
+    """What one fused norm and cast computes: the options of :func:`mxnorm_cast`.
+
+    Attributes:
+        norm_dtype: dtype to which x / rms is rounded before the gain; None: float32.
+        out_dtype: dtype to which the norm's output is rounded before the cast. Both count where
+            ``estimator`` is "exact", and for the cast along T.
+        scale_layout: "row-major", or "blocked" as in ``layout.blocked_scales``.
+    """
+
+    eps: float
+    estimator: Estimator
+    p: float
+    format: BlockFormat
+    norm_dtype: torch.dtype | None
+    out_dtype: torch.dtype
+    scale_layout: ScaleLayout
+
+    @classmethod
+    def of_arguments(cls, *arguments: Any) -> NormCastSpec:
+        """Of an op's arguments, which name the format."""
+        spec = cls(*arguments)
+        return replace(spec, format=block_format(spec.format))
+
+    def arguments(self) -> tuple[Any, ...]:
+        """For an op."""
+        return tuple(replace(self, format=self.format.name).keywords().values())  # type: ignore[arg-type]
+
+    def keywords(self) -> dict[str, Any]:
+        """For :func:`mxnorm_cast`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
 @torch.no_grad()
 def mxnorm_cast(
     x: Tensor,
@@ -29,11 +63,9 @@ def mxnorm_cast(
     *,
     eps: float,
     p: float = 2.0,
-    block_size: int = 32,
+    format: BlockFormat | str = "mxfp8",
     block_weights: Tensor | None = None,
     estimator: Estimator = "mxnorm",
-    elem_dtype: torch.dtype = torch.float8_e4m3fn,
-    scale_mode: CastMode = "rceil",
     norm_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
     scale_layout: ScaleLayout = "row-major",
@@ -41,7 +73,7 @@ def mxnorm_cast(
     """Norm and MX cast in one: the op that the rewritten graph calls.
 
     With ``estimator="mxnorm"`` the block absmaxes of ``x`` give rho~, and rho~ x weight goes to
-    ``elem_dtype`` with no rounding in between; ``norm_dtype`` and ``out_dtype`` play no part.
+    the elements with no rounding in between; ``norm_dtype`` and ``out_dtype`` play no part.
     Without ``weight`` the absmaxes times rho~ also give the scales.
     With "exact" the norm is rounded to ``norm_dtype`` and ``out_dtype`` as in :func:`mxnorm`,
     then cast, so that it equals the two steps bit for bit.
@@ -49,6 +81,7 @@ def mxnorm_cast(
     Args:
         x: [..., D], float32, bfloat16 or float16.
         weight: [D] or None.
+        format: a :class:`BlockFormat` or the name of one.
         block_weights: see :func:`rms_estimate`.
         scale_layout: "row-major", or "blocked" as in :func:`blocked_scales`.
 
@@ -58,26 +91,31 @@ def mxnorm_cast(
     """
     check_choice("estimator", estimator, get_args(Estimator))
     check_choice("scale_layout", scale_layout, get_args(ScaleLayout))
+    fmt = block_format(format)
     x32 = x.to(torch.float32)
     if estimator == "exact":
-        rho = torch.rsqrt(mean_square(x32, estimator, p, block_size, block_weights) + eps)
+        rho = torch.rsqrt(mean_square(x32, estimator, p, fmt.block_size, block_weights) + eps)
         y = normalize(x32, rho, weight, norm_dtype, out_dtype or x.dtype)
-        values, scales = mx_cast(
-            y, elem_dtype=elem_dtype, scale_mode=scale_mode, block_size=block_size
-        )
-        return values, _lay_out(scales, scale_layout), rho
-    absmax = block_absmax(x32, block_size)
-    rho = torch.rsqrt(mean_square_from_absmax(absmax, p, block_size, block_weights) + eps)
-    y = x32 * rho
-    # |x| rho is monotonic in |x|, so without a gain the blocks' maxima are at hand.
-    absmax = absmax * rho
+        quantized = quantize(y, fmt)
+    else:
+        absmax = block_absmax(x32, fmt.block_size)
+        square = mean_square_from_absmax(absmax, p, fmt.block_size, block_weights)
+        rho = torch.rsqrt(square + eps)
+        quantized = _cast_normalized(x32 * rho, absmax * rho, weight, fmt)
+    return quantized.values, _lay_out(quantized.scales, scale_layout), rho
+
+
+def _cast_normalized(
+    y: Tensor, absmax: Tensor, weight: Tensor | None, fmt: BlockFormat
+) -> Quantized:
+    """Cast rows [..., D] times the gain, given the blocks' maxima without it.
+
+    |x| rho is monotonic in |x|, so without a gain these are at hand.
+    """
     if weight is not None:
         y = y * weight.to(torch.float32)
-        absmax = block_absmax(y, block_size)
-    values, scales = cast_blocks(
-        x, blocks(y, block_size), absmax.unsqueeze(-1), elem_dtype, scale_mode
-    )
-    return values, _lay_out(scales, scale_layout), rho
+        absmax = block_absmax(y, fmt.block_size)
+    return cast_blocks(blocks(y, fmt.block_size), absmax.unsqueeze(-1), fmt)
 
 
 @torch.no_grad()
@@ -86,11 +124,9 @@ def mxnorm_cast_both(
     weight: Tensor | None = None,
     *,
     gain_in_rows: bool = True,
-    elem_dtype: torch.dtype = torch.float8_e4m3fn,
-    scale_mode: CastMode = "rceil",
+    format: BlockFormat | str = "mxfp8",
     norm_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
-    block_size: int = 32,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`mxnorm_cast` and the cast of the normalised rows along T, from one rho.
@@ -98,56 +134,27 @@ def mxnorm_cast_both(
     The forward of a training step multiplies blocks along D, the weight gradient blocks along T.
 
     Args:
-        x: [..., D]; T, the product of the leading dimensions, divisible by ``block_size``.
+        x: [..., D]; T, the product of the leading dimensions, divisible by the block size.
         gain_in_rows: does the cast along D include the gain? A folded gain does not belong there.
         options: the other keywords of :func:`mxnorm_cast`.
 
     Returns:
         values, scales and rho of :func:`mxnorm_cast`, then values [D, T] and scales
-        [D, T / block_size] of :func:`mxnorm`'s output, gain included, in its rounding.
+        [D, T / block size] of :func:`mxnorm`'s output, gain included, in its rounding.
     """
-    cast: dict[str, Any] = {
-        "elem_dtype": elem_dtype, "scale_mode": scale_mode, "block_size": block_size
-    }  # fmt: skip
-    rounding = (norm_dtype, out_dtype or x.dtype)
     in_rows = mxnorm_cast(
         x,
         weight if gain_in_rows else None,
+        format=format,
         norm_dtype=norm_dtype,
         out_dtype=out_dtype,
-        **cast,
         **options,
     )
-    y = normalize(x, in_rows[2], weight, *rounding).reshape(-1, x.shape[-1])
-    return *in_rows, *mx_cast(y.t().contiguous(), **cast)
+    y = normalize(x, in_rows[2], weight, norm_dtype, out_dtype or x.dtype)
+    return *in_rows, *mx_cast(y.reshape(-1, x.shape[-1]).t().contiguous(), format)
 
 
 def _lay_out(scales: Tensor, layout: ScaleLayout) -> Tensor:
     if layout == "row-major":
         return scales
-    return blocked_scales(scales.view(torch.uint8)).view(torch.float8_e8m0fnu)
-
-
-@dataclass(frozen=True)
-class NormCastSpec:
-    """Options of ``functional.mxnorm_cast``, in the order of the ops' arguments.
-
-    Attributes:
-        norm_dtype: dtype to which x / rms is rounded before the gain; None: float32.
-        out_dtype: dtype to which the norm's output is rounded before the cast. Both count where
-            ``estimator`` is "exact", and for the cast along T.
-        scale_layout: "row-major", or "blocked" as in ``formats.blocked_scales``.
-    """
-
-    eps: float
-    estimator: Estimator
-    p: float
-    block_size: int
-    elem_dtype: torch.dtype
-    scale_mode: CastMode
-    norm_dtype: torch.dtype | None
-    out_dtype: torch.dtype
-    scale_layout: ScaleLayout
-
-    def keywords(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+    return blocked_scales(scales.view(torch.uint8)).view(scales.dtype)

@@ -38,9 +38,13 @@ class NormCastCall:
             residual=given.get("residual"),
             weight=given["weight"],
             block_weights=given["block_weights"],
-            spec=NormCastSpec(**{f.name: given[f.name] for f in fields(NormCastSpec)}),
+            spec=NormCastSpec.of_arguments(*(given[f.name] for f in fields(NormCastSpec))),
             gain_in_rows=given.get("gain_in_rows"),
         )
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
 
     def why_no_kernel(self) -> str | None:
         """Why no kernel can run it; None if one can."""

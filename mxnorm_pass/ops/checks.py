@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mxnorm_pass.numerics.formats import CAST_MODES, ELEMENT_FORMATS
+from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.layout import ScaleLayout, block_size_of
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
@@ -67,17 +67,8 @@ def check_rows_in_blocks(name: str, x: Tensor, block_size: int) -> None:
         )
 
 
-def check_cast(block_size: int, elem_dtype: torch.dtype, scale_mode: str) -> None:
-    """Options of ``cast``; a ValueError names the one that is wrong."""
-    if block_size < 1:
-        raise ValueError(f"block_size is {block_size}; it must be at least 1")
-    _check_choice("elem_dtype", elem_dtype, ELEMENT_FORMATS)
-    _check_choice("scale_mode", scale_mode, CAST_MODES)
-
-
 def check_spec(spec: NormCastSpec) -> None:
     """Options of ``norm_cast``; a ValueError names the one that is wrong."""
-    check_cast(spec.block_size, spec.elem_dtype, spec.scale_mode)
     _check_choice("estimator", spec.estimator, get_args(Estimator))
     _check_choice("scale_layout", spec.scale_layout, get_args(ScaleLayout))
     _check_choice("norm_dtype", spec.norm_dtype, (None, *_WIDE_FLOATS))
@@ -103,7 +94,7 @@ def check_norm_cast(
     """
     check_spec(spec)
     check_rows("x", x)
-    check_blocks("x", x, spec.block_size)
+    check_blocks("x", x, spec.format.block_size)
     if residual is not None:
         check_rows("residual", residual)
         _check_like("residual", residual, x, tuple(x.shape))
@@ -114,7 +105,7 @@ def check_norm_cast(
         if spec.estimator == "exact":
             raise ValueError("block_weights belong to estimator 'mxnorm'; estimator is 'exact'")
         _check_dense("block_weights", block_weights, (torch.float32,))
-        _check_like("block_weights", block_weights, x, (x.shape[-1] // spec.block_size,))
+        _check_like("block_weights", block_weights, x, (x.shape[-1] // spec.format.block_size,))
 
 
 def check_inverse_rms(
@@ -150,18 +141,20 @@ def _check_like(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) ->
         raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; they must be on one")
 
 
-def check_quantized(values: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
+def check_quantized(values: Tensor, scales: Tensor, fmt: BlockFormat, dtype: torch.dtype) -> None:
     """Arguments of ``dequantize``.
 
     Raises:
-        TypeError: ``values`` is no float8 tensor or ``scales`` no E8M0 tensor.
+        TypeError: ``values`` or ``scales`` have another dtype than the format's.
         ValueError: their shapes do not belong together, their devices differ, or ``dtype`` is no
             high-precision one.
     """
-    _check_dense("values", values, tuple(ELEMENT_FORMATS))
-    _check_dense("scales", scales, (torch.float8_e8m0fnu,))
+    _check_dense("values", values, (fmt.elem_dtype,))
+    _check_dense("scales", scales, (fmt.scale_dtype,))
     _check_choice("dtype", dtype, _WIDE_FLOATS)
-    block_size_of(values.shape, scales.shape)
+    block_size = block_size_of(values.shape, scales.shape)
+    if block_size != fmt.block_size:
+        raise ValueError(f"scales has one per {block_size} values; the format is {fmt.name!r}")
     if values.device != scales.device:
         raise ValueError(
             f"scales is on {scales.device}, values on {values.device}; they must be on one"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass.names import HEAD_NAMES, UnmatchedPattern, compile_pattern, nearest_names
-from mxnorm_pass.numerics.formats import ScaleMode
+from mxnorm_pass.numerics.formats import BlockFormat, ScaleMode
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.rms import Estimator
 from mxnorm_pass.options.calibration import Calibration
@@ -108,6 +108,11 @@ class MXNormConfig:
         if self.calibration is not None:
             _check_agreement(self, self.calibration)
             object.__setattr__(self, "p", self.calibration.p)
+
+    @property
+    def format(self) -> BlockFormat:
+        """Of the casts that the backend inserts."""
+        return BlockFormat.of(self.elem_dtype, self.scale_mode)
 
     def resolve(self, name: str, opt_in: bool = False) -> ModuleConfig:
         """Return what applies to the module of that full dotted name.

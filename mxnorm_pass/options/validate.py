@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from mxnorm_pass.names import check_pattern
-from mxnorm_pass.numerics.formats import ScaleMode
+from mxnorm_pass.numerics.formats import ELEMENT_DTYPES, ScaleMode
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.rms import Estimator
 from mxnorm_pass.options.calibration import Calibration
@@ -24,7 +24,7 @@ Inner = Literal["inductor", "aot_eager", "eager"]
 
 _Validator = Callable[[str, object], Any]
 
-_ELEM_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+_ELEM_DTYPES = tuple(ELEMENT_DTYPES)
 OVERRIDABLE = ("estimator", "p", "gain", "gradient", "elem_dtype", "scale_mode")
 
 

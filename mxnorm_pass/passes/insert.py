@@ -23,7 +23,7 @@ from torch import fx
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import call, outputs_of
 from mxnorm_pass.graph.nodes import aten, dtype_of, is_backward, is_transpose
-from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE, MXFormat
+from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.match.linears.castable import obstacle
 from mxnorm_pass.passes.match.linears.plain import PlainLinear, plain_linear
@@ -40,9 +40,7 @@ def insert_casts(graph: fx.Graph, norms: Iterable[Norm], config: MXNormConfig) -
     for linear in linears:
         if obstacle(linear, config) is not None:
             continue
-        resolved = config.resolve(linear.name)
-        fmt = MXFormat(resolved.config.elem_dtype, resolved.config.scale_mode, MX_BLOCK_SIZE)
-        _quantize(graph, linear, fmt)
+        _quantize(graph, linear, config.resolve(linear.name).config.format)
         inserted += 1
     return inserted
 
@@ -68,7 +66,7 @@ def _all_linears(graph: fx.Graph) -> Iterator[PlainLinear]:
             yield linear
 
 
-def _quantize(graph: fx.Graph, linear: PlainLinear, fmt: MXFormat) -> None:
+def _quantize(graph: fx.Graph, linear: PlainLinear, fmt: BlockFormat) -> None:
     matmul = linear.matmul
     with graph.inserting_before(matmul):
         activation = _fake_quantize(graph, matmul, linear.activation, fmt)
@@ -89,8 +87,8 @@ def _rows(graph: fx.Graph, linear: PlainLinear) -> fx.Node:
     return call(graph, linear.matmul, aten.permute.default, linear.weight, [1, 0])
 
 
-def _fake_quantize(graph: fx.Graph, like: fx.Node, source: fx.Node, fmt: MXFormat) -> fx.Node:
-    cast = call(graph, like, ops.cast, source, fmt.block_size, fmt.elem_dtype, fmt.scale_mode)
+def _fake_quantize(graph: fx.Graph, like: fx.Node, source: fx.Node, fmt: BlockFormat) -> fx.Node:
+    cast = call(graph, like, ops.cast, source, fmt.name)
     values, scales = outputs_of(graph, like, cast)
     dtype = dtype_of(source)
-    return call(graph, like, ops.dequantize, values, scales, dtype)
+    return call(graph, like, ops.dequantize, values, scales, fmt.name, dtype)

@@ -252,7 +252,7 @@ def _check_width(fusion: Fusion, calibration: Calibration) -> None:
     if fusion.block_weights is None:
         return
     width = len(fusion.block_weights) * calibration.block_size
-    block_sizes = {cast.format.block_size for cast in fusion.casts}
+    block_sizes = {spec.format.block_size for spec in fusion.specs}
     if width != fusion.norm.width or block_sizes != {calibration.block_size}:
         raise InvalidOptionsError(
             f"the calibration belongs to another model: its norm {fusion.norm.name!r} has width "

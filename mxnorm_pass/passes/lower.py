@@ -24,14 +24,12 @@ from mxnorm_pass import ops
 from mxnorm_pass.graph.build import unwrap_constants
 from mxnorm_pass.graph.trace import SubgraphCache
 from mxnorm_pass.kernels.coverage import DTYPES
-from mxnorm_pass.ops.call import NormCastCall
+from mxnorm_pass.ops.define import KernelCall
 
 log = logging.getLogger(__name__)
 
-_WITHOUT_CAST_ALONG_T = {
-    ops.norm_cast_both: ops.norm_cast,
-    ops.add_norm_cast_both: ops.add_norm_cast,
-}
+# Among the arguments of ``dequantize``.
+_DTYPE = 3
 
 
 def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
@@ -40,10 +38,10 @@ def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     unwrap_constants(graph)
     subgraphs = SubgraphCache(decompositions)
     kernels = 0
-    for op in ops.NORM_CASTS:
-        for node in graph.find_nodes(op="call_function", target=op):
+    for overload, make_call in _kernel_calls():
+        for node in graph.find_nodes(op="call_function", target=overload):
             args = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
-            reason = NormCastCall.of(op, args).why_no_kernel()
+            reason = make_call(overload, args).why_no_kernel()
             if reason is not None:
                 log.debug("%s is decomposed: %s", node.name, reason)
             else:
@@ -52,12 +50,19 @@ def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     return kernels + decompose(graph, decompositions)
 
 
+def _kernel_calls() -> list[tuple[Any, Callable[..., KernelCall]]]:
+    return [(overload, op.call) for overload, op in ops.OPS.items() if op.call is not None]
+
+
 def drop_unread_casts(graph: fx.Graph) -> None:
     """Replace ops that cast along D and T by those along D where nobody reads the other."""
-    for op, narrower in _WITHOUT_CAST_ALONG_T.items():
+    for overload, op in ops.OPS.items():
+        narrower = op.along_rows_only
+        if narrower is None:
+            continue
         count = len(narrower._schema.returns)
-        weight = [argument.name for argument in op._schema.arguments].index("weight")
-        for node in graph.find_nodes(op="call_function", target=op):
+        weight = [argument.name for argument in overload._schema.arguments].index("weight")
+        for node in graph.find_nodes(op="call_function", target=overload):
             along_t = [getitem for getitem in node.users if getitem.args[1] >= count]
             if any(getitem.users for getitem in along_t):
                 continue
@@ -74,16 +79,16 @@ def decompose(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     """Replace every op of this package in ``graph`` by its ATen ops; returns how many."""
     subgraphs = SubgraphCache(decompositions)
     replaced = 0
-    for op, function in ops.DECOMPOSITIONS.items():
-        for node in graph.find_nodes(op="call_function", target=op):
-            _replace(graph, node, subgraphs.graft(graph, node, function, node.args))
+    for overload, op in ops.OPS.items():
+        for node in graph.find_nodes(op="call_function", target=overload):
+            _replace(graph, node, subgraphs.graft(graph, node, op.reference, node.args))
             replaced += 1
     return replaced
 
 
 def _insert_kernel(graph: fx.Graph, node: fx.Node, subgraphs: SubgraphCache) -> None:
     dequantized = _dequantized(node)
-    dtype: Any = dequantized[0].args[2] if dequantized else None
+    dtype: Any = dequantized[0].args[_DTYPE] if dequantized else None
     results = subgraphs.graft(graph, node, _kernel(node.target, dtype), node.args)
     if dequantized:
         values, scales = _value_positions(node.target)
@@ -114,7 +119,7 @@ def _dequantized(node: fx.Node) -> list[fx.Node]:
     for reader in readers:
         if reader.target is not ops.dequantize or reader.args[:2] != (values, scales):
             return []
-    dtypes = {reader.args[2] for reader in readers}
+    dtypes = {reader.args[_DTYPE] for reader in readers}
     return readers if len(dtypes) == 1 and dtypes <= set(DTYPES) else []
 
 
@@ -122,8 +127,11 @@ def _dequantized(node: fx.Node) -> list[fx.Node]:
 def _kernel(op: Any, dequantize: Any) -> Callable[..., Any]:
     """``op`` as a kernel, traced without mutation: results are returned, not written into."""
 
+    make_call = ops.OPS[op].call
+    assert make_call is not None
+
     def run(*args: Any) -> Any:
-        return NormCastCall.of(op, args).run_kernel(dequantize)
+        return make_call(op, args).run_kernel(dequantize)
 
     functional: Callable[..., Any] = dispatch_functionalize(run)
     return functional

@@ -27,7 +27,7 @@ from torch import fx
 
 from mxnorm_pass.graph.code import add_bytes
 from mxnorm_pass.graph.nodes import aten
-from mxnorm_pass.ops import NAMESPACE
+from mxnorm_pass.ops import OPS
 from mxnorm_pass.report.snapshot import NodeState, Snapshot
 from mxnorm_pass.report.subgraph import Traffic
 
@@ -52,6 +52,9 @@ class _Kind(Enum):
     ROWS = auto()  # a call that picks rows of its first input
 
 
+_OWN: dict[str, _Kind] = {
+    "pointwise": _Kind.FUSIBLE, "library": _Kind.CALL, "none": _Kind.NUMBER
+}  # fmt: skip
 _MOVING = (_Kind.FUSIBLE, _Kind.CALL, _Kind.ROWS)
 
 
@@ -188,9 +191,10 @@ def _kind(target: Any) -> _Kind:
     aliases = [r.alias_info for r in target._schema.returns]
     if target is aten._unsafe_view.default or any(a and not a.is_write for a in aliases):
         return _Kind.VIEW
+    if target in OPS:
+        return _OWN[OPS[target].traffic]
     name = target._schema.name.partition("::")[2]
-    is_own = target.namespace == NAMESPACE
-    if torch.Tag.pointwise in target.tags or is_own or name in _FUSIBLE:
+    if torch.Tag.pointwise in target.tags or name in _FUSIBLE:
         return _Kind.FUSIBLE
     return _Kind.CALL
 

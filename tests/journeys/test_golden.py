@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from mxnorm_pass import SkipReason
 from mxnorm_pass.graph.nodes import is_backward
-from mxnorm_pass.numerics.formats import ELEMENT_FORMATS
+from mxnorm_pass.numerics.formats import ELEMENT_DTYPES
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.joint import run_pass
 
@@ -78,7 +78,7 @@ def _unclamped_element(node: fx.Node) -> torch.dtype | None:
     if node.op != "call_function" or is_backward(node) or not isinstance(value, Tensor):
         return None
     source = node.args[0] if node.args else None
-    if value.dtype not in ELEMENT_FORMATS or not isinstance(source, fx.Node):
+    if value.dtype not in ELEMENT_DTYPES or not isinstance(source, fx.Node):
         return None
     is_cast = isinstance(source.meta["val"], Tensor) and source.meta["val"].dtype == torch.float32
     return value.dtype if is_cast and source.target not in _CLAMPS else None

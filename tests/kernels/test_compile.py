@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from formats import spec_with
 from numerics import E5M2, SPEC
 from ptx import Compiled, compiled, recorded_launches
 
@@ -35,8 +35,8 @@ def compiled_norm_cast(
     def empty(*shape: int, dtype: torch.dtype | None) -> Any:
         return None if dtype is None else torch.empty(shape, dtype=dtype, device="meta")
 
-    spec = replace(SPEC, **options)
-    block_weights = empty(width // spec.block_size, dtype=F32) if weighted else None
+    spec = spec_with(SPEC, **options)
+    block_weights = empty(width // spec.format.block_size, dtype=F32) if weighted else None
     return compiled(
         lambda: norm_cast(
             empty(4096, width, dtype=dtype),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from formats import in_a_format
 from matching import EPS, Model
 from torch import Tensor, nn
 
@@ -149,6 +150,7 @@ def hand_cast_reference(
 ) -> list[Tensor]:
     form = {"scale_mode": mode, "block_size": block_size}
     form |= {"elem_dtype": elem} if elem is not None else {}
+    form = in_a_format(form)
     gain = model.norm.weight
     with torch.no_grad():
         quantized = functional.mxnorm_cast(x, eps=EPS, **form)[:2]

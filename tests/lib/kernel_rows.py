@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from edge_cases import bits_equal, describe_difference
+from formats import spec_with
 from given_rho import given_rho
 from numerics import SPEC
 from torch import Tensor
@@ -23,7 +23,7 @@ EPS = SPEC.eps
 
 
 def spec(**options: Any) -> NormCastSpec:
-    return replace(SPEC, **options)
+    return spec_with(SPEC, **options)
 
 
 class Quantized(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mxnorm_pass.functional import rms_constant
-from mxnorm_pass.numerics.formats import CAST_MODES
+from mxnorm_pass.numerics.formats import CAST_MODES, BlockFormat
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
@@ -29,9 +29,7 @@ SPEC = NormCastSpec(
     eps=EPS,
     estimator="mxnorm",
     p=2.0,
-    block_size=BLOCK_SIZE,
-    elem_dtype=E4M3,
-    scale_mode="rceil",
+    format=BlockFormat.of(E4M3, "rceil", BLOCK_SIZE),
     norm_dtype=torch.bfloat16,
     out_dtype=torch.bfloat16,
     scale_layout="row-major",

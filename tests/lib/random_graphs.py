@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from formats import in_a_format
 from hand_casts import HAND_CASTS, CastLinear
 from matching import BF16, SPELLINGS, Norm, inputs, rms_norm
 from random_specs import (
@@ -351,7 +352,11 @@ class _ReferenceStage:
         operand = reader.operand(self.stage.seen(y.reshape(exact.shape)))
         in_cast = gain if site.gain == "activation" else None
         values, scales, _ = functional.mxnorm_cast(
-            x, in_cast, eps=eps, p=config.p, **without_log2(self._kept_format(reader, name))
+            x,
+            in_cast,
+            eps=eps,
+            p=config.p,
+            **in_a_format(without_log2(self._kept_format(reader, name))),
         )
         quantized = values.reshape(operand.shape), scales.reshape(*operand.shape[:-1], -1)
         fold = gain if site.gain == "fold" else None
@@ -372,7 +377,9 @@ class _ReferenceStage:
         dtype = BF16 if self.reference.spec.autocast else y.dtype
         bias = linear.bias.to(dtype) if linear.bias is not None else None
         with torch.autocast("cpu", enabled=False):
-            return functional.mx_linear(y.to(dtype), weight.to(dtype), bias, **form, **fused)
+            return functional.mx_linear(
+                y.to(dtype), weight.to(dtype), bias, **in_a_format(form), **fused
+            )
 
     def _kept_format(self, reader: Linear, name: str) -> dict[str, Any]:
         """Of the casts that the pass leaves as they are."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from formats import in_a_format
 from torch import Tensor, nn
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig
@@ -112,7 +113,7 @@ class Recipe:
 
     Attributes:
         norm: keyword arguments of ``functional.mxnorm``.
-        cast: keyword arguments of ``functional.mx_cast``, for casts that the pass writes.
+        cast: the format, as :func:`in_a_format` reads it, for casts that the pass writes.
         kept: of casts that stay as the model has them; None: as ``cast``.
         gain: "fold" or "activation".
         every_linear: all linears are cast, not only those that a norm feeds.
@@ -189,7 +190,7 @@ class _Norm(nn.Module):
         }
         y = functional.mxnorm(x, self.weight, eps=self.eps, **self.recipe.norm, **rounding)
         in_cast = self.weight if self.recipe.gain == "activation" else None
-        options = {**forward, **self.recipe.cast, **rounding}
+        options = in_a_format({**forward, **self.recipe.cast, **rounding})
         values, scales, _ = functional.mxnorm_cast(x, in_cast, eps=self.eps, **options)
         gain = self.weight if self.recipe.gain == "fold" else None
         exact = functional.mxnorm(x, self.weight, eps=self.eps, estimator="exact", **rounding)
@@ -226,7 +227,7 @@ class _Linear(nn.Module):
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast("cpu", enabled=False):
             if self.recipe.backward == "high-precision":
-                return functional.mx_linear(x, weight, bias, **options)
+                return functional.mx_linear(x, weight, bias, **in_a_format(options))
             return MXBackward.apply(x, weight, self.recipe, options)
 
 
@@ -237,14 +238,14 @@ class MXBackward(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Recipe, options: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.recipe = recipe
-        return functional.mx_linear(x, weight, **options)
+        return functional.mx_linear(x, weight, **in_a_format(options))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
 
         def rounded(t: Tensor) -> Tensor:
-            values, scales = functional.mx_cast(t.contiguous(), **ctx.recipe.kept_cast)
+            values, scales = functional.mx_cast(t.contiguous(), **in_a_format(ctx.recipe.kept_cast))
             return functional.mx_dequantize(values, scales, t.dtype)
 
         grad2, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])

@@ -19,10 +19,11 @@ from mxnorm_pass.numerics.cast import mx_cast, mx_dequantize
 from mxnorm_pass.numerics.e8m0 import e8m0_exponent, e8m0_to_float, round_up_to_e8m0
 from mxnorm_pass.numerics.formats import (
     CAST_MODES,
-    ELEMENT_FORMATS,
+    ELEMENT_DTYPES,
+    BlockFormat,
     CastMode,
-    MXFormat,
-    element_format,
+    block_format,
+    element_of,
 )
 from mxnorm_pass.numerics.norm_cast import mxnorm_cast
 
@@ -64,7 +65,7 @@ def torchao_dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Te
 
 
 def assert_cast_equals_torchao(x: Tensor, elem_dtype: torch.dtype, mode: CastMode) -> None:
-    values, scales = mx_cast(x, elem_dtype=elem_dtype, scale_mode=mode)
+    values, scales = mx_cast(x, format=BlockFormat.of(elem_dtype=elem_dtype, scale_mode=mode))
     expected_values, expected_scales = torchao_cast(x, elem_dtype, mode)
     assert bits_equal(scales, expected_scales), describe_difference(scales, expected_scales)
     assert bits_equal(values, expected_values), describe_difference(values, expected_values)
@@ -112,14 +113,16 @@ def test_cast_follows_leading_dimensions_and_strides(
     mode: CastMode, elem_dtype: torch.dtype
 ) -> None:
     x = torch.randn(3, 5, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
-    values, scales = mx_cast(x, elem_dtype=elem_dtype, scale_mode=mode)
+    values, scales = mx_cast(x, format=BlockFormat.of(elem_dtype=elem_dtype, scale_mode=mode))
     assert (values.shape, scales.shape) == (x.shape, (3, 5, 3))
     flat_values, flat_scales = torchao_cast(x.reshape(15, 96), elem_dtype, mode)
     assert bits_equal(values.reshape(15, 96), flat_values)
     assert bits_equal(scales.reshape(15, 3), flat_scales)
     strided = x.transpose(0, 1).contiguous().transpose(0, 1)
     assert not strided.is_contiguous()
-    again_values, again_scales = mx_cast(strided, elem_dtype=elem_dtype, scale_mode=mode)
+    again_values, again_scales = mx_cast(
+        strided, format=BlockFormat.of(elem_dtype=elem_dtype, scale_mode=mode)
+    )
     assert bits_equal(again_values, values) and bits_equal(again_scales, scales)
 
 
@@ -128,7 +131,9 @@ def test_cast_of_float16_is_that_of_float32(mode: CastMode) -> None:
     # float16 lies inside float32, so the widened input is the same number.
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).half()
     for actual, expected in zip(
-        mx_cast(x, scale_mode=mode), mx_cast(x.float(), scale_mode=mode), strict=True
+        mx_cast(x, format=BlockFormat.of(scale_mode=mode)),
+        mx_cast(x.float(), format=BlockFormat.of(scale_mode=mode)),
+        strict=True,
     ):
         assert bits_equal(actual, expected)
 
@@ -136,7 +141,7 @@ def test_cast_of_float16_is_that_of_float32(mode: CastMode) -> None:
 @all_modes
 def test_cast_takes_the_block_size(mode: CastMode) -> None:
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    values, scales = mx_cast(x, scale_mode=mode, block_size=16)
+    values, scales = mx_cast(x, format=BlockFormat.of(scale_mode=mode, block_size=16))
     expected, expected_scales = torchao_cast(x, E4M3, mode, 16)
     assert scales.shape == (4, 4)
     assert bits_equal(values, expected) and bits_equal(scales, expected_scales)
@@ -161,14 +166,22 @@ def assert_smallest_that_fits(exponent: Tensor, absmax: Tensor, elem_dtype: torc
 @all_elements
 def test_rceil_is_the_smallest_scale_that_fits(elem_dtype: torch.dtype) -> None:
     absmax = finite_absmaxes()
-    assert_smallest_that_fits(e8m0_exponent(absmax, elem_dtype, "rceil"), absmax, elem_dtype)
+    assert_smallest_that_fits(
+        e8m0_exponent(absmax, BlockFormat.of(elem_dtype, "rceil")), absmax, elem_dtype
+    )
 
 
 @all_elements
 def test_rceil_of_special_values(elem_dtype: torch.dtype) -> None:
     nans = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
     absmax = torch.cat([torch.tensor([0.0, math.inf]), nans])
-    assert e8m0_exponent(absmax, elem_dtype, "rceil").tolist() == [0, 254, 255, 255, 255]
+    assert e8m0_exponent(absmax, BlockFormat.of(elem_dtype, "rceil")).tolist() == [
+        0,
+        254,
+        255,
+        255,
+        255,
+    ]
 
 
 @all_elements
@@ -176,7 +189,9 @@ def test_rceil_is_the_quotient_rounded_up(elem_dtype: torch.dtype) -> None:
     """As PTX takes it from absmax / max, but for one quotient that float32 rounds to 2^-127."""
     largest = torch.finfo(elem_dtype).max
     absmax = finite_absmaxes()
-    different = e8m0_exponent(absmax, elem_dtype, "rceil") != round_up_to_e8m0(absmax / largest)
+    different = e8m0_exponent(absmax, BlockFormat.of(elem_dtype, "rceil")) != round_up_to_e8m0(
+        absmax / largest
+    )
     rounded = torch.tensor(largest * 2.0**-127).nextafter(torch.tensor(1.0))
     assert rounded / largest == 2.0**-127
     assert absmax[different].unique().tolist() == [rounded.item()]
@@ -188,8 +203,8 @@ def test_log2_is_exact_for_every_absmax_of_16_bits(
     elem_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
     absmax = torch.arange(1 << 15).to(torch.int16).view(dtype).float()
-    exponent = e8m0_exponent(absmax, elem_dtype, "rceil")
-    assert torch.equal(exponent, e8m0_exponent(absmax, elem_dtype, "rceil-log2"))
+    exponent = e8m0_exponent(absmax, BlockFormat.of(elem_dtype, "rceil"))
+    assert torch.equal(exponent, e8m0_exponent(absmax, BlockFormat.of(elem_dtype, "rceil-log2")))
     finite = absmax.isfinite()
     assert_smallest_that_fits(exponent[finite], absmax[finite], elem_dtype)
 
@@ -199,7 +214,9 @@ def test_log2_of_float32_rounds_down_to_a_power_of_two(elem_dtype: torch.dtype) 
     # A quotient of 2^k (1 + 2^-23) has a log2 of less than k + 2^-22; float32's next is k + 2^-17.
     powers = torch.tensor([torch.finfo(elem_dtype).max * 2.0**k for k in range(64, 112)])
     above = powers.nextafter(torch.tensor(math.inf))
-    exact, log2 = (e8m0_exponent(above, elem_dtype, m) for m in ("rceil", "rceil-log2"))
+    exact, log2 = (
+        e8m0_exponent(above, BlockFormat.of(elem_dtype, m)) for m in ("rceil", "rceil-log2")
+    )
     assert exact.tolist() == [k + 128 for k in range(64, 112)]
     assert log2.tolist() == [k + 127 for k in range(64, 112)]
 
@@ -212,7 +229,7 @@ def test_e4m3_of_finite_input_is_never_nan(
 ) -> None:
     x = case.x(dtype)
     x = torch.where(x.isfinite(), x, torch.finfo(dtype).max)
-    values, scales = mx_cast(x, scale_mode=mode)
+    values, scales = mx_cast(x, format=BlockFormat.of(scale_mode=mode))
     assert values.float().isfinite().all() and scales.float().isfinite().all()
 
 
@@ -225,7 +242,7 @@ def test_e4m3_of_random_finite_bits_is_never_nan(
 ) -> None:
     x = data.draw(bit_patterns(dtype, finite=True))
     assert x.isfinite().all()
-    values, scales = mx_cast(x, scale_mode=mode)
+    values, scales = mx_cast(x, format=BlockFormat.of(scale_mode=mode))
     assert values.float().isfinite().all() and scales.float().isfinite().all()
 
 
@@ -234,7 +251,7 @@ def test_e4m3_of_random_finite_bits_is_never_nan(
 def test_a_nan_spoils_its_own_block_only(elem_dtype: torch.dtype, mode: CastMode) -> None:
     x = torch.ones(1, 3 * BLOCK_SIZE)
     x[0, BLOCK_SIZE + 1] = math.nan
-    values, scales = mx_cast(x, elem_dtype=elem_dtype, scale_mode=mode)
+    values, scales = mx_cast(x, format=BlockFormat.of(elem_dtype=elem_dtype, scale_mode=mode))
     wide = mx_dequantize(values, scales).reshape(3, BLOCK_SIZE)
     assert wide[1].isnan().all()
     assert torch.equal(wide[::2], torch.ones(2, BLOCK_SIZE))
@@ -276,7 +293,9 @@ def test_dequantize_to_float32_rounds_the_true_product_once(elem_dtype: torch.dt
 def test_dequantize_equals_torchao_on_edge_cases(
     case: EdgeCase, mode: CastMode, elem_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
-    values, scales = mx_cast(case.x(dtype), elem_dtype=elem_dtype, scale_mode=mode)
+    values, scales = mx_cast(
+        case.x(dtype), format=BlockFormat.of(elem_dtype=elem_dtype, scale_mode=mode)
+    )
     actual = mx_dequantize(values, scales, dtype)
     expected = torchao_dequantize(values, scales, dtype)
     assert bits_equal(actual, expected), describe_difference(actual, expected)
@@ -294,10 +313,12 @@ def test_dequantize_takes_no_scales_of_the_blocked_layout(rows: int) -> None:
 
 def test_dequantize_of_blocks_of_8_where_the_blocked_layout_has_the_same_shape() -> None:
     x = torch.randn(32, 128)
-    values, scales = mx_cast(x, block_size=8)
+    values, scales = mx_cast(x, format=BlockFormat.of(block_size=8))
     with pytest.raises(ValueError, match="block_size=8 says"):
         mx_dequantize(values, scales)
-    expected = torch.cat([mx_dequantize(*mx_cast(row[None], block_size=8)) for row in x])
+    expected = torch.cat(
+        [mx_dequantize(*mx_cast(row[None], format=BlockFormat.of(block_size=8))) for row in x]
+    )
     assert bits_equal(mx_dequantize(values, scales, block_size=8), expected)
 
 
@@ -319,7 +340,7 @@ def test_representable_values_survive(
 ) -> None:
     # A block with the absmax 2^max_exponent * 2^k has the scale 2^k in every mode, "ceil" too
     # (no mantissa to round up), so each element of at most that magnitude times 2^k is exact.
-    elem = element_format(elem_dtype)
+    elem = element_of(elem_dtype)
     largest = 2.0**elem.max_exponent
     bytes_ = torch.arange(256, dtype=torch.uint8).view(elem_dtype).double()
     elements = bytes_[bytes_.abs() <= largest]
@@ -331,7 +352,7 @@ def test_representable_values_survive(
     first = -126 - round(math.log2(smallest))
     for k in range(first, 128 - elem.max_exponent):
         x = (blocks * 2.0**k).to(dtype).reshape(1, -1)
-        values, scales = mx_cast(x, elem_dtype=elem_dtype, scale_mode=mode)
+        values, scales = mx_cast(x, format=BlockFormat.of(elem_dtype=elem_dtype, scale_mode=mode))
         assert (scales.view(torch.uint8) == k + 127).all()
         assert bits_equal(mx_dequantize(values, scales, dtype), x)
 
@@ -346,9 +367,9 @@ def test_e8m0_table() -> None:
     assert actual[255].isnan()
 
 
-@pytest.mark.parametrize("dtype", list(ELEMENT_FORMATS), ids=str)
+@pytest.mark.parametrize("dtype", list(ELEMENT_DTYPES), ids=str)
 def test_element_table_agrees_with_torch(dtype: torch.dtype) -> None:
-    elem, info = element_format(dtype), torch.finfo(dtype)
+    elem, info = element_of(dtype), torch.finfo(dtype)
     assert elem.dtype == dtype
     assert elem.max == info.max
     assert elem.max_exponent == math.floor(math.log2(info.max))
@@ -357,21 +378,30 @@ def test_element_table_agrees_with_torch(dtype: torch.dtype) -> None:
 
 
 def test_format_names_itself() -> None:
-    assert str(MXFormat()) == "mxfp8 e4m3fn rceil block 32"
-    assert str(MXFormat(E5M2, "even", 16)) == "mxfp8 e5m2 even block 16"
+    assert str(BlockFormat.of()) == "mxfp8 e4m3fn rceil block 32"
+    assert str(BlockFormat.of(E5M2, "even", 16)) == "mxfp8 e5m2 even block 16"
+    assert block_format("mxfp8") == BlockFormat.of()
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 32, 100])
+@all_elements
+@all_modes
+def test_a_name_gives_its_format(mode: CastMode, elem_dtype: torch.dtype, block_size: int) -> None:
+    fmt = BlockFormat.of(elem_dtype, mode, block_size)
+    assert block_format(fmt.name) == block_format(fmt) == fmt
 
 
 @all_modes
 def test_format_without_log2(mode: CastMode) -> None:
-    fmt = MXFormat(E5M2, mode, 16)
-    assert fmt.without_log2 == (MXFormat(E5M2, "rceil", 16) if mode == "rceil-log2" else fmt)
+    fmt = BlockFormat.of(E5M2, mode, 16)
+    assert fmt.without_log2 == (BlockFormat.of(E5M2, "rceil", 16) if mode == "rceil-log2" else fmt)
 
 
 @pytest.mark.parametrize("bad", [torch.float16, torch.float8_e4m3fnuz, torch.int8], ids=str)
 @pytest.mark.parametrize("mode", CAST_MODES)
 def test_unknown_element_dtype_is_named(mode: CastMode, bad: torch.dtype) -> None:
     with pytest.raises(ValueError) as error:
-        mx_cast(torch.ones(1, 32), elem_dtype=bad, scale_mode=mode)
+        mx_cast(torch.ones(1, 32), format=BlockFormat.of(elem_dtype=bad, scale_mode=mode))
     for part in (str(bad), "torch.float8_e4m3fn", "torch.float8_e5m2", "elem_dtype"):
         assert part in str(error.value)
 
@@ -379,7 +409,7 @@ def test_unknown_element_dtype_is_named(mode: CastMode, bad: torch.dtype) -> Non
 @pytest.mark.parametrize("bad", ["RCEIL", "nearest", ""])
 def test_unknown_scale_mode_is_named(bad: str) -> None:
     with pytest.raises(ValueError) as error:
-        mx_cast(torch.ones(1, 32), scale_mode=bad)  # type: ignore[arg-type]
+        mx_cast(torch.ones(1, 32), format=BlockFormat.of(scale_mode=bad))  # type: ignore[arg-type]
     for part in (repr(bad), "scale_mode", *CAST_MODES):
         assert part in str(error.value)
 

@@ -32,7 +32,7 @@ from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.mx_tensor import to_mx
 
 from mxnorm_pass.numerics.cast import mx_cast, mx_dequantize
-from mxnorm_pass.numerics.formats import CAST_MODES, SCALE_MODES, CastMode, ScaleMode
+from mxnorm_pass.numerics.formats import CAST_MODES, SCALE_MODES, BlockFormat, CastMode, ScaleMode
 from mxnorm_pass.numerics.linear import mx_linear
 from mxnorm_pass.numerics.norm import inverse_rms, mxnorm
 from mxnorm_pass.numerics.norm_cast import mxnorm_cast, mxnorm_cast_both
@@ -60,7 +60,7 @@ def test_exact_cast_is_norm_then_cast(
     norm: dict[str, Any] = {
         "eps": EPS, "estimator": "exact", "norm_dtype": dtype if ROUNDINGS[rounding] else None
     }  # fmt: skip
-    cast: dict[str, Any] = {"elem_dtype": elem_dtype, "scale_mode": mode}
+    cast: dict[str, Any] = {"format": BlockFormat.of(elem_dtype, mode)}
     for x in [normal(2, 3, WIDTH, dtype=dtype)] + [case.x(dtype) for case in EDGE_CASES]:
         weight = None if weight_dtype is None else gain(x.shape[-1], weight_dtype)
         values, scales, rho = mxnorm_cast(x, weight, **norm, **cast)
@@ -74,8 +74,12 @@ def test_exact_cast_is_norm_then_cast(
 def test_exact_cast_equals_llama_norm_then_cast(mode: CastMode) -> None:
     # The bf16 roundings before and after the gain are there: without them bits differ.
     x, weight = normal(32, WIDTH).bfloat16(), gain().bfloat16()
-    expected = mx_cast(llama_norm(weight)(x), scale_mode=mode)
-    options: dict[str, Any] = {"eps": EPS, "estimator": "exact", "scale_mode": mode}
+    expected = mx_cast(llama_norm(weight)(x), format=BlockFormat.of(scale_mode=mode))
+    options: dict[str, Any] = {
+        "eps": EPS,
+        "estimator": "exact",
+        "format": BlockFormat.of(scale_mode=mode),
+    }
     actual = mxnorm_cast(x, weight, norm_dtype=torch.bfloat16, **options)
     assert_bits_equal(actual[0], expected[0])
     assert_bits_equal(actual[1], expected[1])
@@ -118,7 +122,7 @@ def test_mxnorm_cast_rounds_only_to_the_element(
     x[16:32] *= torch.exp2(torch.arange(-12, 4)).to(dtype)[:, None]
     weight = gain(dtype=dtype, low=-1.5) if weighted else None
     values, scales, rho = mxnorm_cast(
-        x, weight, eps=EPS, p=p, elem_dtype=elem_dtype, scale_mode=mode
+        x, weight, eps=EPS, p=p, format=BlockFormat.of(elem_dtype=elem_dtype, scale_mode=mode)
     )
     rho64 = inverse_rms64(x, p, EPS)
     error = estimate_error(p)
@@ -132,7 +136,9 @@ def test_mxnorm_cast_rounds_only_to_the_element(
     # First rho, then the gain, in float32. Without a gain absmax times rho is the absmax of the
     # products, rounding to nearest being monotone.
     product = x.float() * rho if weight is None else (x.float() * rho) * weight.float()
-    y32_values, y32_scales = mx_cast(product, elem_dtype=elem_dtype, scale_mode=mode)
+    y32_values, y32_scales = mx_cast(
+        product, format=BlockFormat.of(elem_dtype=elem_dtype, scale_mode=mode)
+    )
     assert_bits_equal(scales, y32_scales)
     assert_bits_equal(values, y32_values)
 
@@ -159,7 +165,7 @@ def test_mxnorm_cast_ignores_the_roundings_of_the_norm() -> None:
 def assert_same_specials(
     x: Tensor, weight: Tensor | None, p: float, elem_dtype: torch.dtype, mode: CastMode
 ) -> None:
-    cast: dict[str, Any] = {"elem_dtype": elem_dtype, "scale_mode": mode}
+    cast: dict[str, Any] = {"format": BlockFormat.of(elem_dtype, mode)}
     values, scales, _ = mxnorm_cast(x, weight, eps=EPS, p=p, **cast)
     actual = mx_dequantize(values, scales)
     exact = mxnorm(x, weight, eps=EPS, estimator="exact", norm_dtype=x.dtype)
@@ -208,7 +214,12 @@ def test_cast_along_t_rounds_only_to_the_element(
     x[16:32] *= torch.exp2(torch.arange(-12, 4)).to(dtype)[:, None]
     weight = gain(low=-1.5) if weighted else None
     *_, values_t, scales_t = mxnorm_cast_both(
-        x, weight, eps=EPS, p=p, elem_dtype=elem_dtype, scale_mode=mode, out_dtype=torch.float32
+        x,
+        weight,
+        eps=EPS,
+        p=p,
+        format=BlockFormat.of(elem_dtype=elem_dtype, scale_mode=mode),
+        out_dtype=torch.float32,
     )
     assert values_t.is_contiguous() and scales_t.is_contiguous()
     assert values_t.shape == (WIDTH, 64) and scales_t.shape == (WIDTH, 64 // BLOCK_SIZE)
@@ -251,7 +262,7 @@ def test_exact_cast_along_t_is_torchaos_of_llamas_norm(
         y.t().contiguous(), elem_dtype, BLOCK_SIZE, ScaleCalculationMode[mode.upper()]
     )
     options: dict[str, Any] = {
-        "eps": EPS, "estimator": "exact", "scale_mode": mode, "elem_dtype": elem_dtype
+        "eps": EPS, "estimator": "exact", "format": BlockFormat.of(elem_dtype, mode)
     }  # fmt: skip
     *_, values_t, scales_t = mxnorm_cast_both(x, weight, norm_dtype=torch.bfloat16, **options)
     assert_bits_equal(values_t, values)
@@ -295,7 +306,7 @@ def test_rows_that_make_no_whole_blocks_have_no_cast_along_t() -> None:
 def test_linear_is_linear_on_dequantised_operands(
     mode: CastMode, elem_dtype: torch.dtype, dtype: torch.dtype, weighted: bool
 ) -> None:
-    options: dict[str, Any] = {"elem_dtype": elem_dtype, "scale_mode": mode}
+    options: dict[str, Any] = {"format": BlockFormat.of(elem_dtype, mode)}
     x, weight = normal(2, 5, WIDTH, dtype=dtype), normal(24, WIDTH, seed=1, dtype=dtype)
     bias = normal(24, seed=2, dtype=dtype) if weighted else None
     w = mx_dequantize(*mx_cast(weight, **options), dtype)
@@ -316,11 +327,13 @@ def test_linear_folds_the_gain_in_float32(
 ) -> None:
     x, weight = normal(5, WIDTH, dtype=dtype), normal(24, WIDTH, seed=1, dtype=dtype)
     scale = gain(dtype=gain_dtype)
-    values, scales, rho = mxnorm_cast(x, eps=EPS, scale_mode=mode)
-    folded = mx_cast(weight.float() * scale.float(), scale_mode=mode)
+    values, scales, rho = mxnorm_cast(x, eps=EPS, format=BlockFormat.of(scale_mode=mode))
+    folded = mx_cast(weight.float() * scale.float(), format=BlockFormat.of(scale_mode=mode))
     expected = F.linear(mx_dequantize(values, scales, dtype), mx_dequantize(*folded, dtype))
     y = mxnorm(x, scale, eps=EPS)
-    actual = mx_linear(y, weight, quantized=(values, scales), gain=scale, scale_mode=mode)
+    actual = mx_linear(
+        y, weight, quantized=(values, scales), gain=scale, format=BlockFormat.of(scale_mode=mode)
+    )
     assert_bits_equal(actual, expected)
 
 
@@ -380,8 +393,8 @@ def test_scaling_by_a_power_of_two_changes_no_bit(
     assert x.abs().max() < 16
     options: dict[str, Any] = {"eps": 0.0, "p": p, "estimator": estimator}
     assert_bits_equal(mxnorm(x * 2.0**k, **options), mxnorm(x, **options))
-    scaled = mxnorm_cast(x * 2.0**k, scale_mode=mode, **options)
-    plain = mxnorm_cast(x, scale_mode=mode, **options)
+    scaled = mxnorm_cast(x * 2.0**k, format=BlockFormat.of(scale_mode=mode), **options)
+    plain = mxnorm_cast(x, format=BlockFormat.of(scale_mode=mode), **options)
     assert_bits_equal(scaled[0], plain[0])
     assert_bits_equal(scaled[1], plain[1])
     assert_bits_equal(scaled[2] * 2.0**k, plain[2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mxnorm_pass import functional, ops
-from mxnorm_pass.numerics.formats import SCALE_MODES
+from mxnorm_pass.numerics.formats import SCALE_MODES, BlockFormat
 from mxnorm_pass.numerics.rms import rms_constant
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -48,7 +48,8 @@ class NormOp:
         x = normal(ROWS, WIDTH, dtype=BF16) if x is None else x
         residual = torch.ones_like(x) if residual is None else residual
         added = (residual,) if self.adds else ()
-        spec = replace(SPEC, **options).keywords().values()
+        names = (field.name for field in fields(SPEC))
+        spec = (dict(zip(names, SPEC.arguments(), strict=True)) | options).values()
         return (x, *added, weight, block_weights, *spec, *((True,) if self.both else ()))
 
     def __call__(self, **arguments: Any) -> tuple[Tensor, ...]:
@@ -188,9 +189,16 @@ WRONG_OPTIONS: dict[str, list[Any]] = {
     "eps": [-1e-6, math.nan, math.inf],
     "estimator": ["rms", "MXNorm", ""],
     "p": [0.0, -2.0, math.nan, math.inf],
-    "block_size": [0, -32],
-    "elem_dtype": [torch.int8, BF16, torch.float8_e8m0fnu],
-    "scale_mode": ["round", "RCEIL", ""],
+    "format": [
+        "",
+        "mxfp9",
+        "mxfp8 e4m3fn",
+        "mxfp9 e4m3fn rceil block 32",
+        "mxfp8 int8 rceil block 32",
+        "mxfp8 e4m3fn RCEIL block 32",
+        "mxfp8 e4m3fn rceil block 0",
+        "mxfp8 e5m2 floor block -32",
+    ],
     "norm_dtype": [torch.int32, E4M3, torch.bool],
     "out_dtype": [torch.int32, E4M3, torch.bool],
     "scale_layout": ["swizzled", "row_major"],
@@ -199,9 +207,7 @@ ALLOWED_OPTIONS = {
     "eps": ">= 0",
     "estimator": "mxnorm, exact",
     "p": "> 0",
-    "block_size": "at least 1",
-    "elem_dtype": "torch.float8_e4m3fn, torch.float8_e5m2",
-    "scale_mode": "rceil, floor, ceil, even",
+    "format": "'mxfp8', or one of 'mxfp8 e4m3fn', 'mxfp8 e5m2' followed by a scale mode (rceil, ",
     "norm_dtype": "None, torch.float32",
     "out_dtype": "torch.float32",
     "scale_layout": "row-major, blocked",
@@ -227,15 +233,13 @@ def test_allowed_numbers(tensors: None, p: float, eps: float) -> None:
     NORM_OPS[0](p=p, eps=eps, norm_dtype=None, out_dtype=F64)
 
 
-@pytest.mark.parametrize("option", ["block_size", "elem_dtype", "scale_mode"])
-def test_wrong_options_of_cast(tensors: None, option: str) -> None:
-    options = {"block_size": 32, "elem_dtype": E4M3, "scale_mode": "rceil"}
+def test_wrong_formats_of_casts(tensors: None) -> None:
     x = torch.ones(4, 64)
-    for value in WRONG_OPTIONS[option]:
-        assert_refuses(
-            lambda v=value: ops.cast(x, *(options | {option: v}).values()),
-            ValueError, option, str(value), ALLOWED_OPTIONS[option],
-        )  # fmt: skip
+    values, scales = ops.cast(x, "mxfp8")
+    for name in WRONG_OPTIONS["format"]:
+        expected = (ValueError, "format", name, ALLOWED_OPTIONS["format"])
+        assert_refuses(lambda n=name: ops.cast(x, n), *expected)
+        assert_refuses(lambda n=name: ops.dequantize(values, scales, n, BF16), *expected)
 
 
 def test_wrong_tensors_of_cast(tensors: None) -> None:
@@ -246,23 +250,41 @@ def test_wrong_tensors_of_cast(tensors: None) -> None:
         (torch.tensor(1.0), ValueError, "scalar", "[..., D]"),
     ):
         error, given, allowed = expected
-        assert_refuses(lambda t=x: ops.cast(t, 32, E4M3, "rceil"), error, "x", given, allowed)
+        assert_refuses(lambda t=x: ops.cast(t, "mxfp8"), error, "x", given, allowed)
 
 
 def test_wrong_arguments_of_dequantize(tensors: None) -> None:
     values = torch.ones(4, 64).to(E4M3)
     scales = torch.full((4, 2), 127, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     cases: list[tuple[Any, ...]] = [
-        ((values.float(), scales, BF16), TypeError, "values", "torch.float32", "float8_e4m3fn"),
-        ((values, scales.view(torch.uint8), BF16), TypeError, "scales", "uint8", "e8m0fnu"),
-        ((values, scales[:3], BF16), ValueError, "scales", "(3, 2)", "D / block size"),
-        ((values, scales[0], BF16), ValueError, "scales", "(2,)", "D / block size"),
-        ((values, scales[:, :0], BF16), ValueError, "scales", "(4, 0)", "D / block size"),
-        ((values[:, :63], scales, BF16), ValueError, "scales", "(4, 63)", "D / block size"),
-        ((values[0, 0], scales[0, 0], BF16), ValueError, "scales", "()", "D / block size"),
-        ((values, scales.to("meta"), BF16), ValueError, "scales", "meta", "cpu"),
-        ((values, scales, torch.int8), ValueError, "dtype", "int8", "torch.float32"),
-        ((values, scales, E5M2), ValueError, "dtype", "float8_e5m2", "torch.float32"),
+        (
+            (values.float(), scales, "mxfp8", BF16),
+            TypeError,
+            "values",
+            "torch.float32",
+            "float8_e4m3fn",
+        ),
+        (
+            (values, scales.view(torch.uint8), "mxfp8", BF16),
+            TypeError,
+            "scales",
+            "uint8",
+            "e8m0fnu",
+        ),
+        ((values, scales[:3], "mxfp8", BF16), ValueError, "scales", "(3, 2)", "D / block size"),
+        ((values, scales[0], "mxfp8", BF16), ValueError, "scales", "(2,)", "D / block size"),
+        ((values, scales[:, :0], "mxfp8", BF16), ValueError, "scales", "(4, 0)", "D / block size"),
+        (
+            (values[:, :63], scales, "mxfp8", BF16),
+            ValueError,
+            "scales",
+            "(4, 63)",
+            "D / block size",
+        ),
+        ((values[0, 0], scales[0, 0], "mxfp8", BF16), ValueError, "scales", "()", "D / block size"),
+        ((values, scales.to("meta"), "mxfp8", BF16), ValueError, "scales", "meta", "cpu"),
+        ((values, scales, "mxfp8", torch.int8), ValueError, "dtype", "int8", "torch.float32"),
+        ((values, scales, "mxfp8", E5M2), ValueError, "dtype", "float8_e5m2", "torch.float32"),
     ]
     for arguments, *expected in cases:
         assert_refuses(lambda a=arguments: ops.dequantize(*a), *expected)
@@ -329,19 +351,21 @@ def test_opcheck(op: NormOp, estimator: Any) -> None:
 
 def test_opcheck_of_casts() -> None:
     x = normal(4, 64, dtype=BF16)
-    torch.library.opcheck(ops.cast, (x, 32, E4M3, "rceil"))
+    torch.library.opcheck(ops.cast, (x, "mxfp8"))
     # Its check of the schema does arithmetic on the inputs, which float8 has none of.
     utilities = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(ops.dequantize, (*functional.mx_cast(x), BF16), test_utils=utilities)
+    torch.library.opcheck(
+        ops.dequantize, (*functional.mx_cast(x), "mxfp8", BF16), test_utils=utilities
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", SCALE_MODES)
 def test_cast_and_dequantize(layout: str, mode: Any) -> None:
     x = sample((4, 16, WIDTH), layout)
-    values, scales = ops.cast(x, 32, E5M2, mode)
-    expected = functional.mx_cast(x, elem_dtype=E5M2, scale_mode=mode)
-    dequantized = ops.dequantize(values, scales, F32)
+    values, scales = ops.cast(x, f"mxfp8 e5m2 {mode} block 32")
+    expected = functional.mx_cast(x, format=BlockFormat.of(elem_dtype=E5M2, scale_mode=mode))
+    dequantized = ops.dequantize(values, scales, f"mxfp8 e5m2 {mode} block 32", F32)
     assert_bits_equal(values, expected[0])
     assert_bits_equal(scales, expected[1])
     assert_bits_equal(dequantized, functional.mx_dequantize(*expected, F32))

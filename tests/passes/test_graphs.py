@@ -78,18 +78,18 @@ def forward(arg0_1, arg1_1, arg2_1):
     # arg0_1: bf16[4, 64]
     # arg1_1: bf16[64]
     # arg2_1: bf16[32, 64]
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, None, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, None, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     # linear
-    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, torch.bfloat16)
+    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
     convert_element_type_default: "f32[32, 64]" = torch.ops.prims.convert_element_type.default(arg2_1, torch.float32)
     convert_element_type_default_1: "f32[64]" = torch.ops.prims.convert_element_type.default(arg1_1, torch.float32)
     mul_tensor: "f32[32, 64]" = torch.ops.aten.mul.Tensor(convert_element_type_default, convert_element_type_default_1)
-    cast_default_2 = torch.ops.mxnorm_pass.cast.default(mul_tensor, 32, torch.float8_e4m3fn, 'rceil')
+    cast_default_2 = torch.ops.mxnorm_pass.cast.default(mul_tensor, 'mxfp8 e4m3fn rceil block 32')
     getitem_7: "f8e4m3fn[32, 64]" = getitem(cast_default_2, 0)
     getitem_8: "f8e8m0fnu[32, 2]" = getitem(cast_default_2, 1)
-    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_7, getitem_8, torch.bfloat16)
+    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_7, getitem_8, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
     permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
     mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default_2, permute_default)
     return (mm,)
@@ -104,15 +104,15 @@ def forward(arg0_1, arg1_1, arg2_1):
     # arg0_1: bf16[4, 64]
     # arg1_1: bf16[64]
     # arg2_1: bf16[32, 64]
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, arg1_1, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, arg1_1, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     # linear
-    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, torch.bfloat16)
-    cast_default_1 = torch.ops.mxnorm_pass.cast.default(arg2_1, 32, torch.float8_e4m3fn, 'rceil')
+    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
+    cast_default_1 = torch.ops.mxnorm_pass.cast.default(arg2_1, 'mxfp8 e4m3fn rceil block 32')
     getitem_2: "f8e4m3fn[32, 64]" = getitem(cast_default_1, 0)
     getitem_3: "f8e8m0fnu[32, 2]" = getitem(cast_default_1, 1)
-    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_2, getitem_3, torch.bfloat16)
+    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_2, getitem_3, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
     permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
     mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default_2, permute_default)
     return (mm,)
@@ -127,15 +127,15 @@ def forward(arg0_1, arg1_1, arg2_1):
     # arg0_1: bf16[4, 64]
     # arg1_1: bf16[64]
     # arg2_1: bf16[32, 64]
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, arg1_1, None, 1e-06, 'exact', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, arg1_1, None, 1e-06, 'exact', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     # linear
-    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, torch.bfloat16)
-    cast_default_1 = torch.ops.mxnorm_pass.cast.default(arg2_1, 32, torch.float8_e4m3fn, 'rceil')
+    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
+    cast_default_1 = torch.ops.mxnorm_pass.cast.default(arg2_1, 'mxfp8 e4m3fn rceil block 32')
     getitem_2: "f8e4m3fn[32, 64]" = getitem(cast_default_1, 0)
     getitem_3: "f8e8m0fnu[32, 2]" = getitem(cast_default_1, 1)
-    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_2, getitem_3, torch.bfloat16)
+    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_2, getitem_3, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
     permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
     mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default_2, permute_default)
     return (mm,)
@@ -155,16 +155,16 @@ def forward(arg0_1, arg1_1, arg2_1):
     # arg1_1: bf16[64]
     # arg2_1: bf16[32, 64]
     sigmoid: "bf16[4, 64]" = torch.ops.aten.sigmoid.default(arg0_1)
-    add_norm_cast_default = torch.ops.mxnorm_pass.add_norm_cast.default(arg0_1, sigmoid, arg1_1, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
+    add_norm_cast_default = torch.ops.mxnorm_pass.add_norm_cast.default(arg0_1, sigmoid, arg1_1, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
     add: "bf16[4, 64]" = getitem(add_norm_cast_default, 0)
     getitem_4: "f8e4m3fn[4, 64]" = getitem(add_norm_cast_default, 1)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(add_norm_cast_default, 2)
     # linear
-    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, torch.bfloat16)
-    cast_default_1 = torch.ops.mxnorm_pass.cast.default(arg2_1, 32, torch.float8_e4m3fn, 'rceil')
+    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
+    cast_default_1 = torch.ops.mxnorm_pass.cast.default(arg2_1, 'mxfp8 e4m3fn rceil block 32')
     getitem_2: "f8e4m3fn[32, 64]" = getitem(cast_default_1, 0)
     getitem_3: "f8e8m0fnu[32, 2]" = getitem(cast_default_1, 1)
-    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_2, getitem_3, torch.bfloat16)
+    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_2, getitem_3, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
     permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
     mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default_2, permute_default)
     return (mm, add)
@@ -233,12 +233,12 @@ def forward(primals_1, primals_2, primals_3, tangents_1):
     # primals_3: bf16[32, 64]
     # tangents_1: bf16[4, 32]
     _to_copy: "f32[4, 64]" = torch.ops.aten._to_copy.default(primals_1, dtype=torch.float32)
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(primals_1, None, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(primals_1, None, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     getitem_6: "f32[4, 1]" = getitem(norm_cast_default, 2)
     # linear
-    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, torch.bfloat16)
+    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
     # mean
     detach: "f32[4, 1]" = torch.ops.aten.detach.default(getitem_6)
     # -
@@ -250,10 +250,10 @@ def forward(primals_1, primals_2, primals_3, tangents_1):
     convert_element_type_default: "f32[32, 64]" = torch.ops.prims.convert_element_type.default(primals_3, torch.float32)
     convert_element_type_default_1: "f32[64]" = torch.ops.prims.convert_element_type.default(primals_2, torch.float32)
     mul_tensor: "f32[32, 64]" = torch.ops.aten.mul.Tensor(convert_element_type_default, convert_element_type_default_1)
-    cast_default_2 = torch.ops.mxnorm_pass.cast.default(mul_tensor, 32, torch.float8_e4m3fn, 'rceil')
+    cast_default_2 = torch.ops.mxnorm_pass.cast.default(mul_tensor, 'mxfp8 e4m3fn rceil block 32')
     getitem_7: "f8e4m3fn[32, 64]" = getitem(cast_default_2, 0)
     getitem_8: "f8e8m0fnu[32, 2]" = getitem(cast_default_2, 1)
-    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_7, getitem_8, torch.bfloat16)
+    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_7, getitem_8, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
     permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
     mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default_2, permute_default)
     # linear (backward)
@@ -310,12 +310,12 @@ def forward(primals_1, primals_2, primals_3, tangents_1):
     # primals_3: bf16[32, 64]
     # tangents_1: bf16[4, 32]
     _to_copy: "f32[4, 64]" = torch.ops.aten._to_copy.default(primals_1, dtype=torch.float32)
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(primals_1, None, None, 1e-06, 'mxnorm', 2.0, 32, torch.float8_e4m3fn, 'rceil', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(primals_1, None, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     getitem_6: "f32[4, 1]" = getitem(norm_cast_default, 2)
     # linear
-    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, torch.bfloat16)
+    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
     # mean
     detach: "f32[4, 1]" = torch.ops.aten.detach.default(getitem_6)
     # -
@@ -327,10 +327,10 @@ def forward(primals_1, primals_2, primals_3, tangents_1):
     convert_element_type_default: "f32[32, 64]" = torch.ops.prims.convert_element_type.default(primals_3, torch.float32)
     convert_element_type_default_1: "f32[64]" = torch.ops.prims.convert_element_type.default(primals_2, torch.float32)
     mul_tensor: "f32[32, 64]" = torch.ops.aten.mul.Tensor(convert_element_type_default, convert_element_type_default_1)
-    cast_default_2 = torch.ops.mxnorm_pass.cast.default(mul_tensor, 32, torch.float8_e4m3fn, 'rceil')
+    cast_default_2 = torch.ops.mxnorm_pass.cast.default(mul_tensor, 'mxfp8 e4m3fn rceil block 32')
     getitem_7: "f8e4m3fn[32, 64]" = getitem(cast_default_2, 0)
     getitem_8: "f8e8m0fnu[32, 2]" = getitem(cast_default_2, 1)
-    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_7, getitem_8, torch.bfloat16)
+    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_7, getitem_8, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
     permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
     mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default_2, permute_default)
     # linear (backward)

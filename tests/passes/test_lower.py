@@ -6,13 +6,13 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from numerics import E4M3, E5M2, SPEC
+from formats import spec_with
+from numerics import E5M2, SPEC
 from torch import Tensor, fx
 from torch._higher_order_ops.triton_kernel_wrap import (
     kernel_side_table,
@@ -42,7 +42,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options(**changes: Any) -> list[Any]:
-    return list(replace(SPEC, **changes).keywords().values())
+    return list(spec_with(SPEC, **changes).arguments())
 
 
 def norm_cast(
@@ -204,7 +204,7 @@ def test_symbolic_rows_decomposed(fakes: FakeTensorMode, layout: str) -> None:
 def test_dequantized(fakes: FakeTensorMode, dtype: torch.dtype) -> None:
     def function(x: Tensor) -> Any:
         values, scales, rho = norm_cast(x)
-        return ops.dequantize(values, scales, dtype), rho
+        return ops.dequantize(values, scales, "mxfp8", dtype), rho
 
     lowered = Lowered(function, tensor(fakes, 4, WIDTH))
     assert lowered.count == 1
@@ -216,7 +216,7 @@ def test_dequantized_after_add(fakes: FakeTensorMode) -> None:
     def function(x: Tensor, residual: Tensor) -> Any:
         total, values, scales, _ = add_norm_cast(x, residual)
         # Each reader has its own copy.
-        first, second = (ops.dequantize(values, scales, BF16) for _ in range(2))
+        first, second = (ops.dequantize(values, scales, "mxfp8", BF16) for _ in range(2))
         return first, total, second
 
     lowered = Lowered(function, tensor(fakes, 4, WIDTH), tensor(fakes, 4, WIDTH))
@@ -227,28 +227,32 @@ def test_dequantized_after_add(fakes: FakeTensorMode) -> None:
 
 def values_escape(x: Tensor) -> Any:
     values, scales, _ = norm_cast(x)
-    return ops.dequantize(values, scales, BF16), values
+    return ops.dequantize(values, scales, "mxfp8", BF16), values
 
 
 def scales_escape(x: Tensor) -> Any:
     values, scales, _ = norm_cast(x)
-    return ops.dequantize(values, scales, BF16), scales
+    return ops.dequantize(values, scales, "mxfp8", BF16), scales
 
 
 def two_dtypes(x: Tensor) -> Any:
     values, scales, _ = norm_cast(x)
-    return ops.dequantize(values, scales, BF16), ops.dequantize(values, scales, F32)
+    return ops.dequantize(values, scales, "mxfp8", BF16), ops.dequantize(
+        values, scales, "mxfp8", F32
+    )
 
 
 def to_float64(x: Tensor) -> Any:
     values, scales, _ = norm_cast(x)
-    return (ops.dequantize(values, scales, F64),)
+    return (ops.dequantize(values, scales, "mxfp8", F64),)
 
 
 def with_scales_of_another(x: Tensor) -> Any:
     values, scales, _ = norm_cast(x)
     more_values, more_scales, _ = norm_cast(x, scale_mode="floor")
-    return ops.dequantize(values, more_scales, BF16), ops.dequantize(more_values, scales, BF16)
+    return ops.dequantize(values, more_scales, "mxfp8", BF16), ops.dequantize(
+        more_values, scales, "mxfp8", BF16
+    )
 
 
 def values_alone(x: Tensor) -> Any:
@@ -381,8 +385,8 @@ def test_limits(fakes: FakeTensorMode, width: int, changes: dict[str, Any]) -> N
 
 def test_ops_without_kernels_are_decomposed(fakes: FakeTensorMode) -> None:
     def function(x: Tensor) -> Any:
-        values, scales = ops.cast(x, 32, E4M3, "rceil")
-        return ops.dequantize(values, scales, BF16)
+        values, scales = ops.cast(x, "mxfp8")
+        return ops.dequantize(values, scales, "mxfp8", BF16)
 
     lowered = Lowered(function, tensor(fakes, 4, WIDTH))
     assert lowered.count == 2

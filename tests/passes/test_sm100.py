@@ -28,7 +28,7 @@ import mxnorm_pass
 from mxnorm_pass import MXNormConfig, SkipReason, functional
 from mxnorm_pass.compilation import inductor_passes
 from mxnorm_pass.numerics.e8m0 import round_up_to_e8m0
-from mxnorm_pass.numerics.formats import ELEMENT_FORMATS, MXFormat
+from mxnorm_pass.numerics.formats import ELEMENT_DTYPES, BlockFormat
 from mxnorm_pass.numerics.layout import blocked_scales
 from mxnorm_pass.passes.joint import run_pass
 from mxnorm_pass.passes.match.casts.find import Cast, find_casts
@@ -64,7 +64,7 @@ def test_round_up_to_e8m0_is_the_smallest_scale_that_is_not_below() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-@pytest.mark.parametrize("elem", ELEMENT_FORMATS, ids=str)
+@pytest.mark.parametrize("elem", ELEMENT_DTYPES, ids=str)
 def test_rceil_by_ptx_is_exact(elem: torch.dtype, dtype: torch.dtype) -> None:
     def cast(x: Tensor) -> list[Tensor]:
         return list(to_mx(x, elem, 32, ScaleCalculationMode.RCEIL))
@@ -75,7 +75,7 @@ def test_rceil_by_ptx_is_exact(elem: torch.dtype, dtype: torch.dtype) -> None:
         pytest.skip(f"torchao uses no PTX on torch {torch.__version__}")
     (found,) = find_casts(traced.graph)
     assert isinstance(found, Cast), found
-    assert found.format == MXFormat(elem, "rceil")
+    assert found.format == BlockFormat.of(elem, "rceil")
 
 
 # Whole Llama, inference

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from mxnorm_pass.checkpoints.calibrate.norms import Linear, NormSite
 from mxnorm_pass.checkpoints.calibrate.probe import NormConstants, probe
 from mxnorm_pass.checkpoints.channels.permute import in_eval_mode
-from mxnorm_pass.numerics.cast import mx_cast, mx_dequantize
-from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE, MXFormat
+from mxnorm_pass.numerics.cast import Quantized, quantize
+from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.norm import inverse_rms
 from mxnorm_pass.numerics.norm_cast import mxnorm_cast
 
@@ -75,7 +75,7 @@ class _EmulatedSite:
         self._fed: _Fed | None = None
         self._unread: set[str] = set()
         self._constants: NormConstants | None = None
-        self._weights: dict[tuple[str, bool], tuple[Tensor, Tensor]] = {}
+        self._weights: dict[tuple[str, bool], Quantized] = {}
 
     def enter(self, stack: ExitStack) -> None:
         hook = self.site.module.register_forward_hook(self._leave_input, with_kwargs=True)
@@ -104,8 +104,7 @@ class _EmulatedSite:
         assert linear.format is not None
         module: Any = linear.module
         activation = fed.cast(linear.format).reshape(x.shape).to(x.dtype)
-        values, scales = self._weight(linear, fed.folds)
-        weight = mx_dequantize(values, scales, module.weight.dtype)
+        weight = self._weight(linear, fed.folds).dequantize(module.weight.dtype)
         return F.linear(activation, weight, module.bias)
 
     def _scaled_linear(self, linear: Linear, original: Any, x: Tensor) -> Any:
@@ -126,7 +125,7 @@ class _EmulatedSite:
             self._forget()
         return fed
 
-    def _weight(self, linear: Linear, folded: bool) -> tuple[Tensor, Tensor]:
+    def _weight(self, linear: Linear, folded: bool) -> Quantized:
         """The weight's cast; 1.03 bytes per element, kept."""
         key = (linear.name, folded)
         if key not in self._weights:
@@ -135,7 +134,7 @@ class _EmulatedSite:
             weight = module.weight.detach()
             if folded:
                 weight = weight.float() * self._constants.gain
-            self._weights[key] = _cast(self.ordered(weight), linear.format)
+            self._weights[key] = quantize(self.ordered(weight), linear.format)
         return self._weights[key]
 
     def ordered(self, rows: Tensor) -> Tensor:
@@ -151,7 +150,7 @@ class _Fed:
     x: Tensor
     output: Tensor
     constants: NormConstants
-    _casts: dict[MXFormat, Tensor] = field(default_factory=dict)
+    _casts: dict[BlockFormat, Tensor] = field(default_factory=dict)
 
     @property
     def estimate(self) -> Estimate | None:
@@ -172,33 +171,25 @@ class _Fed:
         estimated = inverse_rms(self.owner.ordered(x), eps=eps, p=estimate.p, block_weights=weights)
         return estimated / inverse_rms(x, eps=eps, estimator="exact")
 
-    def cast(self, fmt: MXFormat) -> Tensor:
+    def cast(self, fmt: BlockFormat) -> Tensor:
         """What the linears multiply: cast and dequantised, [..., D], channels in order."""
         if fmt not in self._casts:
-            values, scales = self._quantized(fmt)
-            self._casts[fmt] = mx_dequantize(values, scales, self.output.dtype)
+            self._casts[fmt] = self._quantized(fmt).dequantize(self.output.dtype)
         return self._casts[fmt]
 
-    def _quantized(self, fmt: MXFormat) -> tuple[Tensor, Tensor]:
+    def _quantized(self, fmt: BlockFormat) -> Quantized:
         estimate, ordered = self.estimate, self.owner.ordered
         if estimate is None:
-            return _cast(ordered(self.output), fmt)
+            return quantize(ordered(self.output), fmt)
         values, scales, _ = mxnorm_cast(
             ordered(self.x),
             None if self.folds else ordered(self.constants.gain),
             eps=self.constants.eps,
             p=estimate.p,
             block_weights=estimate.block_weights.to(self.x.device),
-            elem_dtype=fmt.elem_dtype,
-            scale_mode=fmt.scale_mode,
+            format=fmt,
         )
-        return values, scales
-
-
-def _cast(x: Tensor, fmt: MXFormat) -> tuple[Tensor, Tensor]:
-    return mx_cast(
-        x, elem_dtype=fmt.elem_dtype, scale_mode=fmt.scale_mode, block_size=MX_BLOCK_SIZE
-    )
+        return Quantized(values, scales)
 
 
 @contextmanager

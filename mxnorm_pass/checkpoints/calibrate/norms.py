@@ -14,7 +14,7 @@ from mxnorm_pass.checkpoints.batches import Batch, run
 from mxnorm_pass.compilation.explain import explain
 from mxnorm_pass.errors import MXNormWarning
 from mxnorm_pass.names import clean_module_path
-from mxnorm_pass.numerics.formats import MXFormat
+from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.parse import parse
 from mxnorm_pass.report.site import Site
@@ -30,7 +30,7 @@ class Linear:
 
     name: str
     module: nn.Module
-    format: MXFormat | None
+    format: BlockFormat | None
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _linear(name: str, module: nn.Module, config: MXNormConfig) -> Linear:
     if not is_plain:
         return Linear(name, module, None)
     resolved = config.resolve(name).config
-    return Linear(name, module, MXFormat(resolved.elem_dtype, resolved.scale_mode))
+    return Linear(name, module, resolved.format)
 
 
 def _warn_exact(name: str, why: str) -> None:

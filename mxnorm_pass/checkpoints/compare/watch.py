@@ -64,7 +64,7 @@ def _dequantized(call: NormCastCall, x: Tensor, results: Mapping[str, Tensor]) -
         options = {**call.spec.keywords(), "scale_layout": "row-major"}
         weight = call.weight if call.gain_in_rows is not False else None
         values, scales, _ = mxnorm_cast(x, weight, block_weights=call.block_weights, **options)
-    return mx_dequantize(values, scales, block_size=call.spec.block_size)
+    return mx_dequantize(values, scales, block_size=call.spec.format.block_size)
 
 
 class WatchedModel:
@@ -127,7 +127,7 @@ class _Watching(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, watched: WatchedModel) -> None:
         super().__init__(gm)
         self._watched = watched
-        self._norms = {n: module_path(n) for n in gm.graph.nodes if n.target in ops.NORM_CASTS}
+        self._norms = {n: module_path(n) for n in gm.graph.nodes if ops.normalizes(n.target)}
         self._first = {norm: node for node, norm in reversed(self._norms.items())}
 
     def run_node(self, n: fx.Node) -> Any:

@@ -1,4 +1,4 @@
-"""Device functions of the MX formats: what ``formats`` computes, on float32 bit patterns.
+"""Device functions of the MX formats: what ``numerics`` computes, on float32 bit patterns.
 
 A non-negative float32 and its bits order alike, and NaN lies above infinity, so the largest bits
 of a block are its absmax with NaN propagated, and integers are all that a scale needs.
@@ -33,17 +33,21 @@ def _maximum(a, b):
 
 @triton.jit
 def e8m0_exponent(
-    absmax, mode: tl.constexpr, max_exponent: tl.constexpr, mantissa_bits: tl.constexpr
+    absmax,
+    mode: tl.constexpr,
+    max_exponent: tl.constexpr,
+    mantissa_bits: tl.constexpr,
+    max_mantissa: tl.constexpr,
 ):
     """Biased exponent, int32, of the scale of blocks whose absmax has the bits ``absmax``.
 
-    ``formats.e8m0_exponent`` bit for bit; 448 and 57344, the largest elements, are both 1.75 times
-    a power of two.
+    ``e8m0.e8m0_exponent`` bit for bit. The largest element has the mantissa bits ``max_mantissa``
+    in float32, below 2 ** (max_exponent + 1).
     """
     exponent = (absmax >> 23) - max_exponent
     if mode == "rceil":
         # No finite absmax reaches 254.
-        exponent = tl.maximum(((absmax + 0x1FFFFF) >> 23) - max_exponent, 0)
+        exponent = tl.maximum(((absmax + (MANTISSA - max_mantissa)) >> 23) - max_exponent, 0)
         return tl.where(absmax >= INFINITY, 254 + (absmax > INFINITY).to(tl.int32), exponent)
     elif mode == "ceil":
         exponent += ((absmax & MANTISSA) > 0).to(tl.int32)
@@ -56,7 +60,7 @@ def e8m0_exponent(
 
 @triton.jit
 def e8m0_reciprocal(exponent, mode: tl.constexpr):
-    """What elements are multiplied by, float32: ``formats.cast_elements`` bit for bit."""
+    """What elements are multiplied by, float32: ``cast.cast_elements`` bit for bit."""
     if mode == "rceil":
         bits = (254 << 23) - exponent * (1 << 23)
         bits = tl.where(exponent == 0, 127 << 23, bits)
@@ -70,7 +74,7 @@ def e8m0_reciprocal(exponent, mode: tl.constexpr):
 
 @triton.jit
 def e8m0_value(exponent):
-    """2^(exponent - 127), float32; NaN for 255 (``formats.e8m0_to_float``)."""
+    """2^(exponent - 127), float32; NaN for 255 (``e8m0.e8m0_to_float``)."""
     bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
     return tl.where(exponent == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
 
@@ -84,11 +88,12 @@ def cast_blocks(
     elem_dtype: tl.constexpr,
     max_exponent: tl.constexpr,
     mantissa_bits: tl.constexpr,
+    max_mantissa: tl.constexpr,
 ):
     """float8 elements of ``y`` and int32 exponents of its blocks, which lie along ``axis``."""
-    exponent = e8m0_exponent(absmax, mode, max_exponent, mantissa_bits)
+    exponent = e8m0_exponent(absmax, mode, max_exponent, mantissa_bits, max_mantissa)
     factor = tl.expand_dims(e8m0_reciprocal(exponent, mode), axis)
-    largest: tl.constexpr = 1.75 * (1 << max_exponent)
+    largest: tl.constexpr = (1 + max_mantissa / 8388608) * (1 << max_exponent)
     if y.dtype == tl.bfloat16 and not INTERPRETED:
         # Two at once. The factor is a power of two, 0 or NaN: a product is exact, or subnormal,
         # which float8 takes for zero.
@@ -100,6 +105,6 @@ def cast_blocks(
 
 @triton.jit
 def blocked_scale_offset(row, block, tiles_across):
-    """Where the 128x4 layout of ``formats.blocked_scales`` has the scale of (row, block)."""
+    """Where the 128x4 layout of ``layout.blocked_scales`` has the scale of (row, block)."""
     tile = (row // 128) * tiles_across + block // 4
     return tile * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + block % 4

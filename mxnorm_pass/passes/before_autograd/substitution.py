@@ -60,7 +60,7 @@ class Estimate:
             norm=fusion.norm.name,
             eps=fusion.norm.eps,
             p=fusion.config.p,
-            block_size=fusion.casts[0].format.block_size,
+            block_size=fusion.specs[0].format.block_size,
             gradient=fusion.gradient,
             norm_dtype=rounding.norm_dtype if rounding else None,
             block_weights=None if weights is None else tuple(weights.tolist()),

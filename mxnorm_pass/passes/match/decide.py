@@ -290,4 +290,4 @@ def _with_transposed_casts(fusion: Fusion, reads: Sequence[Read]) -> Fusion:
         # The op would cast along T what was rounded in another way.
         return fusion
     found = transposed_casts(fusion.norm, reads)
-    return replace(fusion, transposed=tuple(t for t in found if fusion.cast_beside(t)))
+    return replace(fusion, transposed=tuple(t for t in found if fusion.spec_beside(t)))

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, fx
 
 from mxnorm_pass.graph.nodes import tensor_of
-from mxnorm_pass.numerics.formats import MXFormat
-from mxnorm_pass.numerics.layout import ScaleLayout
+from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.norm import Gradient
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
 from mxnorm_pass.numerics.rms import Estimator
 from mxnorm_pass.options.config import Calibrated, MXNormConfig
 from mxnorm_pass.passes.match.casts.find import Cast
 from mxnorm_pass.passes.match.linears.consumer import Consumer
 from mxnorm_pass.passes.match.norms.find import Norm
+from mxnorm_pass.passes.match.norms.tail import Rounding
 from mxnorm_pass.passes.match.skip import Skip
 from mxnorm_pass.passes.match.transposed_cast import TransposedCast
 from mxnorm_pass.report.site import Site
-
-
-@dataclass(frozen=True)
-class FusedCast:
-    """A cast of the norm's output: its format, and the dtype to which the output is rounded."""
-
-    format: MXFormat
-    out_dtype: torch.dtype
-    scale_layout: ScaleLayout
 
 
 @dataclass(frozen=True)
@@ -40,7 +31,7 @@ class Fusion:
         config: the options that hold for this norm.
         gain: "fold" or "activation"; None for a norm without a gain.
         residual: the residual add whose sum the norm reads, if the fused op does it.
-        transposed: the backward's casts along T that one of ``casts`` can make, too.
+        transposed: the backward's casts along T that one of the fused ops can make, too.
         calibration: what the calibration does to this norm.
         block_weights: [K] float32, of the calibration.
     """
@@ -63,31 +54,39 @@ class Fusion:
         return self.config.gradient
 
     @property
-    def casts(self) -> tuple[FusedCast, ...]:
-        """The different casts that the consumers read, in order."""
-        return tuple(dict.fromkeys(map(self.cast_of, self.consumers)))
+    def specs(self) -> tuple[NormCastSpec, ...]:
+        """What the fused ops compute: one for each different cast that consumers read, in order."""
+        return tuple(dict.fromkeys(map(self.spec_of, self.consumers)))
 
-    def cast_of(self, consumer: Consumer) -> FusedCast:
+    def spec_of(self, consumer: Consumer) -> NormCastSpec:
+        """What the fused op computes that the consumer reads."""
+        rounding = self.norm.rounding
         output = tensor_of(self.norm.output)
         assert output is not None
-        layout: ScaleLayout = "blocked" if consumer.linear.blocked_scales else "row-major"
-        fmt = self._format_of(consumer.cast)
-        return FusedCast(fmt, consumer.rounds_to or output.dtype, layout)
+        return NormCastSpec(
+            eps=self.norm.eps,
+            estimator=self.estimator,
+            p=self.config.p,
+            format=self._format_of(consumer.cast),
+            norm_dtype=rounding.norm_dtype if isinstance(rounding, Rounding) else None,
+            out_dtype=consumer.rounds_to or output.dtype,
+            scale_layout="blocked" if consumer.linear.blocked_scales else "row-major",
+        )
 
-    def _format_of(self, cast: Cast) -> MXFormat:
+    def _format_of(self, cast: Cast) -> BlockFormat:
         if self.estimator == "mxnorm":
             # Its values differ from the matched graph's anyhow: no log2 has to be emulated.
             return cast.format.without_log2
         return cast.format
 
-    def transposed_with(self, cast: FusedCast) -> tuple[Cast, ...]:
-        """The backward's casts along T that the op of ``cast`` makes."""
-        return tuple(t.cast for t in self.transposed if self.cast_beside(t) == cast)
+    def transposed_with(self, spec: NormCastSpec) -> tuple[Cast, ...]:
+        """The backward's casts along T that the op of ``spec`` makes."""
+        return tuple(t.cast for t in self.transposed if self.spec_beside(t) == spec)
 
-    def cast_beside(self, transposed: TransposedCast) -> FusedCast | None:
-        """The first of the casts that is of the same format and the same rounding."""
+    def spec_beside(self, transposed: TransposedCast) -> NormCastSpec | None:
+        """The first of the specs that is of the same format and the same rounding."""
         wanted = (self._format_of(transposed.cast), transposed.rounds_to)
-        return next((c for c in self.casts if (c.format, c.out_dtype) == wanted), None)
+        return next((s for s in self.specs if (s.format, s.out_dtype) == wanted), None)
 
     def refused(self, skip: Skip) -> Refusal:
         names = tuple(dict.fromkeys(c.name for c in self.consumers))
@@ -100,7 +99,7 @@ class Fusion:
             status="fused",
             estimator=self.estimator,
             gain=self.gain,
-            format=str(self.casts[0].format),
+            format=str(self.specs[0].format),
             residual=self.residual is not None,
             calibration=self.calibration,
         )

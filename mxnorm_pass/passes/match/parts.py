@@ -15,9 +15,6 @@ from mxnorm_pass.passes.match.norms.find import Norm
 from mxnorm_pass.report.snapshot import Snapshot
 from mxnorm_pass.report.traffic import is_free
 
-_FUSED_OPS = frozenset(
-    {ops.norm_cast, ops.norm_cast_both, ops.add_norm_cast, ops.add_norm_cast_both}
-)
 # A weight is some views, a cast and its dequantisation away from the matmul.
 _MAX_WEIGHT_NODES = 64
 _MAX_MODULE_NODES = 64
@@ -97,10 +94,9 @@ def _part_of_created(node: fx.Node, fusion: Fusion) -> str:
         return "norm backward"
     while is_free(node):
         node = node.all_input_nodes[0]
-    if node.target in _FUSED_OPS:
-        return "norm and cast"
-    if node.target is ops.dequantize:
-        return "dequantize"
+    op = ops.OPS.get(node.target)
+    if op is not None and op.part:
+        return op.part
     return "norm" if module_path(node) == fusion.norm.name else "weight cast"
 
 

@@ -23,7 +23,7 @@ from mxnorm_pass.graph.nodes import (
     same_size,
     tensor_of,
 )
-from mxnorm_pass.numerics.formats import ELEMENT_FORMATS
+from mxnorm_pass.numerics.formats import ELEMENT_DTYPES
 from mxnorm_pass.passes.match.casts.find import Cast, casts_of
 from mxnorm_pass.passes.match.linears.readers import narrowest_dtype
 from mxnorm_pass.passes.match.norms.find import Norm
@@ -85,7 +85,7 @@ def _is_step(node: fx.Node) -> bool:
     """Does the node keep the elements, in an order that can be told?"""
     if is_view(node) or is_transpose(node):
         return True
-    return is_dtype_cast(node) and dtype_of(node) not in ELEMENT_FORMATS
+    return is_dtype_cast(node) and dtype_of(node) not in ELEMENT_DTYPES
 
 
 def _way_from(output: fx.Node, node: fx.Node) -> list[fx.Node]:

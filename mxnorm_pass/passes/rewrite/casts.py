@@ -3,46 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import call, outputs_of
 from mxnorm_pass.graph.nodes import dtype_of, partition_of, tensor_of
+from mxnorm_pass.numerics.formats import BlockFormat
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
 from mxnorm_pass.passes.match.casts.find import Cast
-from mxnorm_pass.passes.match.fusion import FusedCast, Fusion
+from mxnorm_pass.passes.match.fusion import Fusion
 from mxnorm_pass.passes.match.linears.consumer import Consumer
 from mxnorm_pass.passes.match.linears.products import cast_use
-from mxnorm_pass.passes.match.norms.tail import Rounding
 from mxnorm_pass.passes.rewrite.shapes import byte_view
+
+
+@dataclass(frozen=True)
+class _Results:
+    """Of a fused op, along D."""
+
+    values: fx.Node
+    scales: fx.Node
+    format: BlockFormat
 
 
 def fuse_casts(
     graph: fx.Graph,
     fusion: Fusion,
-    cast: FusedCast,
+    spec: NormCastSpec,
     block_weights: fx.Node | None,
     at: fx.Node,
 ) -> fx.Node:
     """Insert the fused op before ``at``, hand its results to the consumers; returns rho."""
     norm = fusion.norm
-    rounding = norm.rounding or Rounding(None, dtype_of(norm.output))
-    consumers = [c for c in fusion.consumers if fusion.cast_of(c) == cast]
-    transposed = fusion.transposed_with(cast)
-    fmt = cast.format
+    consumers = [c for c in fusion.consumers if fusion.spec_of(c) == spec]
+    transposed = fusion.transposed_with(spec)
     origin = norm.output
-    options = (
-        block_weights,
-        norm.eps,
-        fusion.estimator,
-        fusion.config.p,
-        fmt.block_size,
-        fmt.elem_dtype,
-        fmt.scale_mode,
-        rounding.norm_dtype,
-        cast.out_dtype,
-        cast.scale_layout,
-    )
+    options = (block_weights, *spec.arguments())
     in_rows = fusion.gain == "activation"
     with graph.inserting_before(at):
         if transposed:
@@ -51,7 +49,7 @@ def fuse_casts(
             gain = norm.gain if in_rows else None
             op = call(graph, origin, ops.norm_cast, norm.x, gain, *options)
         values, scales, rho, *along_rows = outputs_of(graph, origin, op)
-        _redirect_casts(graph, origin, consumers, values, scales)
+        _redirect_casts(graph, origin, consumers, _Results(values, scales, spec.format))
     for backward_cast in transposed:
         _redirect_transposed(graph, backward_cast, *along_rows)
     return rho
@@ -67,25 +65,25 @@ def _redirect_transposed(graph: fx.Graph, cast: Cast, values: fx.Node, scales: f
 
 
 def _redirect_casts(
-    graph: fx.Graph, at: fx.Node, consumers: Sequence[Consumer], values: fx.Node, scales: fx.Node
+    graph: fx.Graph, at: fx.Node, consumers: Sequence[Consumer], new: _Results
 ) -> None:
     matmuls = {c.linear.matmul for c in consumers}
     products = {(c.cast, c.linear.matmul): c.dequantized for c in consumers}
     views: dict[object, fx.Node] = {}
     for cast in dict.fromkeys(c.cast for c in consumers):
         use = cast_use(cast)
-        new_values = _shared_view(graph, at, values, cast.values, views)
+        new_values = _shared_view(graph, at, new.values, cast.values, views)
         exclusive = all(m.matmul in matmuls for m in use.matmuls)
         for matmul in use.matmuls:
             if matmul.matmul not in matmuls:
                 continue
             old_scales = matmul.blocked_scales or cast.scales
-            new_scales = _shared_view(graph, at, scales, old_scales, views)
+            new_scales = _shared_view(graph, at, new.scales, old_scales, views)
             replaced = {cast.values: new_values, old_scales: new_scales}
             product = products[cast, matmul.matmul]
             if product is not None:
-                new = _shared_dequantization(graph, values, scales, product, views)
-                replaced[product] = _shared_view(graph, product, new, product, views)
+                dequantized = _shared_dequantization(graph, new, product, views)
+                replaced[product] = _shared_view(graph, product, dequantized, product, views)
             if exclusive:
                 replace_cast(cast, replaced)
             else:
@@ -110,16 +108,14 @@ def _shared_view(
 
 
 def _shared_dequantization(
-    graph: fx.Graph,
-    values: fx.Node,
-    scales: fx.Node,
-    like: fx.Node,
-    made: dict[object, fx.Node],
+    graph: fx.Graph, new: _Results, like: fx.Node, made: dict[object, fx.Node]
 ) -> fx.Node:
     """Values times scales in the dtype of ``like``, made once for each part of the graph."""
-    key = (values, dtype_of(like), *partition_of(like))
+    key = (new.values, dtype_of(like), *partition_of(like))
     if key not in made:
-        made[key] = call(graph, like, ops.dequantize, values, scales, dtype_of(like))
+        made[key] = call(
+            graph, like, ops.dequantize, new.values, new.scales, new.format.name, dtype_of(like)
+        )
     return made[key]
 
 

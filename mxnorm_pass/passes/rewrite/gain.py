@@ -74,5 +74,5 @@ def _cast_scaled_weight(
     fmt = weight.cast.format.without_log2
     weight32 = to_dtype(graph, at, weight.weight, torch.float32)
     scaled = call(graph, at, aten.mul.Tensor, weight32, to_dtype(graph, at, gain, torch.float32))
-    cast = call(graph, at, ops.cast, scaled, fmt.block_size, fmt.elem_dtype, fmt.scale_mode)
+    cast = call(graph, at, ops.cast, scaled, fmt.name)
     return outputs_of(graph, at, cast)

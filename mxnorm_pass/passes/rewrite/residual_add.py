@@ -10,7 +10,7 @@ After::
     x, residual -> add_norm_cast -> values, scales, rho
                     +---> total -> all that reads the sum
 
-Which adds may be fused is decided in ``match.residual``.
+Which adds may be fused is decided in ``match.residual_add``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,6 @@ from torch import fx
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import copy_origin
 from mxnorm_pass.graph.nodes import ancestors_after
-
-_WITH_ADD = {
-    ops.norm_cast: ops.add_norm_cast,
-    ops.norm_cast_both: ops.add_norm_cast_both,
-}
 
 
 def fuse_residual_add(graph: fx.Graph, op: fx.Node, add: fx.Node) -> None:
@@ -43,7 +38,7 @@ def fuse_residual_add(graph: fx.Graph, op: fx.Node, add: fx.Node) -> None:
         # Such as a gain of 1 + w, which the model computes after the sum.
         add.prepend(node)
     with graph.inserting_before(add):
-        fused = graph.call_function(_WITH_ADD[op.target], (*add.args, *others))
+        fused = graph.call_function(ops.OPS[op.target].add_first, (*add.args, *others))
     copy_origin(op, fused)
     fused.meta["val"] = (add.meta["val"], *op.meta["val"])
     for getitem in list(op.users):

@@ -22,6 +22,7 @@ from mxnorm_pass.errors import VerificationError
 from mxnorm_pass.graph.modules import module_path
 from mxnorm_pass.graph.nodes import aten, is_backward, prims
 from mxnorm_pass.numerics.cast import mx_dequantize
+from mxnorm_pass.numerics.formats import block_format
 from mxnorm_pass.numerics.norm import Gradient, inverse_rms
 from mxnorm_pass.numerics.rms import Estimator, mean_square
 from mxnorm_pass.options.config import MXNormConfig
@@ -91,7 +92,7 @@ class Float64Interpreter:
 
     def _function(self, node: fx.Node) -> Callable[..., Any]:
         target: Any = node.target
-        if target in ops.NORM_CASTS:
+        if ops.normalizes(target):
             gradient = self._config.resolve(module_path(node)).config.gradient
             return partial(_norm_cast, target, gradient, node.meta["val"])
         if target in _OWN:
@@ -177,8 +178,9 @@ def _norm_cast(
     given: Mapping[str, Any] = dict(zip(parameters, args, strict=True))
     residual, weight = given.get("residual"), given["weight"]
     x = given["x"] if residual is None else given["x"] + residual
-    names = ("eps", "estimator", "p", "block_size", "block_weights")
-    rho = _rho(x, gradient, **{name: given[name] for name in names})
+    names = ("eps", "estimator", "p", "block_weights")
+    block_size = block_format(given["format"]).block_size
+    rho = _rho(x, gradient, block_size=block_size, **{name: given[name] for name in names})
     y = x * rho if weight is None else x * rho * weight
     in_rows = y if given.get("gain_in_rows", True) else x * rho
     results: dict[str, Any] = {
@@ -207,7 +209,7 @@ def _rho(
     return inverse_rms(x, eps=eps, estimator=estimator, gradient=gradient, **options)
 
 
-def _dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantize(values: Tensor, scales: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     """Values that the graph was given are float8; those of a cast are what was cast."""
     if values.itemsize > 1:
         return values

@@ -129,7 +129,7 @@ def _site(joint: JointGraph, wrong: set[int]) -> str:
         above = {positions[n] for n in ancestors(node) if n in positions} & differentiable
         return len(above & wrong) / max(len(above | wrong), 1)
 
-    fused = [n for n in joint.graph.nodes if n.target in ops.NORM_CASTS and not is_backward(n)]
+    fused = [n for n in joint.graph.nodes if ops.normalizes(n.target) and not is_backward(n)]
     best = max(fused, key=likelihood, default=None)
     return repr(module_path(best) or best.name) if best is not None else "unknown"
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from edge_cases import STACKED_EDGE_CASES, EdgeCase, bits_equal, describe_difference
+from formats import spec_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,13 +20,14 @@ from mxnorm_pass import functional
 from mxnorm_pass.kernels import coverage
 from mxnorm_pass.kernels.norm_cast_both import Configuration, norm_cast_both
 from mxnorm_pass.kernels.rows import Config
+from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.layout import blocked_scales
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-SPEC = NormCastSpec(1e-5, "mxnorm", 2.0, 32, E4M3, "rceil", BF16, BF16, "row-major")
+SPEC = NormCastSpec(1e-5, "mxnorm", 2.0, BlockFormat.of(E4M3), BF16, BF16, "row-major")
 SMALL = (
     Configuration(Config(rows=8, chunks=1, warps=4), columns=64, lag=1),
     Configuration(Config(rows=32, chunks=1, warps=4), columns=32, lag=2),
@@ -53,7 +55,6 @@ def casts_given_rho(
     x: Tensor, weight: Tensor | None, rho: Tensor, spec: NormCastSpec, gain_in_rows: bool
 ) -> tuple[Tensor, ...]:
     """values, scales, values_t and scales_t, from ``functional``'s norm and MX cast."""
-    cast = {"elem_dtype": spec.elem_dtype, "scale_mode": spec.scale_mode}
     along_rows: tuple[torch.dtype | None, torch.dtype] = (None, F32)
     if spec.estimator == "exact":
         along_rows = (spec.norm_dtype, spec.out_dtype)
@@ -61,12 +62,12 @@ def casts_given_rho(
     if row_weight is not None and spec.estimator == "mxnorm":
         row_weight = row_weight.float()
     y = functional.normalize(x, rho, row_weight, *along_rows)
-    values, scales = functional.mx_cast(y, **cast)
+    values, scales = functional.mx_cast(y, spec.format)
     if spec.scale_layout == "blocked":
         scales = blocked_scales(scales.view(torch.uint8)).view(scales.dtype)
     y = functional.normalize(x, rho, weight, spec.norm_dtype, spec.out_dtype)
     y = y.reshape(-1, x.shape[-1])
-    return values, scales, *functional.mx_cast(y.t().contiguous(), **cast)
+    return values, scales, *functional.mx_cast(y.t().contiguous(), spec.format)
 
 
 def check(
@@ -101,7 +102,7 @@ def check(
 )
 def test_edge_cases(case: EdgeCase, dtype: torch.dtype, estimator, mode, elem_dtype) -> None:
     x = case.x(dtype).to(DEVICE)
-    spec = replace(SPEC, estimator=estimator, scale_mode=mode, elem_dtype=elem_dtype)
+    spec = spec_with(SPEC, estimator=estimator, scale_mode=mode, elem_dtype=elem_dtype)
     weight = None if elem_dtype == E5M2 else noise(x.shape[1]).to(dtype)
     results = norm_cast_both(x, weight, None, spec, True, config=MANY_ROWS)
     check(results, x, weight, spec)
@@ -121,7 +122,7 @@ dtypes = st.sampled_from([F32, BF16, F16])
     padding=st.sampled_from([0, 32]),
     config=st.sampled_from(SMALL),
     spec=st.builds(
-        replace,
+        spec_with,
         st.just(SPEC),
         eps=st.sampled_from([1e-6, 0.5]),
         estimator=st.sampled_from(["mxnorm", "exact"]),
@@ -187,7 +188,7 @@ def test_one_row_per_program(chunks: int) -> None:
 
 @pytest.mark.parametrize("layout", ["row-major", "blocked"])
 def test_leading_dimensions_keep_their_shape(layout: str) -> None:
-    spec = replace(SPEC, scale_layout=layout)
+    spec = spec_with(SPEC, scale_layout=layout)
     x = noise(4, 3, 16, 96).to(BF16).transpose(0, 1)
     results = norm_cast_both(x, None, None, spec, True, config=SMALL[0])
     assert [tuple(t.shape) for t in results] == [
@@ -209,11 +210,11 @@ def test_leading_dimensions_keep_their_shape(layout: str) -> None:
     ],
 )
 def test_what_is_not_covered_says_why(rows: int, changes: dict[str, int], words: str) -> None:
-    spec = replace(SPEC, **changes)  # type: ignore[arg-type]
+    spec = spec_with(SPEC, **changes)  # type: ignore[arg-type]
     assert words in (coverage.uncovered_both(noise(rows, 96), spec) or "")
     # The same call one step away meets only what all kernels ask for.
     near = noise(rows + -rows % 32, 96)
-    covered = replace(spec, block_size=32)
+    covered = spec_with(spec, block_size=32)
     assert coverage.uncovered_both(near, covered) == coverage.uncovered(near, covered)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mxnorm_pass.kernels.rows import Config
 from mxnorm_pass.numerics.e8m0 import e8m0_to_float
-from mxnorm_pass.numerics.formats import element_format
+from mxnorm_pass.numerics.formats import ELEMENT_DTYPES
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 from mxnorm_pass.numerics.rms import rms_constant
 
@@ -44,8 +44,8 @@ def rho64(x: Tensor, options: NormCastSpec, block_weights: Tensor | None) -> Ten
     if options.estimator == "exact":
         square = x.double().square().mean(-1, keepdim=True)
     else:
-        m, p = absmax64(x, options.block_size), options.p
-        c = rms_constant(p, options.block_size)
+        m, p = absmax64(x, options.format.block_size), options.p
+        c = rms_constant(p, options.format.block_size)
         each = 1 / (m.shape[-1] * c**p) if block_weights is None else block_weights.double()
         square = (m.pow(p) * each).sum(-1, keepdim=True).pow(2 / p)
     return 1 / torch.sqrt(square + options.eps)
@@ -69,7 +69,7 @@ def rho_error(x: Tensor, options: NormCastSpec, block_weights: Tensor | None) ->
     The root halves what was wrong below it; eps adds 2 U there, and the root and the division U
     each. The hardware divides m by the largest one within 2 ulp, which is 4 U.
     """
-    blocks, p = x.shape[-1] // options.block_size, options.p
+    blocks, p = x.shape[-1] // options.format.block_size, options.p
     if options.estimator == "exact":
         return ((1 + x.shape[-1] + 2) + 2) * U / 2 + 2 * U
     weighting = 1 if block_weights is not None else 0
@@ -77,7 +77,7 @@ def rho_error(x: Tensor, options: NormCastSpec, block_weights: Tensor | None) ->
         return ((1 + weighting + blocks + 2) + 2) * U / 2 + 2 * U
     if p == 1:
         return ((weighting + blocks + 2) * 2 + 1 + 2) * U / 2 + 2 * U
-    m, each = absmax64(x, options.block_size), 4 * U
+    m, each = absmax64(x, options.format.block_size), 4 * U
     if block_weights is not None:
         weights = block_weights[block_weights > 0].double()
         m = m[..., block_weights > 0] * weights.pow(1 / p)
@@ -160,7 +160,7 @@ def test_eps_counts() -> None:
 
 def step(values: Tensor, scales: Tensor) -> Tensor:
     """Distance from each element to the next larger one of its format, in units of the input."""
-    elem = element_format(values.dtype)
+    elem = ELEMENT_DTYPES[values.dtype]
     smallest = math.log2(torch.finfo(values.dtype).smallest_normal)
     exponent = values.double().abs().log2().floor().clamp(min=smallest)
     scale = e8m0_to_float(scales).double().repeat_interleave(32, dim=-1)

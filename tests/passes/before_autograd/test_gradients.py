@@ -292,10 +292,8 @@ def test_a_cast_that_feeds_fused_and_other_linears() -> None:
             self.a, self.b = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
 
         def forward(self, x: Tensor) -> Any:
-            values, scales = torch.ops.mxnorm_pass.cast(
-                self.norm(x).detach(), 32, torch.float8_e4m3fn, "rceil"
-            )
-            y = torch.ops.mxnorm_pass.dequantize(values, scales, F32)
+            values, scales = torch.ops.mxnorm_pass.cast(self.norm(x).detach(), "mxfp8")
+            y = torch.ops.mxnorm_pass.dequantize(values, scales, "mxfp8", F32)
             return self.a(y), self.b(y)
 
     torch._dynamo.reset()

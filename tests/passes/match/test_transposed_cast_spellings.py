@@ -24,13 +24,14 @@ from transposed_casts import (
 )
 
 from mxnorm_pass import functional, ops
+from mxnorm_pass.numerics.formats import BlockFormat
 
 
 def _rounded(
     x: Tensor, mode: str = "rceil", elem_dtype: torch.dtype = E4M3, block_size: int = 32
 ) -> Tensor:
-    values, scales = ops.cast(x, block_size, elem_dtype, mode)
-    return ops.dequantize(values, scales, x.dtype)
+    name = BlockFormat.of(elem_dtype, mode, block_size).name
+    return ops.dequantize(*ops.cast(x, name), name, x.dtype)
 
 
 def _in_aten(x: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 A cast is the region between a tensor viewed as blocks and two results: float8 values and one
 scale per block. Spellings differ by torchao version, scale mode and chip, so the region is not
-compared with patterns but evaluated, see ``cast_program``. Casts that are one op or one kernel,
-whose inside no graph shows, are known by name, see ``cast_op``.
+compared with patterns but evaluated, see ``recognize``. Casts that are one op or one kernel,
+whose inside no graph shows, are known by name, see ``known_ops``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mxnorm_pass.graph.nodes import (
     same_size,
     tensor_of,
 )
-from mxnorm_pass.numerics.formats import CAST_MODES, ELEMENT_FORMATS, MXFormat
+from mxnorm_pass.numerics.formats import CAST_MODES, ELEMENT_DTYPES, BlockFormat, block_format
 from mxnorm_pass.passes.match.casts.known_ops import CastOp, cast_op
 from mxnorm_pass.passes.match.casts.program import CONSTANTS
 from mxnorm_pass.passes.match.casts.recognize import recognize
@@ -51,7 +51,7 @@ class Cast:
     source: fx.Node
     values: fx.Node
     scales: fx.Node
-    format: MXFormat
+    format: BlockFormat
     nodes: frozenset[fx.Node]
 
 
@@ -82,7 +82,7 @@ def find_casts(graph: fx.Graph, backward: bool = False) -> list[Cast | UnknownCa
             found.append(_own_cast(node))
         elif (op := cast_op(node)) is not None:
             found.append(_opaque_cast(node, op))
-        elif is_dtype_cast(node) and dtype_of(node) in ELEMENT_FORMATS:
+        elif is_dtype_cast(node) and dtype_of(node) in ELEMENT_DTYPES:
             region = _collect_region(node)
             if region is not None:
                 found.append(_match_region(node, region))
@@ -103,7 +103,7 @@ def casts_of(source: fx.Node) -> list[Cast]:
             if user in seen or not _has_size_of(user, source):
                 continue
             seen.add(user)
-            if is_dtype_cast(user) and dtype_of(user) in ELEMENT_FORMATS:
+            if is_dtype_cast(user) and dtype_of(user) in ELEMENT_DTYPES:
                 region = _collect_region(user)
                 if region is not None and region.blocks is source:
                     found.append(_match_region(user, region))
@@ -123,13 +123,13 @@ def _has_size_of(node: fx.Node, other: fx.Node) -> bool:
 
 
 def _own_cast(node: fx.Node) -> Cast:
-    source, block_size, elem_dtype, scale_mode = node.args
+    source, name = node.args
     outputs = {user.args[1]: user for user in node.users}
     return Cast(
         source=source,  # type: ignore[arg-type]
         values=outputs[0],
         scales=outputs[1],
-        format=MXFormat(elem_dtype, scale_mode, block_size),  # type: ignore[arg-type]
+        format=block_format(name),  # type: ignore[arg-type]
         nodes=frozenset((node, *node.users)),
     )
 

@@ -19,7 +19,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
     triton_kernel_wrapper_functional,
 )
 
-from mxnorm_pass.numerics.formats import ELEMENT_FORMATS, MX_BLOCK_SIZE, MXFormat, ScaleMode
+from mxnorm_pass.numerics.formats import ELEMENT_DTYPES, MX_BLOCK_SIZE, BlockFormat, ScaleMode
 
 _OP = "torchao::triton_to_mxfp8_dim0"
 _KERNEL = "to_mxfp8_dim0_kernel"
@@ -41,7 +41,7 @@ class CastOp:
     source: fx.Node
     values: int | str
     scales: int | str
-    format: MXFormat | None
+    format: BlockFormat | None
 
 
 def cast_op(node: fx.Node) -> CastOp | None:
@@ -67,7 +67,7 @@ def _returns_mx(outputs: Any) -> bool:
     if not isinstance(outputs, (list, tuple)):
         return False
     dtypes = {t.dtype for t in outputs if isinstance(t, Tensor)}
-    return torch.float8_e8m0fnu in dtypes and not dtypes.isdisjoint(ELEMENT_FORMATS)
+    return torch.float8_e8m0fnu in dtypes and not dtypes.isdisjoint(ELEMENT_DTYPES)
 
 
 def _names(target: Any) -> list[str]:
@@ -88,7 +88,7 @@ def _kernel(node: fx.Node) -> CastOp | None:
     return CastOp(_KERNEL, arguments["x_ptr"], "output_ptr", "scale_ptr", fmt)
 
 
-def _format(mode: Any, block_size: Any) -> MXFormat | None:
+def _format(mode: Any, block_size: Any) -> BlockFormat | None:
     if mode not in get_args(ScaleMode) or not isinstance(block_size, int):
         return None
-    return MXFormat(torch.float8_e4m3fn, mode, block_size)
+    return BlockFormat.of(torch.float8_e4m3fn, mode, block_size)

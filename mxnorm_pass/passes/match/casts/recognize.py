@@ -14,15 +14,15 @@ from torch import Tensor, fx
 
 from mxnorm_pass.graph.fake import real_tensors
 from mxnorm_pass.graph.nodes import tensor_of
-from mxnorm_pass.numerics.cast import mx_cast
+from mxnorm_pass.numerics.cast import Quantized, quantize
 from mxnorm_pass.numerics.e8m0 import E8M0_NAN
-from mxnorm_pass.numerics.formats import CAST_MODES, MXFormat, element_format
+from mxnorm_pass.numerics.formats import CAST_MODES, ELEMENT_DTYPES, BlockFormat
 from mxnorm_pass.passes.match.casts.program import Program
 
 
 def recognize(
     blocks: fx.Node, nodes: Sequence[fx.Node], values: fx.Node, scales: fx.Node
-) -> MXFormat | None:
+) -> BlockFormat | None:
     """The MX format that a region casts to; None if it is none.
 
     Args:
@@ -45,7 +45,7 @@ def recognize(
 @lru_cache(maxsize=256)
 def _classify(
     program: Program, source: torch.dtype, elem: torch.dtype, block_size: int
-) -> MXFormat | None:
+) -> BlockFormat | None:
     """Run the program on the probe and find the scale mode that gives the same bits."""
     with real_tensors():
         probe = _probe(source, elem, block_size)
@@ -55,22 +55,20 @@ def _classify(
             return None
         # "rceil-log2" comes last: of bfloat16 and float16 it gives the bits of "rceil".
         for mode in CAST_MODES:
-            want_values, want_scales = mx_cast(
-                probe, elem_dtype=elem, scale_mode=mode, block_size=block_size
-            )
-            if _same_cast(values, scales, want_values, want_scales):
-                return MXFormat(elem, mode, block_size)
+            fmt = BlockFormat.of(elem, mode, block_size)
+            if _same_cast(values, scales, quantize(probe, fmt)):
+                return fmt
     return None
 
 
-def _same_cast(values: Tensor, scales: Tensor, want_values: Tensor, want_scales: Tensor) -> bool:
+def _same_cast(values: Tensor, scales: Tensor, want: Quantized) -> bool:
     """Equality bit for bit, where all NaNs count as one: also those that a NaN scale makes."""
-    if values.numel() != want_values.numel() or values.dtype != want_values.dtype:
+    if values.numel() != want.values.numel() or values.dtype != want.values.dtype:
         return False
-    scale, want_scale = (s.view(torch.uint8).flatten() for s in (scales, want_scales))
+    scale, want_scale = (s.view(torch.uint8).flatten() for s in (scales, want.scales))
     if not torch.equal(scale, want_scale):
         return False
-    a, b = values.reshape(want_values.shape), want_values
+    a, b = values.reshape(want.values.shape), want.values
     both_nan = a.float().isnan() & b.float().isnan()
     same = (a.view(torch.uint8) == b.view(torch.uint8)) | both_nan
     return bool((same | (want_scale == E8M0_NAN).view(-1, 1)).all())
@@ -93,7 +91,7 @@ def _probe(dtype: torch.dtype, elem: torch.dtype, block_size: int) -> Tensor:
     # The quotient by elem.max is rounded to float32 before PTX or a comparison sees it. That
     # moves one absmax across a power of two: to 2**-127, the smallest scale, which no block of a
     # normalised row or of a weight comes near.
-    quotient = largest / element_format(elem).max
+    quotient = largest / ELEMENT_DTYPES[elem].max
     largest = largest[(quotient <= 2.0**-127) | (quotient.float() > 2.0**-127)]
     shape = torch.linspace(-1, 1, block_size - 1, dtype=torch.float64)
     shape = torch.cat([torch.ones(1, dtype=torch.float64), shape * 2.0 ** -(shape.abs() * 12)])

@@ -44,7 +44,7 @@ def dequantization(cast: Cast, linear: QuantizedMatmul) -> fx.Node | None:
         return None
     (product,) = products
     if product.target is ops.dequantize:
-        known = product.args[:2] == (cast.values, cast.scales)
+        known = product.args[:3] == (cast.values, cast.scales, cast.format.name)
     else:
         known = _multiplies_blocks(product, cast, linear) and _is_exact(product, cast)
     end = last_view(product)

@@ -298,7 +298,7 @@ def test_matmul_over_tokens() -> None:
     site = only_site(report)
     assert (site.status, site.gain) == ("fused", "activation"), str(site)
     with torch.no_grad():
-        form = {"eps": EPS, "scale_mode": "floor"}
+        form = {"eps": EPS, "format": "mxfp8 e4m3fn floor block 32"}
         quantized = functional.mxnorm_cast(x, model.norm.weight, **form)[:2]
         want = [dequantize(*quantized).t() @ dequantize(*E4M3_FLOOR(model.square))]
     assert_same_bits(got, want)

@@ -14,16 +14,16 @@ from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.mx_tensor import to_mx
 
 from mxnorm_pass import functional
-from mxnorm_pass.numerics.formats import ELEMENT_FORMATS, MXFormat
+from mxnorm_pass.numerics.formats import ELEMENT_DTYPES, BlockFormat
 from mxnorm_pass.passes.match.casts.find import Cast as FoundCast
 from mxnorm_pass.passes.match.casts.find import UnknownCast, find_casts
 
 F16 = torch.float16
 all_inputs = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-all_elements = pytest.mark.parametrize("elem", ELEMENT_FORMATS, ids=str)
+all_elements = pytest.mark.parametrize("elem", ELEMENT_DTYPES, ids=str)
 
 
-def found(cast: Cast, dtype: torch.dtype) -> MXFormat | str:
+def found(cast: Cast, dtype: torch.dtype) -> BlockFormat | str:
     """What the pass takes the cast for; words where it is none."""
     (match,) = find_casts(make_fx(cast, tracing_mode="fake")(torch.ones(4, 64, dtype=dtype)).graph)
     if isinstance(match, UnknownCast):
@@ -65,7 +65,7 @@ def test_log2_tells_in_float32_only(
     exponent: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
     mode = "rceil-log2" if exponent is by_log2 and dtype == F32 else "rceil"
-    assert found(HandCast(exponent, reciprocal=True), dtype) == MXFormat(scale_mode=mode)
+    assert found(HandCast(exponent, reciprocal=True), dtype) == BlockFormat.of(scale_mode=mode)
 
 
 def one_ulp_early(absmax: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def test_torchaos_rceil(elem: torch.dtype, dtype: torch.dtype) -> None:
         return values, scales
 
     mode = "rceil-log2" if dtype == F32 else "rceil"
-    assert found(cast, dtype) == MXFormat(elem, mode)
+    assert found(cast, dtype) == BlockFormat.of(elem, mode)
 
 
 def test_exact_keeps_the_bits_of_log2() -> None:
@@ -112,5 +112,8 @@ def test_exact_keeps_the_bits_of_log2() -> None:
     want = uncompiled(model, x)
     assert_same_bits(got, want)
     y, weight = model.norm(x).detach(), model.second.weight
-    log2, rceil = (functional.mx_linear(y, weight, scale_mode=m) for m in (mode, "rceil"))
+    log2, rceil = (
+        functional.mx_linear(y, weight, format=BlockFormat.of(scale_mode=m))
+        for m in (mode, "rceil")
+    )
     assert torch.equal(log2, want[1]) and not torch.equal(rceil, want[1])

@@ -241,7 +241,8 @@ def test_llama(training: bool) -> None:
         readers = readers_of(report, values), readers_of(report, scales)
         assert readers[0] == readers[1]
         (reader,) = readers[0]
-        assert f"mxnorm_pass.dequantize.default({values}, {scales}, torch.bfloat16)" in reader
+        assert f"mxnorm_pass.dequantize.default({values}, {scales}, 'mxfp8 " in reader
+        assert "block 32', torch.bfloat16)" in reader
 
 
 def results_of_norms(report: Report) -> list[tuple[str, str]]:

@@ -1,0 +1,134 @@
+"""The ops that normalise rows and cast them: along D, or along D and T, with or without an add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mxnorm_pass.numerics.layout import blocked_scales_shape
+from mxnorm_pass.numerics.norm_cast import NormCastSpec, mxnorm_cast, mxnorm_cast_both
+from mxnorm_pass.ops.call import NormCastCall
+from mxnorm_pass.ops.cast import empty_cast
+from mxnorm_pass.ops.checks import check_norm_cast, check_rows_in_blocks
+from mxnorm_pass.ops.define import Op, define
+
+
+def _norm_cast(
+    x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    spec = NormCastSpec.of_arguments(*options)
+    check_norm_cast(x, weight, block_weights, spec)
+    return mxnorm_cast(x.contiguous(), weight, block_weights=block_weights, **spec.keywords())
+
+
+def _norm_cast_both(
+    x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *of_rows, gain_in_rows = options
+    spec = NormCastSpec.of_arguments(*of_rows)
+    check_norm_cast(x, weight, block_weights, spec)
+    check_rows_in_blocks("x", x, spec.format.block_size)
+    return mxnorm_cast_both(
+        x.contiguous(),
+        weight,
+        block_weights=block_weights,
+        gain_in_rows=gain_in_rows,
+        **spec.keywords(),
+    )
+
+
+_OPTIONS = len(fields(NormCastSpec))
+
+
+def _after_add(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The op that adds a residual to its first argument and returns the sum before the rest."""
+
+    def add_first(
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        block_weights: Tensor | None,
+        *options: Any,
+    ) -> tuple[Tensor, ...]:
+        spec = NormCastSpec.of_arguments(*options[:_OPTIONS])
+        check_norm_cast(x, weight, block_weights, spec, residual)
+        total = (x + residual).contiguous()
+        return total, *function(total, weight, block_weights, *options)
+
+    return add_first
+
+
+def _fake_norm_cast(
+    x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    spec = NormCastSpec.of_arguments(*options)
+    check_norm_cast(x, weight, block_weights, spec)
+    values, scales = empty_cast(x, spec.format)
+    if spec.scale_layout == "blocked":
+        scales = scales.new_empty(blocked_scales_shape(scales.shape))
+    return values, scales, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _fake_norm_cast_both(
+    x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *of_rows, _ = options
+    along_rows = _fake_norm_cast(x, weight, block_weights, *of_rows)
+    fmt = NormCastSpec.of_arguments(*of_rows).format
+    check_rows_in_blocks("x", x, fmt.block_size)
+    return *along_rows, *empty_cast(x.reshape(-1, x.shape[-1]).t(), fmt)
+
+
+_NORM = (
+    "Tensor? weight, Tensor? block_weights, float eps, str estimator, float p, str format, "
+    "ScalarType? norm_dtype, ScalarType out_dtype, str scale_layout"
+)
+_ALONG_ROWS = "Tensor values, Tensor scales, Tensor rho"
+_BOTH = f"{_ALONG_ROWS}, Tensor values_t, Tensor scales_t"
+_PART = "norm and cast"
+
+add_norm_cast = define(
+    Op(
+        f"add_norm_cast(Tensor x, Tensor residual, {_NORM}) -> (Tensor total, {_ALONG_ROWS})",
+        _after_add(_norm_cast),
+        _after_add(_fake_norm_cast),
+        call=NormCastCall.of,
+        part=_PART,
+    )
+)
+norm_cast = define(
+    Op(
+        f"norm_cast(Tensor x, {_NORM}) -> ({_ALONG_ROWS})",
+        _norm_cast,
+        _fake_norm_cast,
+        call=NormCastCall.of,
+        part=_PART,
+        add_first=add_norm_cast,
+    )
+)
+add_norm_cast_both = define(
+    Op(
+        f"add_norm_cast_both(Tensor x, Tensor residual, {_NORM}, bool gain_in_rows) "
+        f"-> (Tensor total, {_BOTH})",
+        _after_add(_norm_cast_both),
+        _after_add(_fake_norm_cast_both),
+        call=NormCastCall.of,
+        part=_PART,
+        along_rows_only=add_norm_cast,
+    )
+)
+norm_cast_both = define(
+    Op(
+        f"norm_cast_both(Tensor x, {_NORM}, bool gain_in_rows) -> ({_BOTH})",
+        _norm_cast_both,
+        _fake_norm_cast_both,
+        call=NormCastCall.of,
+        part=_PART,
+        add_first=add_norm_cast_both,
+        along_rows_only=norm_cast,
+    )
+)
