@@ -22,6 +22,7 @@ from mxnorm_pass import functional
 BLOCK = 32
 EPS = 1e-5
 ELEM = torch.float8_e4m3fn
+FORMAT = "mxfp8 e4m3fn rceil block 32"
 HIGH = torch.bfloat16
 
 Variant = Literal["norm", "residual", "both"]
@@ -165,7 +166,7 @@ def ours(name: str, variant: Variant) -> Call:
     """Our custom op; "mxnorm-fold" leaves the gain to the weights, as the paper does."""
     estimator = "mxnorm" if name.startswith("mxnorm") else "exact"
     gain = name != "mxnorm-fold"
-    options = (None, EPS, estimator, 2.0, BLOCK, ELEM, "rceil", HIGH, HIGH, "row-major")
+    options = (None, EPS, estimator, 2.0, FORMAT, HIGH, HIGH, "row-major")
     op = torch.ops.mxnorm_pass
 
     def call(inputs: Inputs) -> Outputs:
@@ -193,7 +194,7 @@ def reference(name: str, variant: Variant, inputs: Inputs, rows: int) -> Outputs
     if inputs.residual is not None:
         x = expected["total"] = x + inputs.residual[:rows]
     options: Any = {
-        "eps": EPS, "estimator": estimator, "block_size": BLOCK, "norm_dtype": HIGH,
+        "eps": EPS, "estimator": estimator, "format": FORMAT, "norm_dtype": HIGH,
         "out_dtype": HIGH,
     }  # fmt: skip
     names = ("values", "scales", "rho", "values_t", "scales_t")

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mxnorm_pass.kernels.norm_cast import norm_cast
 from mxnorm_pass.kernels.norm_cast_both import norm_cast_both
+from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 ROW_MAJOR = NormCastSpec(
-    1e-6, "mxnorm", 2.0, 32, torch.float8_e4m3fn, "rceil", torch.bfloat16, torch.bfloat16,
-    "row-major",
+    1e-6, "mxnorm", 2.0, BlockFormat(), torch.bfloat16, torch.bfloat16, "row-major",
 )  # fmt: skip
 BLOCKED = replace(ROW_MAJOR, scale_layout="blocked")
 # Rows that stay in registers, full and not, and rows in chunks.

@@ -80,9 +80,8 @@ def cast_rows(
     CHUNKS: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr, P: tl.constexpr,
     FACTOR: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr, ELEM_DTYPE: tl.constexpr,
     MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, MAX_MANTISSA: tl.constexpr,
-    NORM_DTYPE: tl.constexpr,
-    PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr,
-    BLOCKED_SCALES: tl.constexpr, KEEP: tl.constexpr,
+    NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr,
+    TOTAL_DTYPE: tl.constexpr, BLOCKED_SCALES: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """The work of one of the programs; see :func:`norm_cast_kernel`.
 

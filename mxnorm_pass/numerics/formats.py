@@ -147,7 +147,7 @@ def block_format(name: str | BlockFormat) -> BlockFormat:
     if mode not in CAST_MODES or block_size < 1:
         raise _no_format(name)
     default = FORMATS[element.family]
-    return replace(default, element=element, scale_mode=mode, block_size=block_size)  # type: ignore[arg-type]
+    return replace(default, element=element, scale_mode=mode, block_size=block_size)
 
 
 def _no_format(name: str) -> ValueError:

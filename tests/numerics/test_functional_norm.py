@@ -318,7 +318,7 @@ def test_unknown_gradient_is_named_by_the_forward(
         assert repr(bad) in str(error.value)
 
 
-@pytest.mark.parametrize("function", [mxnorm, mxnorm_cast, inverse_rms, rms_estimate])
+@pytest.mark.parametrize("function", [mxnorm, inverse_rms, rms_estimate])
 @pytest.mark.parametrize("bad", [0, -1, -32])
 def test_block_size_below_1_is_named_by_the_norm(bad: int, function: Callable[..., Any]) -> None:
     eps = {} if function is rms_estimate else {"eps": EPS}

@@ -228,7 +228,7 @@ class Block:
             return functional_graph(self.forward, *fakes)
 
     def reference(self, estimator: str) -> tuple[Tensor, ...]:
-        options = {"scale_mode": self.mode.name.lower()}
+        options = {"format": BlockFormat.of(scale_mode=self.mode.name.lower())}
         rounding = {"norm_dtype": BF16, "out_dtype": BF16}
         *quantized, _ = functional.mxnorm_cast(
             self.x, self.gain, eps=EPS, estimator=estimator, **options, **rounding
