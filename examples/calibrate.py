@@ -38,7 +38,7 @@ from mxnorm_pass.checkpoints.calibrate.emulation import Emulation, Estimate
 from mxnorm_pass.checkpoints.calibrate.fallback import rank_by_cost
 from mxnorm_pass.checkpoints.calibrate.fit import Moments, block_weights
 from mxnorm_pass.checkpoints.calibrate.moments import BlockMoments
-from mxnorm_pass.checkpoints.calibrate.norms import NormSite, find_sites
+from mxnorm_pass.checkpoints.calibrate.norms import FusedNorm, fused_norms
 from mxnorm_pass.checkpoints.calibrate.runner import Runner
 from mxnorm_pass.functional import rms_constant
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
@@ -120,7 +120,7 @@ class Bench:
     def __init__(self, model: nn.Module, options: dict[str, Any], device: str, rows: Tensor):
         self.model, self.batches = model, [{"input_ids": row[None]} for row in rows]
         self.device = torch.device(device)
-        self.sites = find_sites(model, self.batches[0], options, self.device)
+        self.sites = fused_norms(model, self.batches[0], options, self.device)
         self.bar = tqdm(desc="evaluate", disable=None, leave=False)
         self.runner = Runner(model, self.device, self.bar)
         self.exact = self.loss(Emulation(self.sites), {})
@@ -144,7 +144,7 @@ def estimates_of(calibration: mxnorm_pass.Calibration) -> dict[str, Estimate]:
     return {name: Estimate(weights, calibration.p) for name, weights in kept.items()}
 
 
-def gaussian(sites: Sequence[NormSite], p: float) -> dict[str, Estimate]:
+def gaussian(sites: Sequence[FusedNorm], p: float) -> dict[str, Estimate]:
     """The constant for Gaussian data, as an uncalibrated compile has it."""
     c = rms_constant(p, MX_BLOCK_SIZE)
     weights = {s.name: torch.ones(s.width // MX_BLOCK_SIZE) for s in sites}

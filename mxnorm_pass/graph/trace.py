@@ -16,7 +16,7 @@ from mxnorm_pass.graph.fake import fake_mode, run_fake, signature, tensors
 from mxnorm_pass.graph.nodes import aten
 
 
-class SubgraphCache:
+class FunctionTracer:
     """Traces functions to ATen once per signature and grafts the copies into a graph.
 
     Args:

@@ -16,7 +16,7 @@ from mxnorm_pass.kernels.device.mean_square import accumulate, inverse_rms, norm
 from mxnorm_pass.kernels.device.mx import absmax_bits, blocked_scale_offset, cast_blocks, e8m0_value
 from mxnorm_pass.kernels.device.publish import publish
 from mxnorm_pass.kernels.device.rounding import narrow, round_to, widen
-from mxnorm_pass.kernels.rows import Config, Rows, row_config, tile_blocks
+from mxnorm_pass.kernels.rows import Rows, RowTiling, row_config, tile_blocks
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 
@@ -239,7 +239,7 @@ def norm_cast(
     *,
     residual: Tensor | None = None,
     dequantize: torch.dtype | None = None,
-    config: Config | None = None,
+    config: RowTiling | None = None,
 ) -> tuple[Tensor, ...]:
     """``functional.mxnorm_cast`` as one kernel.
 

@@ -22,7 +22,7 @@ from mxnorm_pass.kernels.device.mx import absmax_bits, cast_blocks
 from mxnorm_pass.kernels.device.publish import wait_for
 from mxnorm_pass.kernels.device.rounding import INTERPRETED, convert, multiply, narrow, widen
 from mxnorm_pass.kernels.norm_cast import cast_rows
-from mxnorm_pass.kernels.rows import Config, Rows, row_config, tile_blocks
+from mxnorm_pass.kernels.rows import Rows, RowTiling, row_config, tile_blocks
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 
@@ -194,7 +194,7 @@ _HEIGHT = 128
 
 
 @dataclass(frozen=True)
-class Configuration:
+class Tiling:
     """How a call is cut into programs.
 
     Attributes:
@@ -205,7 +205,7 @@ class Configuration:
         ahead: rows between a row program's and those that it asks the L2 cache for; 0: none.
     """
 
-    rows: Config
+    rows: RowTiling
     columns: int
     lag: int
     height: int = _HEIGHT
@@ -221,15 +221,17 @@ _AHEAD_BYTES = 2**21
 _AHEAD_FROM = 8192
 
 
-def configuration(width: int, row_bytes: int) -> Configuration:
+def configuration(width: int, row_bytes: int) -> Tiling:
     """For rows of ``width`` elements, whatever their number.
 
     Args:
         row_bytes: of a row of x, and of the residual's, if there is one.
     """
     # Not ``row_config``'s: the warps cast the small tiles of columns, too.
-    rows = Config(max(1, 4096 // triton.next_power_of_2(width)), row_config(width).chunks, warps=4)
-    return Configuration(
+    rows = RowTiling(
+        max(1, 4096 // triton.next_power_of_2(width)), row_config(width).chunks, warps=4
+    )
+    return Tiling(
         rows,
         columns=64 if width <= 8192 else 128,
         lag=max(1, round(_WAITING_BYTES / (_HEIGHT * row_bytes))),
@@ -244,7 +246,7 @@ def norm_cast_both(
     spec: NormCastSpec,
     gain_in_rows: bool,
     residual: Tensor | None = None,
-    config: Configuration | None = None,
+    config: Tiling | None = None,
     dequantize: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """``functional.mxnorm_cast_both`` as one kernel.

@@ -24,7 +24,7 @@ TRITON_DTYPES: dict[torch.dtype, Any] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class RowTiling:
     """How a row kernel cuts its work.
 
     Attributes:
@@ -42,14 +42,14 @@ _ROW_IN_REGISTERS = 16384
 _NARROW = 2048
 
 
-def row_config(width: int) -> Config:
+def row_config(width: int) -> RowTiling:
     """For rows of ``width`` elements, whatever their number."""
     padded: int = triton.next_power_of_2(width)
     chunks = max(1, padded // _ROW_IN_REGISTERS)
     rows = max(1, _NARROW // padded)
     # 32 to 64 elements per thread keep enough loads in flight, with few warps to wait for.
     warps = 8 if width >= 8192 else 4
-    return Config(rows, chunks, warps)
+    return RowTiling(rows, chunks, warps)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Rows:
         return tuple(t for t in (total, values, scales, dequantized, rho) if t is not None)
 
 
-def tile_blocks(width: int, spec: NormCastSpec, config: Config) -> int:
+def tile_blocks(width: int, spec: NormCastSpec, config: RowTiling) -> int:
     blocks: int = triton.next_power_of_2(width // spec.format.block_size) // config.chunks
     # The blocked layout is padded to 4 blocks.
     return max(blocks, 4) if spec.scale_layout == "blocked" else blocks

@@ -16,7 +16,7 @@ from mxnorm_pass.graph.cleanup import remove_dead
 from mxnorm_pass.graph.inputs import mark_parameters, mark_weights
 from mxnorm_pass.graph.matmul import is_matmul
 from mxnorm_pass.graph.nodes import input_position, is_backward
-from mxnorm_pass.graph.trace import SubgraphCache
+from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.graph.weights import Weight
 from mxnorm_pass.options.calibration import Calibration
 from mxnorm_pass.options.config import MXNormConfig
@@ -135,12 +135,12 @@ def run_pass(
         for fusion, again in _pairs(original, analysis):
             drawing.became(fusion, again, analysis)
     with_casts = copied_graph(graph) if config.verify else None
-    subgraphs = SubgraphCache(decompositions)
+    tracer = FunctionTracer(decompositions)
     for fusion in analysis.fusions:
         with created_nodes(graph) as created:
-            rewrite(graph, fusion, subgraphs)
+            rewrite(graph, fusion, tracer)
         drawing.add(fusion, created)
-    expand_estimates(graph, subgraphs)
+    expand_estimates(graph, tracer)
     changed = bool(analysis.fusions) or analysis.inserted > 0
     if changed:
         remove_dead(graph)

@@ -22,7 +22,7 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import unwrap_constants
-from mxnorm_pass.graph.trace import SubgraphCache
+from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.kernels.coverage import DTYPES
 from mxnorm_pass.ops.define import KernelCall
 
@@ -36,7 +36,7 @@ def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     """Replace every op of this package in ``graph``, by a kernel if one can; returns how many."""
     drop_unread_casts(graph)
     unwrap_constants(graph)
-    subgraphs = SubgraphCache(decompositions)
+    tracer = FunctionTracer(decompositions)
     kernels = 0
     for overload, make_call in _kernel_calls():
         for node in graph.find_nodes(op="call_function", target=overload):
@@ -45,7 +45,7 @@ def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
             if reason is not None:
                 log.debug("%s is decomposed: %s", node.name, reason)
             else:
-                _insert_kernel(graph, node, subgraphs)
+                _insert_kernel(graph, node, tracer)
                 kernels += 1
     return kernels + decompose(graph, decompositions)
 
@@ -77,19 +77,19 @@ def drop_unread_casts(graph: fx.Graph) -> None:
 
 def decompose(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     """Replace every op of this package in ``graph`` by its ATen ops; returns how many."""
-    subgraphs = SubgraphCache(decompositions)
+    tracer = FunctionTracer(decompositions)
     replaced = 0
     for overload, op in ops.OPS.items():
         for node in graph.find_nodes(op="call_function", target=overload):
-            _replace(graph, node, subgraphs.graft(graph, node, op.reference, node.args))
+            _replace(graph, node, tracer.graft(graph, node, op.reference, node.args))
             replaced += 1
     return replaced
 
 
-def _insert_kernel(graph: fx.Graph, node: fx.Node, subgraphs: SubgraphCache) -> None:
+def _insert_kernel(graph: fx.Graph, node: fx.Node, tracer: FunctionTracer) -> None:
     dequantized = _dequantized(node)
     dtype: Any = dequantized[0].args[_DTYPE] if dequantized else None
-    results = subgraphs.graft(graph, node, _kernel(node.target, dtype), node.args)
+    results = tracer.graft(graph, node, _kernel(node.target, dtype), node.args)
     if dequantized:
         values, scales = _value_positions(node.target)
         for reader in dequantized:

@@ -14,7 +14,7 @@ from ptx import Compiled, compiled, recorded_launches
 
 from mxnorm_pass.kernels.norm_cast import norm_cast
 from mxnorm_pass.kernels.norm_cast_both import norm_cast_both
-from mxnorm_pass.kernels.rows import Config
+from mxnorm_pass.kernels.rows import RowTiling
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 HOPPER, BLACKWELL, CONSUMER_BLACKWELL = 90, 100, 120
@@ -102,7 +102,7 @@ def test_default_configurations(capability: int, width: int, options: dict[str, 
 
 def test_what_the_checks_would_see() -> None:
     """A row that is too large for its registers spills, and strided columns load one by one."""
-    config = Config(rows=2, chunks=1, warps=4)
+    config = RowTiling(rows=2, chunks=1, warps=4)
     x = torch.empty(64, 16384, dtype=BF16, device="meta")
     spilling = compiled(lambda: norm_cast(x, None, None, SPEC, config=config), HOPPER)
     assert spilling.spilled_bytes > 0

@@ -31,7 +31,7 @@ from mxnorm_pass.checkpoints.calibrate.fallback import (
 )
 from mxnorm_pass.checkpoints.calibrate.fit import block_weights
 from mxnorm_pass.checkpoints.calibrate.moments import BlockMoments, ChannelPower
-from mxnorm_pass.checkpoints.calibrate.norms import NormSite, check_options, find_sites
+from mxnorm_pass.checkpoints.calibrate.norms import FusedNorm, check_options, fused_norms
 from mxnorm_pass.checkpoints.calibrate.orders import candidate_orders
 from mxnorm_pass.checkpoints.calibrate.runner import Runner
 from mxnorm_pass.checkpoints.channels.permute import stream_weights
@@ -80,21 +80,21 @@ def calibrate(
     split = split_batches(batches)
     model = getattr(model, "_orig_mod", model)
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
-    sites = find_sites(model, split.fitted[0], options, device)
+    norms = fused_norms(model, split.fitted[0], options, device)
     total = 2 * (len(split.fitted) + len(split.held_out))
     with tqdm(desc="calibrate", total=total, disable=None, leave=False) as bar:
         runner = Runner(model, device, bar)
-        fit = _fit(runner, sites, split, config.p)
-        emulation = Emulation(sites, fit.orders)
+        fit = _fit(runner, norms, split, config.p)
+        emulation = Emulation(norms, fit.orders)
         exact = _fall_back(runner, emulation, fit.estimates, split, max_loss_increase)
-    unseen = [site.name for site in sites if site.name not in fit.estimates]
+    unseen = [norm.name for norm in norms if norm.name not in fit.estimates]
     return Calibration(
         weights={name: estimate.block_weights for name, estimate in fit.estimates.items()},
         exact=(*unseen, *exact),
         p=config.p,
         block_size=MX_BLOCK_SIZE,
         order=fit.order,
-        channels=_channels(model, sites, fit),
+        channels=_channels(model, norms, fit),
         architecture=architecture_hash(model),
     )
 
@@ -124,9 +124,9 @@ class _Fit:
         return {} if self.order is None else dict.fromkeys(self.stream, self.order)
 
 
-def _fit(runner: Runner, sites: Sequence[NormSite], split: Split, p: float) -> _Fit:
-    emulation = Emulation(sites)
-    stream = _stream_norms(runner.model, sites)
+def _fit(runner: Runner, norms: Sequence[FusedNorm], split: Split, p: float) -> _Fit:
+    emulation = Emulation(norms)
+    stream = _stream_norms(runner.model, norms)
     orders: list[Tensor] = []
     if stream:
         power = ChannelPower()
@@ -136,12 +136,12 @@ def _fit(runner: Runner, sites: Sequence[NormSite], split: Split, p: float) -> _
     runner.observe(emulation, moments, split.fitted)
     best = min(range(max(1, len(orders))), key=lambda i: moments.mean_error(stream, i))
     estimates = {}
-    for site in sites:
-        found = moments.of(site.name, best)
+    for norm in norms:
+        found = moments.of(norm.name, best)
         if found is None:
-            _warn_unseen(site.name)
+            _warn_unseen(norm.name)
         else:
-            estimates[site.name] = Estimate(block_weights(found), p)
+            estimates[norm.name] = Estimate(block_weights(found), p)
     # The first candidate is the natural order.
     return _Fit(orders[best] if best else None, stream, estimates)
 
@@ -154,11 +154,11 @@ def _warn_unseen(norm: str) -> None:
     )
 
 
-def _stream_norms(model: nn.Module, sites: Sequence[NormSite]) -> tuple[str, ...]:
-    """The sites that read the residual stream; none, with a warning, if it cannot be followed."""
+def _stream_norms(model: nn.Module, norms: Sequence[FusedNorm]) -> tuple[str, ...]:
+    """The norms that read the residual stream; none, with a warning, if it cannot be followed."""
     try:
         # The first norm of a model reads the stream.
-        weights = stream_weights(model, sites[0].width)
+        weights = stream_weights(model, norms[0].width)
     except ValueError as error:
         warnings.warn(
             f"mxnorm: the channels keep their order, in which the estimate may be poorer: {error}",
@@ -167,16 +167,16 @@ def _stream_norms(model: nn.Module, sites: Sequence[NormSite]) -> tuple[str, ...
         )
         return ()
     of_inputs = {id(weight) for weight, dims in weights if weight.ndim - 1 in dims}
-    return tuple(site.name for site in sites if id(site.linears[0].module.weight) in of_inputs)
+    return tuple(norm.name for norm in norms if id(norm.linears[0].module.weight) in of_inputs)
 
 
-def _channels(model: nn.Module, sites: Sequence[NormSite], fit: _Fit) -> dict[str, Tensor]:
+def _channels(model: nn.Module, norms: Sequence[FusedNorm], fit: _Fit) -> dict[str, Tensor]:
     """What tells the channels apart, in the order that the weights were fitted in."""
     found: dict[str, Tensor] = {}
-    for site in sites:
-        order = fit.orders.get(site.name)
-        linears = [linear.name for linear in site.linears]
-        for name, statistic in channel_statistics(model, {site.name: linears}).items():
+    for norm in norms:
+        order = fit.orders.get(norm.name)
+        linears = [linear.name for linear in norm.linears]
+        for name, statistic in channel_statistics(model, {norm.name: linears}).items():
             found[name] = statistic if order is None else statistic[order]
     return found
 

@@ -1,6 +1,6 @@
-"""Run an uncompiled model as the backend would compile it, with the RMS of each site to choose.
+"""Run an uncompiled model as the backend would compile it, with the RMS of each norm to choose.
 
-While the emulation is entered, every site's norm leaves its input behind and the linears that it
+While the emulation is entered, every norm leaves its input behind and the linears that it
 feeds read the cast of that input: under the exact RMS, or under an estimate from block weights.
 All other readers see the exact norm. The model's parameters stay as they are: a channel order is
 applied to rows and weights on their way into the casts.
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mxnorm_pass.checkpoints.calibrate.norms import Linear, NormSite
+from mxnorm_pass.checkpoints.calibrate.norms import FusedNorm, Linear
 from mxnorm_pass.checkpoints.calibrate.probe import NormConstants, probe
 from mxnorm_pass.checkpoints.channels.permute import in_eval_mode
 from mxnorm_pass.numerics.cast import Quantized, quantize
@@ -48,13 +48,13 @@ class Emulation:
         observer: called with the name and the input [..., D] of each norm that runs.
     """
 
-    sites: Sequence[NormSite]
+    norms: Sequence[FusedNorm]
     orders: Mapping[str, Tensor] = field(default_factory=dict)
     estimates: dict[str, Estimate] = field(default_factory=dict)
     observer: Observer | None = None
 
     def __post_init__(self) -> None:
-        self._emulated = [_EmulatedSite(site, self) for site in self.sites]
+        self._emulated = [_EmulatedNorm(norm, self) for norm in self.norms]
 
     @contextmanager
     def entered(self, model: nn.Module) -> Iterator[Callable[..., Any]]:
@@ -62,15 +62,15 @@ class Emulation:
         with ExitStack() as stack:
             stack.enter_context(_uncompiled(model))
             stack.enter_context(in_eval_mode(model))
-            for site in self._emulated:
-                site.enter(stack)
+            for norm in self._emulated:
+                norm.enter(stack)
             stack.enter_context(torch.no_grad())
             yield model
 
 
-class _EmulatedSite:
-    def __init__(self, site: NormSite, emulation: Emulation) -> None:
-        self.site = site
+class _EmulatedNorm:
+    def __init__(self, norm: FusedNorm, emulation: Emulation) -> None:
+        self.norm = norm
         self.emulation = emulation
         self._fed: _Fed | None = None
         self._unread: set[str] = set()
@@ -78,9 +78,9 @@ class _EmulatedSite:
         self._weights: dict[tuple[str, bool], Quantized] = {}
 
     def enter(self, stack: ExitStack) -> None:
-        hook = self.site.module.register_forward_hook(self._leave_input, with_kwargs=True)
+        hook = self.norm.module.register_forward_hook(self._leave_input, with_kwargs=True)
         stack.callback(hook.remove)
-        for linear in self.site.linears:
+        for linear in self.norm.linears:
             forward = self._cast_linear if linear.format is not None else self._scaled_linear
             stack.enter_context(_replaced_forward(linear, forward))
         stack.callback(self._forget)
@@ -93,11 +93,11 @@ class _EmulatedSite:
     ) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         if self.emulation.observer is not None:
-            self.emulation.observer(self.site.name, x)
+            self.emulation.observer(self.norm.name, x)
         if self._constants is None:
             self._constants = probe(norm, x.shape[-1], x.device)
         self._fed = _Fed(self, x, output, self._constants)
-        self._unread = {linear.name for linear in self.site.linears}
+        self._unread = {linear.name for linear in self.norm.linears}
 
     def _cast_linear(self, linear: Linear, original: Any, x: Tensor) -> Tensor:
         fed = self._input_of(linear, x)
@@ -116,7 +116,7 @@ class _EmulatedSite:
         if self._fed is None or self._fed.x.numel() != x.numel():
             raise ValueError(
                 f"{linear.name!r} reads something else than the whole output of "
-                f"{self.site.name!r} when the model runs uncompiled; turn either off in `modules`"
+                f"{self.norm.name!r} when the model runs uncompiled; turn either off in `modules`"
             )
         fed = self._fed
         self._unread.discard(linear.name)
@@ -138,7 +138,7 @@ class _EmulatedSite:
         return self._weights[key]
 
     def ordered(self, rows: Tensor) -> Tensor:
-        order = self.emulation.orders.get(self.site.name)
+        order = self.emulation.orders.get(self.norm.name)
         return rows if order is None else rows[..., order.to(rows.device)]
 
 
@@ -146,7 +146,7 @@ class _EmulatedSite:
 class _Fed:
     """One call of a norm, and what its linears read in place of the output."""
 
-    owner: _EmulatedSite
+    owner: _EmulatedNorm
     x: Tensor
     output: Tensor
     constants: NormConstants
@@ -154,12 +154,12 @@ class _Fed:
 
     @property
     def estimate(self) -> Estimate | None:
-        return self.owner.emulation.estimates.get(self.owner.site.name)
+        return self.owner.emulation.estimates.get(self.owner.norm.name)
 
     @property
     def folds(self) -> bool:
         """The exact estimator leaves the gain where it is."""
-        return self.owner.site.folds and self.estimate is not None
+        return self.owner.norm.folds and self.estimate is not None
 
     @cached_property
     def ratio(self) -> Tensor:

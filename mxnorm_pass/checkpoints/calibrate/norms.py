@@ -34,7 +34,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class NormSite:
+class FusedNorm:
     """A norm whose RMS is to be estimated, and the linears that will read the estimate.
 
     Attributes:
@@ -69,10 +69,10 @@ def check_options(options: Mapping[str, Any] | None) -> MXNormConfig:
 
 
 @torch.no_grad()
-def find_sites(
+def fused_norms(
     model: nn.Module, batch: Batch, options: Mapping[str, Any] | None, device: torch.device
-) -> list[NormSite]:
-    """The sites that the backend reports for these options, by the names that it uses.
+) -> list[FusedNorm]:
+    """The norms that the backend fuses for these options, by the names that it uses.
 
     Raises:
         ValueError: there are none, or a rule of ``modules`` gives one of them another ``p``.
@@ -84,13 +84,13 @@ def find_sites(
         raise ValueError(f"the backend fuses no norm of this model:\n{report}")
     _check_one_p(config, fused)
     modules = {clean_module_path(name): module for name, module in model.named_modules()}
-    found: list[NormSite] = []
+    found: list[FusedNorm] = []
     for name in dict.fromkeys(site.norm for site in fused):
-        site = _norm_site(name, [s for s in fused if s.norm == name], modules, config)
-        if site is None:
+        norm = _fused_norm(name, [s for s in fused if s.norm == name], modules, config)
+        if norm is None:
             _warn_exact(name, "it or a linear that reads it is no module of its own")
         else:
-            found.append(site)
+            found.append(norm)
     if not found:
         raise ValueError("no norm that the backend fuses is a module, so none can be calibrated")
     return found
@@ -106,14 +106,14 @@ def _check_one_p(config: MXNormConfig, fused: Iterable[Site]) -> None:
             )
 
 
-def _norm_site(
+def _fused_norm(
     name: str, sites: list[Site], modules: Mapping[str, nn.Module], config: MXNormConfig
-) -> NormSite | None:
+) -> FusedNorm | None:
     consumers = dict.fromkeys(c for site in sites for c in site.consumers)
     if name not in modules or not consumers.keys() <= modules.keys():
         return None
     linears = tuple(_linear(consumer, modules[consumer], config) for consumer in consumers)
-    return NormSite(name, modules[name], linears, folds=sites[0].gain == "fold")
+    return FusedNorm(name, modules[name], linears, folds=sites[0].gain == "fold")
 
 
 def _linear(name: str, module: nn.Module, config: MXNormConfig) -> Linear:

@@ -10,7 +10,7 @@ from mxnorm_pass import ops
 from mxnorm_pass.graph.build import constant
 from mxnorm_pass.graph.fake import real_tensors
 from mxnorm_pass.graph.nodes import is_view
-from mxnorm_pass.graph.trace import SubgraphCache
+from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.numerics.norm import Gradient, inverse_rms, inverse_rms_vjp
 from mxnorm_pass.passes.match.fusion import Fusion
 
@@ -20,11 +20,11 @@ def share_rho(
     fusion: Fusion,
     rho: fx.Node,
     block_weights: fx.Node | None,
-    subgraphs: SubgraphCache,
+    tracer: FunctionTracer,
 ) -> None:
     """Let all that reads the estimate, the backward above all, read the fused op's."""
     for derivative in _derivatives(fusion.norm.anchor):
-        _expand_derivative(graph, derivative, block_weights, subgraphs)
+        _expand_derivative(graph, derivative, block_weights, tracer)
     fusion.norm.anchor.replace_all_uses_with(rho)
     late = [n for n in rho.args[0].all_input_nodes if n > rho]  # type: ignore[union-attr]
     if late:
@@ -44,13 +44,13 @@ def _derivatives(estimate: fx.Node) -> list[fx.Node]:
     return found
 
 
-def expand_estimates(graph: fx.Graph, subgraphs: SubgraphCache) -> None:
+def expand_estimates(graph: fx.Graph, tracer: FunctionTracer) -> None:
     """Write out what is left of ``inverse_rms`` and its derivative."""
     for node in graph.find_nodes(op="call_function", target=ops.inverse_rms_backward):
-        _expand_derivative(graph, node, _weights_of(graph, node), subgraphs)
+        _expand_derivative(graph, node, _weights_of(graph, node), tracer)
     for node in graph.find_nodes(op="call_function", target=ops.inverse_rms):
         x, _, *options = node.args
-        new = subgraphs.graft(graph, node, _inverse_rms, (x, _weights_of(graph, node), *options))
+        new = tracer.graft(graph, node, _inverse_rms, (x, _weights_of(graph, node), *options))
         node.replace_all_uses_with(new)
         graph.erase_node(node)
 
@@ -73,11 +73,11 @@ def _inverse_rms(
 
 
 def _expand_derivative(
-    graph: fx.Graph, node: fx.Node, block_weights: fx.Node | None, subgraphs: SubgraphCache
+    graph: fx.Graph, node: fx.Node, block_weights: fx.Node | None, tracer: FunctionTracer
 ) -> None:
     grad, x, rho, _, *options = node.args
     args = (grad, x, rho, block_weights, *options)
-    node.replace_all_uses_with(subgraphs.graft(graph, node, _inverse_rms_vjp, args))
+    node.replace_all_uses_with(tracer.graft(graph, node, _inverse_rms_vjp, args))
     graph.erase_node(node)
 
 

@@ -27,7 +27,7 @@ from dataclasses import replace
 from torch import fx
 
 from mxnorm_pass.graph.cleanup import merge_equal
-from mxnorm_pass.graph.trace import SubgraphCache
+from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.passes.match.fusion import Fusion
 from mxnorm_pass.passes.rewrite.casts import fuse_casts
 from mxnorm_pass.passes.rewrite.estimate import block_weights, share_rho
@@ -35,7 +35,7 @@ from mxnorm_pass.passes.rewrite.gain import fold_gain, with_flat_gain
 from mxnorm_pass.passes.rewrite.residual_add import fuse_residual_add
 
 
-def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
+def rewrite(graph: fx.Graph, fusion: Fusion, tracer: FunctionTracer) -> None:
     """Edit one fusion into the graph; dead nodes are left for the caller to remove."""
     fusion = replace(fusion, norm=with_flat_gain(graph, fusion.norm))
     at = fusion.norm.anchor if fusion.norm.estimated else fusion.norm.output.next
@@ -45,7 +45,7 @@ def rewrite(graph: fx.Graph, fusion: Fusion, subgraphs: SubgraphCache) -> None:
     if fusion.gain == "fold":
         fold_gain(graph, fusion)
     if fusion.norm.estimated:
-        share_rho(graph, fusion, rhos[0], weights, subgraphs)
+        share_rho(graph, fusion, rhos[0], weights, tracer)
     if fusion.residual is not None:
         op, _ = rhos[0].args
         fuse_residual_add(graph, op, fusion.residual)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mxnorm_pass
 from mxnorm_pass.checkpoints.calibrate.emulation import Emulation, Estimate
-from mxnorm_pass.checkpoints.calibrate.norms import find_sites
+from mxnorm_pass.checkpoints.calibrate.norms import fused_norms
 from mxnorm_pass.checkpoints.calibrate.probe import probe
 from mxnorm_pass.functional import rms_estimate
 
@@ -59,7 +59,7 @@ def test_the_emulation_has_the_bits_of_a_compile(dtype: torch.dtype, gain: str) 
     model = outlier_llama(dtype, rms_norm_eps=1e-3)
     ids = batches()[0]["input_ids"]
     options = {"gain": gain}
-    sites = find_sites(model, {"input_ids": ids}, options, CPU)
+    sites = fused_norms(model, {"input_ids": ids}, options, CPU)
     exact = emulated_logits(model, Emulation(sites), ids)
     assert torch.equal(exact, compiled_logits(model, ids, estimator="exact", **options))
 
@@ -85,7 +85,7 @@ def test_linears_that_cast_by_themselves_read_scaled_inputs() -> None:
     with pytest.warns(mxnorm_pass.MXNormWarning, match="channels keep their order"):
         calibration = mxnorm_pass.calibrate(model, batches(), options)
     assert calibration.order is None and calibration.p == 1
-    sites = find_sites(model, {"input_ids": ids}, options, CPU)
+    sites = fused_norms(model, {"input_ids": ids}, options, CPU)
     exact = emulated_logits(model, Emulation(sites), ids)
     assert torch.equal(exact, model(ids, use_cache=False).logits)
     estimates = {name: Estimate(w, 1.0) for name, w in calibration.weights.items()}
@@ -163,7 +163,7 @@ def test_modules_and_formats_are_those_of_the_options() -> None:
         "modules": {"*.input_layernorm": False, "*.gate_proj": {"scale_mode": "floor"}},
         "elem_dtype": torch.float8_e5m2,
     }
-    sites = find_sites(model, batches()[0], options, CPU)
+    sites = fused_norms(model, batches()[0], options, CPU)
     assert [site.name for site in sites] == NORMS[1:]
     formats = {linear.name: str(linear.format) for site in sites for linear in site.linears}
     assert formats["model.layers.0.mlp.gate_proj"] == "mxfp8 e5m2 floor block 32"

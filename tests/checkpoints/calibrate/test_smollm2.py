@@ -18,7 +18,7 @@ from torch import Tensor
 import mxnorm_pass
 from mxnorm_pass.checkpoints.calibrate.emulation import Emulation, Estimate
 from mxnorm_pass.checkpoints.calibrate.fallback import Estimates
-from mxnorm_pass.checkpoints.calibrate.norms import NormSite, find_sites
+from mxnorm_pass.checkpoints.calibrate.norms import FusedNorm, fused_norms
 from mxnorm_pass.checkpoints.calibrate.runner import Runner
 from mxnorm_pass.functional import rms_constant
 
@@ -48,7 +48,7 @@ class NoBar:
 class Calibrated:
     """The model, what was found on some text, and the loss on other text."""
 
-    sites: list[NormSite]
+    sites: list[FusedNorm]
     calibration: mxnorm_pass.Calibration
     runner: Runner
     unseen: list[Tensor]
@@ -67,7 +67,7 @@ def smollm2() -> Calibrated:
     fitted = token_rows(tokenizer, topics[::2], 4, LENGTH)
     unseen = token_rows(tokenizer, topics[1::2], 4, LENGTH)
     calibration = mxnorm_pass.calibrate(model, [{"input_ids": row[None]} for row in fitted])
-    sites = find_sites(model, unseen[:1], None, torch.device("cpu"))
+    sites = fused_norms(model, unseen[:1], None, torch.device("cpu"))
     runner = Runner(model, torch.device("cpu"), NoBar())
     return Calibrated(sites, calibration, runner, list(unseen.split(1)))
 

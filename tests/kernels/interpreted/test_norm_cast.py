@@ -26,7 +26,7 @@ from numerics import U, gain, normal
 from torch import Tensor
 
 from mxnorm_pass import functional
-from mxnorm_pass.kernels.rows import Config
+from mxnorm_pass.kernels.rows import RowTiling
 from mxnorm_pass.numerics.formats import SCALE_MODES
 from mxnorm_pass.numerics.layout import blocked_scales
 
@@ -41,7 +41,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 GAINS = {"no_gain": None, "bf16_gain": BF16, "fp16_gain": F16, "fp32_gain": F32}
 DTYPES = {"bf16": BF16, "fp16": F16, "fp32": F32}
 # The interpreter takes its time for each program.
-MANY_ROWS = Config(128, 1, 8)
+MANY_ROWS = RowTiling(128, 1, 8)
 # Five blocks: no power of two, as the tile is.
 WIDTH = 160
 
@@ -79,7 +79,7 @@ def test_cast(
 def test_formats(estimator: Any, mode: str, elem_dtype: torch.dtype, layout: str) -> None:
     options = spec(estimator=estimator, scale_mode=mode, elem_dtype=elem_dtype, scale_layout=layout)
     x = normal(5, WIDTH, dtype=BF16)
-    assert_cast_equals(x, gain_of(BF16), options, config=Config(64, 1, 8))
+    assert_cast_equals(x, gain_of(BF16), options, config=RowTiling(64, 1, 8))
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
@@ -92,7 +92,7 @@ def test_block_sizes(estimator: dict[str, Any], block_size: int) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 127, 128, 129, 300])
 @pytest.mark.parametrize("blocks", [1, 4, 5])
 def test_blocked_scales_are_padded_with_zeros(rows: int, blocks: int) -> None:
-    x, config = normal(rows, 32 * blocks, dtype=BF16), Config(64, 1, 8)
+    x, config = normal(rows, 32 * blocks, dtype=BF16), RowTiling(64, 1, 8)
     # Without eps a row of nothing but padding would be 0 / 0.
     blocked = kernel(x, None, spec(scale_layout="blocked", eps=0.0), config=config)
     plain = kernel(x, None, spec(eps=0.0), config=config)
@@ -187,7 +187,7 @@ def test_chunks_of_very_different_size(p: float) -> None:
     x[:, 128:] *= 1e12
     x[::2, 3] = first
     options = spec(p=p)
-    for config in (Config(8, 1, 4), Config(16, 2, 4), Config(1, 8, 4)):
+    for config in (RowTiling(8, 1, 4), RowTiling(16, 2, 4), RowTiling(1, 8, 4)):
         actual = assert_cast_equals(x, None, options, config=config)
         assert_specials_equal(actual.rho, reference(x, None, options).rho)
 
@@ -205,7 +205,7 @@ def test_saturation() -> None:
 @pytest.mark.parametrize("residual_dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_residual(x_dtype: torch.dtype, residual_dtype: torch.dtype) -> None:
     x, residual = normal(5, WIDTH, dtype=x_dtype), normal(5, WIDTH, seed=1, dtype=residual_dtype)
-    for estimator, config in (("mxnorm", Config(8, 1, 4)), ("exact", Config(8, 4, 4))):
+    for estimator, config in (("mxnorm", RowTiling(8, 1, 4)), ("exact", RowTiling(8, 4, 4))):
         options = spec(estimator=estimator)
         total, *results = launched(x, gain_of(BF16), options, residual=residual, config=config)
         assert_same_bits(total, x + residual, "total")

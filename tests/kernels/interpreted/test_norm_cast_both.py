@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mxnorm_pass import functional
 from mxnorm_pass.kernels import coverage
-from mxnorm_pass.kernels.norm_cast_both import Configuration, norm_cast_both
-from mxnorm_pass.kernels.rows import Config
+from mxnorm_pass.kernels.norm_cast_both import Tiling, norm_cast_both
+from mxnorm_pass.kernels.rows import RowTiling
 from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.layout import blocked_scales
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
@@ -29,12 +29,12 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 SPEC = NormCastSpec(1e-5, "mxnorm", 2.0, BlockFormat.of(E4M3), BF16, BF16, "row-major")
 SMALL = (
-    Configuration(Config(rows=8, chunks=1, warps=4), columns=64, lag=1),
-    Configuration(Config(rows=32, chunks=1, warps=4), columns=32, lag=2),
-    Configuration(Config(rows=16, chunks=1, warps=8), columns=128, lag=9, height=256, ahead=40),
+    Tiling(RowTiling(rows=8, chunks=1, warps=4), columns=64, lag=1),
+    Tiling(RowTiling(rows=32, chunks=1, warps=4), columns=32, lag=2),
+    Tiling(RowTiling(rows=16, chunks=1, warps=8), columns=128, lag=9, height=256, ahead=40),
 )
 # The interpreter takes its time for each program.
-MANY_ROWS = Configuration(Config(rows=64, chunks=1, warps=4), columns=128, lag=1)
+MANY_ROWS = Tiling(RowTiling(rows=64, chunks=1, warps=4), columns=128, lag=1)
 ONE_UNIT = 2.0**-24
 
 
@@ -175,14 +175,14 @@ def test_dequantised_rows() -> None:
 
 def test_rows_in_chunks() -> None:
     x, weight = noise(160, 288).to(BF16), noise(288).to(BF16)
-    config = Configuration(Config(rows=32, chunks=4, warps=4), columns=64, lag=1)
+    config = Tiling(RowTiling(rows=32, chunks=4, warps=4), columns=64, lag=1)
     check(norm_cast_both(x, weight, None, SPEC, True, config=config), x, weight, SPEC)
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_one_row_per_program(chunks: int) -> None:
     x, weight = noise(32, 64).to(BF16), noise(64).to(BF16)
-    config = Configuration(Config(rows=1, chunks=chunks, warps=4), columns=64, lag=1)
+    config = Tiling(RowTiling(rows=1, chunks=chunks, warps=4), columns=64, lag=1)
     check(norm_cast_both(x, weight, None, SPEC, True, config=config), x, weight, SPEC)
 
 

@@ -11,7 +11,7 @@ from kernel_rows import BF16, E4M3, E5M2, F32, kernel, reference, spec
 from numerics import U, gain, normal
 from torch import Tensor
 
-from mxnorm_pass.kernels.rows import Config
+from mxnorm_pass.kernels.rows import RowTiling
 from mxnorm_pass.numerics.e8m0 import e8m0_to_float
 from mxnorm_pass.numerics.formats import ELEMENT_DTYPES
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
@@ -32,7 +32,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 }
 all_estimators = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS.keys())
 all_configs = pytest.mark.parametrize(
-    "config", [Config(8, 1, 4), Config(4, 4, 4)], ids=["whole_rows", "chunks"]
+    "config", [RowTiling(8, 1, 4), RowTiling(4, 4, 4)], ids=["whole_rows", "chunks"]
 )
 
 
@@ -98,9 +98,9 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 @all_estimators
 @all_configs
 @pytest.mark.parametrize("width", [32, 96, 544, 1024])
-def test_rho(estimator: dict[str, Any], config: Config, width: int) -> None:
+def test_rho(estimator: dict[str, Any], config: RowTiling, width: int) -> None:
     chunks = min(config.chunks, 2 ** math.floor(math.log2(width // 32)))
-    config = Config(config.rows, chunks, config.warps)
+    config = RowTiling(config.rows, chunks, config.warps)
     for dtype, magnitude in ((BF16, 1.0), (F32, 1e-3), (F32, 1e3)):
         x, options = (magnitude * normal(8, width)).to(dtype), spec(**estimator)
         rho = kernel(x, None, options, config=config).rho
@@ -109,7 +109,7 @@ def test_rho(estimator: dict[str, Any], config: Config, width: int) -> None:
 
 @pytest.mark.parametrize("p", [2.0, 1.0, 0.5, 1.5, 3.0])
 @all_configs
-def test_rho_with_block_weights(p: float, config: Config) -> None:
+def test_rho_with_block_weights(p: float, config: RowTiling) -> None:
     x, options = normal(8, 544, dtype=BF16), spec(p=p)
     block_weights = gain(17, F32, 0.0, 0.1)
     block_weights[::5] = 0.0
@@ -120,7 +120,7 @@ def test_rho_with_block_weights(p: float, config: Config) -> None:
 
 @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, 16.0])
 @all_configs
-def test_a_huge_block_without_weight_does_not_count(p: float, config: Config) -> None:
+def test_a_huge_block_without_weight_does_not_count(p: float, config: RowTiling) -> None:
     x, options = normal(8, 128), spec(p=p)
     x[:, 64:96] *= 1e4
     block_weights = gain(4, F32, 0.05, 0.1)
@@ -180,7 +180,7 @@ def test_close_to_functional(
     """One element in 10,000 may fall on the other side of a border, no further than one step."""
     x, weight = normal(256, 1024, dtype=BF16), gain(1024, BF16) if weighted else None
     options = spec(**estimator, elem_dtype=elem_dtype)
-    actual = kernel(x, weight, options, config=Config(64, 1, 8))
+    actual = kernel(x, weight, options, config=RowTiling(64, 1, 8))
     expected = reference(x, weight, options)
     differs = actual.values.view(torch.uint8) != expected.values.view(torch.uint8)
     other_scale = actual.scales.view(torch.uint8) != expected.scales.view(torch.uint8)

@@ -24,7 +24,7 @@ from numerics import gain, normal
 from torch import Tensor
 
 from mxnorm_pass.kernels.norm_cast import norm_cast
-from mxnorm_pass.kernels.rows import Config, row_config, tile_blocks
+from mxnorm_pass.kernels.rows import RowTiling, row_config, tile_blocks
 
 
 def strided(shape: tuple[int, ...], layout: str, dtype: torch.dtype = BF16) -> Tensor:
@@ -80,7 +80,9 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
             scale_layout=draw(st.sampled_from(["row-major", "blocked"])),
         ),
         # Many rows per program: the interpreter takes its time for each program.
-        "config": Config(2 ** draw(st.integers(4, 6)), 2 ** draw(st.integers(0, min(whole, 3))), 8),
+        "config": RowTiling(
+            2 ** draw(st.integers(4, 6)), 2 ** draw(st.integers(0, min(whole, 3))), 8
+        ),
     }
 
 
