@@ -18,9 +18,14 @@ from torch import fx
 
 
 def merge_equal(nodes: Iterable[fx.Node]) -> None:
-    """Let equal calls among ``nodes`` (in graph order) be one; the others are left dead."""
+    """Let equal calls among ``nodes`` (in graph order) be one; the others are left dead.
+
+    Calls that draw random numbers stay as many as they are.
+    """
     first: dict[Any, fx.Node] = {}
     for node in nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
         key = (node.target, _hashable(node.args), _hashable(node.kwargs))
         kept = first.setdefault(key, node)
         if kept is not node:
