@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mxnorm_pass.extras import named_extras
+
 if TYPE_CHECKING:
     from mxnorm_pass import functional as functional
     from mxnorm_pass.checkpoints.calibrate.calibrate import calibrate as calibrate
@@ -59,7 +61,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("mxnorm_pass.functional")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"mxnorm_pass.{_HOME[name]}"), name)
+    with named_extras():
+        value = getattr(importlib.import_module(f"mxnorm_pass.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

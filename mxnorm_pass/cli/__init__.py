@@ -1,4 +1,4 @@
-"""The command line: ``python -m mxnorm_pass explain|compare|calibrate``."""
+"""The command line: ``python -m mxnorm_pass explain|compare|calibrate|reasons``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importlib import import_module
 
 from mxnorm_pass.cli.errors import UsageError
 from mxnorm_pass.cli.parser import make_parser
+from mxnorm_pass.extras import named_extras
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,9 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_imports()
     try:
         # On demand, so that help and bad syntax do not wait for torch.
-        import_module(f"mxnorm_pass.cli.{args.command}").run(args)
+        with named_extras():
+            command = import_module(f"mxnorm_pass.cli.{args.command}")
+        command.run(args)
         sys.stdout.flush()
-    except UsageError as error:
+    except (UsageError, ModuleNotFoundError) as error:
         print(f"{parser.prog} {args.command}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:

@@ -133,8 +133,14 @@ def _not_negative(text: str) -> int:
 # argparse names the converter in "invalid int value".
 _positive.__name__ = _not_negative.__name__ = "int"
 
+
+def _nothing(parser: argparse.ArgumentParser) -> None:
+    return
+
+
 _COMMANDS = {
     "explain": ("report what would be fused, from a model's config alone", _explain),
     "compare": ("compare a checkpoint's loss with and without the estimate", _compare),
     "calibrate": ("fit the estimate to a checkpoint and save the result", _calibrate),
+    "reasons": ("print why norms are left as they are, with cause and cure", _nothing),
 }

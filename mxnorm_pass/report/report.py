@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from textwrap import indent
 
+from mxnorm_pass.extras import named_extras
 from mxnorm_pass.files import write_text
 from mxnorm_pass.report.diff import ReportDiff, diff
+from mxnorm_pass.report.fold import folded_lines
 from mxnorm_pass.report.json_values import json_value
-from mxnorm_pass.report.page import render
 from mxnorm_pass.report.site import Graph, Site
-from mxnorm_pass.report.table import render_table
 
 
 @dataclass
@@ -39,6 +40,14 @@ class Report:
         self.graphs.append(replace(graph, name=f"{graph.name}_{len(self.graphs)}"))
 
     def __str__(self) -> str:
+        """A line per norm; one for the norms of all equal layers. :meth:`table` has each apart."""
+        return self._text(folded_lines)
+
+    def table(self) -> str:
+        """The report as text, with a line for every norm of every layer."""
+        return self._text(lambda sites: map(str, sites))
+
+    def _text(self, lines_of: Callable[[Sequence[Site]], Iterable[str]]) -> str:
         if not self.graphs:
             return "mxnorm: no graph was compiled"
         lines = []
@@ -48,8 +57,8 @@ class Report:
                 f"mxnorm: {graph.name}: {len(graph.sites)} norms, {fused} fused, "
                 f"{len(graph.sites) - fused} skipped"
             )
-            lines += [indent(str(site), "  ") for site in graph.sites]
-            lines += [f"  ops {changes}" for changes in [_op_changes(graph)] if changes]
+            lines += [indent(line, "  ") for line in lines_of(graph.sites)]
+            lines += [f"  {changes}" for changes in [_op_changes(graph)] if changes]
         return "\n".join(lines)
 
     def diff(self, other: Report) -> ReportDiff:
@@ -60,6 +69,8 @@ class Report:
         return diff(self.graphs, other.graphs)
 
     def _repr_html_(self) -> str:
+        with named_extras():
+            from mxnorm_pass.report.table import render_table
         return render_table(self.graphs)
 
     def to_json(self) -> str:
@@ -79,10 +90,16 @@ class Report:
         Raises:
             OSError: ``path`` cannot be written; what stood there before stays.
         """
+        with named_extras():
+            from mxnorm_pass.report.page import render
         write_text(path, render(self.graphs))
 
 
 def _op_changes(graph: Graph) -> str:
-    names = sorted(graph.ops_before.keys() | graph.ops_after.keys())
-    changes = {name: graph.ops_after.get(name, 0) - graph.ops_before.get(name, 0) for name in names}
-    return ", ".join(f"{name} {change:+d}" for name, change in changes.items() if change)
+    """What the pass did to the number of calls, in a few words; "" where nothing changed."""
+    before, after = graph.ops_before, graph.ops_after
+    if before == after:
+        return ""
+    norm_casts = sum(n - before.get(name, 0) for name, n in after.items() if "norm_cast" in name)
+    fewer = sum(before.values()) - sum(after.values())
+    return f"ops: {norm_casts} norm casts, {abs(fewer)} {'fewer' if fewer >= 0 else 'more'} in all"

@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+from paths import EXAMPLES
 from run_examples import run_example, run_example_here
 
 LAYERS = 2
@@ -102,3 +103,11 @@ def test_calibrate_wants_both_texts() -> None:
     done = run_example_here("calibrate.py", "--calibration-text", "book.txt")
     assert done.returncode == 2
     assert "give both texts or neither: they must not overlap" in done.stderr
+
+
+def test_quickstart() -> None:
+    result = run_example_here("quickstart.py")
+    assert result.returncode == 0, result.stderr
+    assert "model.layers.{0..3}.post_attention_layernorm -> gate_proj, up_proj" in result.stdout
+    assert "6 of 9 norms are fused without layer 0" in result.stdout
+    assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 25

@@ -1,28 +1,21 @@
-"""Every reason for a skip has a cause and a cure, in the docstring and in the README."""
+"""Every reason for a skip has a cause and a cure, in the docstring and from the command line."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
-from paths import README
 
 from mxnorm_pass import SkipReason
-
-BEGIN, END = "<!-- begin skip reasons -->", "<!-- end skip reasons -->"
-
-
-def table() -> str:
-    """What the README must hold between its markers."""
-    rows = [("reason", "cause", "cure"), ("---",) * 3]
-    rows += [(f"`{r.name}`", r.cause, r.cure) for r in SkipReason]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+from mxnorm_pass.cli import main
 
 
-def test_readme_has_every_reason() -> None:
-    _, _, rest = README.read_text().partition(f"{BEGIN}\n")
-    found, _, _ = rest.partition(f"\n{END}")
-    assert found == table(), f"put this between the markers:\n{table()}"
+def test_the_command_line_prints_every_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reasons"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for reason in SkipReason:
+        text = f"{reason.name}: {reason.value} cause: {reason.cause} cure: {reason.cure}"
+        assert " ".join(text.split()) in printed
 
 
 @pytest.mark.parametrize("reason", SkipReason)
