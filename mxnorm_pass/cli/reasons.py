@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from textwrap import fill
+from textwrap import TextWrapper
 
 from mxnorm_pass.report.reason import SkipReason
 
-_WIDTH = 96
+_WRAPPER = TextWrapper(
+    width=96, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -17,6 +19,5 @@ def run(args: argparse.Namespace) -> None:
 
 def _text(reason: SkipReason) -> str:
     parts = (("cause", reason.cause), ("cure", reason.cure))
-    indents = {"initial_indent": "  ", "subsequent_indent": "    ", "break_on_hyphens": False}
-    lines = (fill(f"{name}: {text}", _WIDTH, **indents) for name, text in parts)
+    lines = (_WRAPPER.fill(f"{name}: {text}") for name, text in parts)
     return "\n".join([f"{reason.name}: {reason.value}", *lines])
