@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from example_counts import draw_fewer
 
 import mxnorm_pass
 from mxnorm_pass.report import announce
@@ -21,6 +22,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # PyTorch writes its structured trace as soon as this logger has a handler, and pytest gives one to
 # each logger that does not propagate.
 logging.getLogger("torch.__trace").propagate = True
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "not full":
+        draw_fewer()
 
 
 def pytest_collection_finish() -> None:

@@ -45,7 +45,7 @@ def rank(module: str) -> int:
 
 
 def imports(module: str) -> set[str]:
-    """The modules of this package that a module imports anywhere, its folder's ``__init__`` aside."""
+    """The package's modules that one imports anywhere, its folder's ``__init__`` aside."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if not isinstance(node, ast.ImportFrom) or node.module is None:

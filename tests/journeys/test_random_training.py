@@ -8,7 +8,7 @@ from random_training import run_program
 from random_training_specs import random_spec
 
 pytestmark = expected_warnings
-# More of them: python tests/random_training.py COUNT FIRST
+# More of them: python tests/lib/random_training.py COUNT FIRST
 PROGRAMS, CHUNK = 40, 10
 
 

@@ -1,4 +1,4 @@
-"""What tests/test_usage_training.py tests, at once and with Inductor's kernels."""
+"""What test_usage_training.py tests, at once and with Inductor's kernels."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ROOT
@@ -285,7 +286,7 @@ def reference_resolve(modules: dict[str, Any], name: str) -> tuple[bool, float]:
     return enabled, p
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(modules=st.dictionaries(PATTERNS, RULES, max_size=5), names=st.lists(NAMES, max_size=6))
 def test_resolve_agrees_with_the_naive_reference(modules: dict[str, Any], names: list[str]) -> None:
     base = config(modules=modules)
@@ -426,7 +427,8 @@ def test_config_survives_pickle_deepcopy_and_replace() -> None:
 
 def test_importing_the_module_leaves_inductor_alone() -> None:
     program = (
-        "import sys, torch; before = set(sys.modules); import mxnorm_pass.options.config as c; from mxnorm_pass.options import parse; "
+        "import sys, torch; before = set(sys.modules); "
+        "import mxnorm_pass.options.config as c; from mxnorm_pass.options import parse; "
         "c.MXNormConfig(modules={'a': {'p': 1}}).resolve('a'); parse.parse_options({'p': 1}); "
         "new = set(sys.modules) - before; "
         "assert not [m for m in new if m.startswith('torch')], new; "

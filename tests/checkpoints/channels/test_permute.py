@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -153,7 +154,7 @@ TOY_IDS = torch.arange(10).reshape(2, 5)
 toy_orders = st.permutations(range(32)).map(torch.tensor)
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=examples(3), deadline=None)
 @given(first=toy_orders, second=toy_orders)
 def test_orders_compose(first: Tensor, second: Tensor) -> None:
     """To ``first`` and then ``second`` is to ``first[second]``."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from edge_cases import STACKED_EDGE_CASES, EdgeCase, bits_equal, describe_difference
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -110,7 +111,7 @@ def test_edge_cases(case: EdgeCase, dtype: torch.dtype, estimator, mode, elem_dt
 dtypes = st.sampled_from([F32, BF16, F16])
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=examples(20), deadline=None, derandomize=True)
 @given(
     blocks=st.tuples(st.integers(1, 5), st.integers(1, 11)),
     dtype=dtypes,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matching import (
@@ -182,7 +183,7 @@ class Layer(nn.Module):
 
 
 @settings(
-    max_examples=6,
+    max_examples=examples(6),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
