@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from itertools import combinations, product
 from typing import Any
@@ -30,7 +31,13 @@ def test_all_values_meet(sizes: tuple[int, ...], strength: int) -> None:
 
 def test_pairs_are_few() -> None:
     assert len(covering(product(range(6), range(4), range(3)), 2)) <= 26
-    assert len(covering(product(range(3), repeat=4), 2)) <= 12
+    assert len(covering(product(range(3), repeat=4), 2)) <= 15
+
+
+def test_a_short_column_is_shared_by_a_long_one() -> None:
+    chosen = covering(product(range(20), "abc"), 1)
+    counts = Counter(letter for _, letter in chosen)
+    assert len(chosen) == 20 and sorted(counts.values()) == [6, 7, 7]
 
 
 def test_every_pair_occurs_in_the_default_rows() -> None:

@@ -6,6 +6,7 @@ mistake shows where two values meet, seldom only where three do: so the parts ar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import combinations, product
 from typing import Any
@@ -37,20 +38,23 @@ def some(default: Collection[str], **values: Values) -> pytest.MarkDecorator:
 def covering(rows: Iterable[Row], strength: int) -> list[Row]:
     """Few of the rows, in which the values of each ``strength`` columns meet as they do in all.
 
-    Greedy, and the first row wins a tie: the same rows each time.
+    Greedy. Of equals the row whose values were chosen less often, so that all are seen about as
+    often, then the first: the same rows each time.
     """
-    rows = list(rows)
-    uncovered = set().union(*(_meetings(row, strength) for row in rows))
+    meetings = {row: set(combinations(enumerate(row), min(strength, len(row)))) for row in rows}
+    uncovered = set().union(*meetings.values())
+    used: Counter[tuple[int, Any]] = Counter()
     chosen = []
+
+    def gain(row: Row) -> tuple[int, int]:
+        return len(uncovered & meetings[row]), -sum(used[cell] for cell in enumerate(row))
+
     while uncovered:
-        best = max(rows, key=lambda row: len(uncovered & _meetings(row, strength)))
-        uncovered -= _meetings(best, strength)
+        best = max(meetings, key=gain)
+        uncovered -= meetings[best]
+        used.update(enumerate(best))
         chosen.append(best)
     return chosen
-
-
-def _meetings(row: Row, strength: int) -> set[Row]:
-    return set(combinations(enumerate(row), min(strength, len(row))))
 
 
 def _rows(values: Mapping[str, Values]) -> list[Row]:
