@@ -13,13 +13,13 @@ from architectures import (
     assert_sites_are_the_norms_that_ran,
     build,
     compiled,
-    every_model,
     expected_warnings,
     models,
     outputs_of,
     same_bits,
 )
 from functional_mode import FunctionalMode
+from pairwise import each_value
 from torch import Tensor, nn
 
 import mxnorm_pass
@@ -36,8 +36,7 @@ IN_BF16 = ["Llama", "Gemma-3", "DeepSeek-V3", "GPT-OSS", "T5"]
 GRADIENTS = get_args(Gradient)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@every_model
+@each_value(name=models.ARCHITECTURES, gradient=GRADIENTS)
 def test_gradients_are_those_of_functional(name, gradient) -> None:
     """The true gradient is that of the forward, too, as ``verify`` finds it."""
     check(name, F32, gradient, verify=gradient == "true")

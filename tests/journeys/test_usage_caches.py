@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pairwise import each_value
 from reference import Recipe, build_llama, quantize_with_torchao, reference_of, token_ids
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
@@ -71,8 +72,10 @@ def assert_equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
 # Cold and warm
 
 
-@in_both_modes
-@pytest.mark.parametrize("autograd_cache", [False, True], ids=["FX graph", "AOTAutograd"])
+@each_value(
+    autograd_cache={"FX graph": False, "AOTAutograd": True},
+    train={"inference": False, "training": True},
+)
 def test_a_second_compile_hits_the_cache(autograd_cache: bool, train: bool) -> None:
     with functorch_config.patch(enable_autograd_cache=autograd_cache):
         cold, cold_report = compile_and_run(Block(), train)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import each_value
 from reference import Recipe, build_llama, reference_of, token_ids
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -82,8 +83,7 @@ def test_another_eps_is_compiled_as_a_number_again() -> None:
 # Modes of torch
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
-@pytest.mark.parametrize("fullgraph", [False, True])
+@each_value(fullgraph=[False, True], mode=[torch.no_grad, torch.inference_mode])
 def test_grad_modes_and_fullgraph(fullgraph: bool, mode: Callable[[], Any]) -> None:
     model = build_llama()
     want = infer(reference_of(model, Recipe()))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from pairwise import each_value
 from reference import (
     Recipe,
     build_llama,
@@ -65,8 +66,7 @@ def assert_step_is_that_of(
 # Gradient checkpointing
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("per_layer", [False, True], ids=["whole", "per layer"])
+@each_value(per_layer={"whole": False, "per layer": True}, use_reentrant=[False, True])
 def test_gradient_checkpointing(use_reentrant, per_layer, monkeypatch) -> None:
     plain = build_llama()
     want, want_gradients = train(compiled(plain), plain)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from numerics import E5M2, SPEC
+from pairwise import each_value
 from ptx import Compiled, compiled, recorded_launches
 
 from mxnorm_pass.kernels.norm_cast import norm_cast
@@ -70,8 +71,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@each_value(capability=CAPABILITIES, variant=VARIANTS)
 def test_variants_compile(variant: dict[str, Any], capability: int) -> None:
     ptx = compiled_norm_cast(capability, **({"width": 2048} | variant)).ptx
     assert f".target sm_{capability}" in ptx

@@ -38,6 +38,7 @@ from matching import (
     sum_and_sqrt,
     uncompiled,
 )
+from pairwise import each_value
 from torch import Tensor, nn
 
 import mxnorm_pass
@@ -98,8 +99,7 @@ FLOATS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-@in_both_modes
-@pytest.mark.parametrize("rho", FLOATS.values(), ids=list(FLOATS))
+@each_value(rho=FLOATS, train=[False, True])
 def test_numbers_that_are_computed_from_floats(
     rho: Callable[[Any, Tensor], Tensor], train: bool
 ) -> None:
@@ -225,8 +225,7 @@ def test_explain_with_everything_off(train: bool) -> None:
     assert_untouched(report)
 
 
-@in_both_modes
-@pytest.mark.parametrize("quantize", ["norm-fed", "existing"])
+@each_value(quantize=["norm-fed", "existing"], train=[False, True])
 def test_graph_without_a_norm(quantize: str, train: bool) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
     x = inputs(2, 4, 64).requires_grad_(train)
