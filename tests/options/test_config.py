@@ -380,6 +380,7 @@ def test_equal_configs_share_fingerprint_equality_and_hash() -> None:
     assert config() != "config"
 
 
+@pytest.mark.full
 def test_fingerprint_does_not_depend_on_the_process() -> None:
     program = (
         "import torch; from mxnorm_pass.options.config import MXNormConfig as C; "
