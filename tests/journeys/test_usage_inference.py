@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairwise import each_value
+from pairwise import each_value, some
 from reference import Recipe, build_llama, reference_of, token_ids
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -173,6 +173,7 @@ def plain_for_the_prompt(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return mixed
 
 
+@pytest.mark.full
 def test_generate_through_inductor_with_frozen_weights() -> None:
     """The static cache, of which each step changes a part in place, must not freeze with them."""
     model = build_llama(layers=1)
@@ -217,6 +218,7 @@ def test_default_backend() -> None:
     assert torch.compiler.get_default_backend() == "inductor"
 
 
+@pytest.mark.full
 @pytest.mark.skipif(
     not hasattr(torch.compiler, "set_default_backend"), reason="this torch has no default backend"
 )
@@ -252,7 +254,7 @@ def test_mode_and_options_together_are_refused_by_torch() -> None:
         torch.compile(Block(), backend="mxnorm", mode="reduce-overhead", options={"p": 1})
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@some(["reduce-overhead"], mode=["reduce-overhead", "max-autotune"])
 def test_modes_reach_inductor(mode: str) -> None:
     seen: list[dict[str, Any]] = []
 
@@ -281,7 +283,7 @@ def test_a_global_setting_that_turns_off_our_stage_is_refused() -> None:
 # Weights
 
 
-@pytest.mark.parametrize("through", ["option", "global"])
+@some(["option"], through=["option", "global"])
 def test_freezing_casts_weights_once_and_sees_new_ones(through: str) -> None:
     block, x = Block(), inputs(4, 64)
     options = {"freezing": True} if through == "option" else None
@@ -303,8 +305,11 @@ def test_freezing_casts_weights_once_and_sees_new_ones(through: str) -> None:
 
 @pytest.mark.parametrize(
     ("in_place", "inner"),
-    [(False, "aot_eager"), (True, "aot_eager"), (True, "inductor")],
-    ids=["torch.compile", "model.compile", "inductor"],
+    [
+        pytest.param(False, "aot_eager", id="torch.compile"),
+        pytest.param(True, "aot_eager", id="model.compile"),
+        pytest.param(True, "inductor", id="inductor", marks=pytest.mark.full),
+    ],
 )
 def test_state_dicts(in_place: bool, inner: str) -> None:
     options = {"inner": inner}

@@ -11,6 +11,7 @@ from matching import (
     BF16,
     EPS,
     F32,
+    TRAIN,
     WIDTH,
     Norm,
     assert_same_bits,
@@ -115,7 +116,7 @@ def check(
 @pairwise(
     dtypes=[(F32, F32), (BF16, BF16), (BF16, F32), (F32, BF16)],
     gain=["fold", "activation"],
-    train=[False, True],
+    train=TRAIN,
 )
 def test_residual_add(dtypes: tuple[torch.dtype, ...], gain: str, train: bool, unfused) -> None:
     args = pair(*dtypes, train=train)
@@ -187,7 +188,7 @@ class TwoNorms(nn.Module):
         return tuple(m.linear(m.norm(total)) for m in (self.first, self.second))
 
 
-@each_value(gain=["fold", "activation"], train=[False, True])
+@each_value(gain=["fold", "activation"], train=TRAIN)
 def test_of_two_norms_of_one_sum_the_first_adds(gain: str, train: bool, unfused) -> None:
     check(unfused, TwoNorms(), pair(train=train), True, False, train=train, gain=gain)
 

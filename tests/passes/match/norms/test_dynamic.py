@@ -14,6 +14,7 @@ from matching import (
     EPS,
     F32,
     GRADIENT_TOLERANCE,
+    TRAIN,
     WIDTH,
     Model,
     Norm,
@@ -99,7 +100,7 @@ FLOATS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-@each_value(rho=FLOATS, train=[False, True])
+@each_value(rho=FLOATS, train=TRAIN)
 def test_numbers_that_are_computed_from_floats(
     rho: Callable[[Any, Tensor], Tensor], train: bool
 ) -> None:
@@ -225,7 +226,7 @@ def test_explain_with_everything_off(train: bool) -> None:
     assert_untouched(report)
 
 
-@each_value(quantize=["norm-fed", "existing"], train=[False, True])
+@each_value(quantize=["norm-fed", "existing"], train=TRAIN)
 def test_graph_without_a_norm(quantize: str, train: bool) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
     x = inputs(2, 4, 64).requires_grad_(train)

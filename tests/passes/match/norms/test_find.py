@@ -11,6 +11,7 @@ from matching import (
     F32,
     GRADIENT_TOLERANCE,
     SPELLINGS,
+    TRAIN,
     WIDTH,
     Model,
     NormFunction,
@@ -278,7 +279,7 @@ LAYER_NORMS = [
 ]
 
 
-@each_value(function=LAYER_NORMS, inner=["aot_eager", "inductor"], train=[False, True])
+@each_value(function=LAYER_NORMS, inner=["aot_eager", "inductor"], train=TRAIN)
 def test_layer_norm(function: NormFunction, inner: str, train: bool) -> None:
     """Fused as one op, or decomposed by Inductor or by hand."""
     with torch.set_grad_enabled(train):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matching import (
+    TRAIN,
     WIDTH,
     Model,
     NormFunction,
@@ -75,7 +76,7 @@ def test_eps_is_the_number_that_the_model_spells(eps: float) -> None:
     assert_same_bits(got, reference(model, x, model.norm.weight, eps=eps))
 
 
-@each_value(function=OTHER_FORMS | FUNCTIONS_OF_THE_NORM, train=[False, True])
+@each_value(function=OTHER_FORMS | FUNCTIONS_OF_THE_NORM, train=TRAIN)
 def test_other_functions_of_the_norm_are_named(function: NormFunction, train: bool) -> None:
     model, x = Model(function), inputs().requires_grad_(train)
     got, report = run(model, x, train=train)
@@ -111,7 +112,7 @@ def test_layer_norms(function: NormFunction, inner: str) -> None:
     assert_untouched(report)
 
 
-@each_value(function=NO_NORMS, inner=["aot_eager", "inductor"], train=[False, True])
+@each_value(function=NO_NORMS, inner=["aot_eager", "inductor"], train=TRAIN)
 def test_no_norms(function: NormFunction, inner: str, train: bool) -> None:
     with torch.set_grad_enabled(train):
         report = explained(Model(function), inputs().requires_grad_(train), inner=inner)
