@@ -226,6 +226,7 @@ print(all(map(torch.equal, bare, whole)))
 """
 
 
+@pytest.mark.full
 def test_load_in_another_process(tmp_path: Path) -> None:
     """With the ops only after their import; decomposed without this package."""
     given = export(Model(huggingface), inputs())

@@ -400,7 +400,7 @@ def saved(run: Callable[[], Any], parameters: nn.Module) -> list[tuple[object, .
     return sorted(kept.values(), key=str)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@some(["checkpointed"], checkpointing={"plain": False, "checkpointed": True})
 def test_what_llama_saves(checkpointing: bool, unfused) -> None:
     """A checkpointed layer adds its own first sum, and no layer the sum of the one before."""
 
