@@ -212,7 +212,7 @@ PRODUCTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
 }
 
 
-@each_value(name=PRODUCTS, quantize=["norm-fed", "all"])
+@each_value(name=list(PRODUCTS), quantize=["norm-fed", "all"])
 def test_products_with_a_parameter(name: str, quantize: str) -> None:
     multiply, is_rows = PRODUCTS[name]
     # 64 channels out: a cast along the wrong dimension would go through.

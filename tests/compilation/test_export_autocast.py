@@ -55,7 +55,7 @@ MODELS = {
 }
 
 
-@each_value(name=MODELS, inside={"applied outside": False, "applied inside": True})
+@each_value(name=list(MODELS), inside={"applied outside": False, "applied inside": True})
 def test_results_are_those_under_the_autocast(name: str, inside: bool) -> None:
     model, x = MODELS[name](), inputs(4, 64)
     with torch.no_grad(), autocast():

@@ -81,7 +81,7 @@ OFF: dict[str, tuple[nn.Module, Mapping[str, Any]]] = {
 }
 
 
-@each_value(name=OFF, decompose=[False, True])
+@each_value(name=list(OFF), decompose=[False, True])
 def test_nothing_to_rewrite_gives_a_copy(name: str, decompose: bool) -> None:
     model, config = OFF[name]
     width = 80 if name == "width" else WIDTH

@@ -64,7 +64,9 @@ def step(function: Callable[[Tensor], Tensor], block: Block, train: bool) -> tup
 
 
 @pairwise(
-    kind=FAILURES, train={"inference": False, "training": True}, inner=["aot_eager", "inductor"]
+    kind=list(FAILURES),
+    train={"inference": False, "training": True},
+    inner=["aot_eager", "inductor"],
 )
 def test_what_dynamo_swallows_is_a_warning(
     kind: str,

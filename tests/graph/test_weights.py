@@ -65,7 +65,7 @@ def run(model: Any, *args: Any, train: bool = False, **options: Any) -> tuple[Re
     return report, [message for message in messages if "pattern" in message]
 
 
-@pairwise(name=PRODUCTS, prefix=["", "block."], train={"inference": False, "training": True})
+@pairwise(name=list(PRODUCTS), prefix=["", "block."], train={"inference": False, "training": True})
 def test_a_product_is_named_after_its_weight(name: str, prefix: str, train: bool) -> None:
     model = (Within if prefix else Product)(PRODUCTS[name])
     full = prefix + name
@@ -82,7 +82,7 @@ def test_a_product_is_named_after_its_weight(name: str, prefix: str, train: bool
     assert report.skipped[0].detail == f"consumers off: {full}" and not said
 
 
-@each_value(options={"inductor": {}, "freezing": {"freezing": True}}, name=PRODUCTS)
+@each_value(options={"inductor": {}, "freezing": {"freezing": True}}, name=list(PRODUCTS))
 def test_through_inductor(name: str, options: dict[str, Any]) -> None:
     model = Product(PRODUCTS[name])
     report, said = run(model, x(), inner="inductor", modules={name: True}, **options)

@@ -37,7 +37,7 @@ LATE_CAST = {*ONE_PLUS, "Olmo2RMSNorm", "GptOssRMSNorm", "RMSNorm"}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-@each_value(name=models.ARCHITECTURES, estimator=["mxnorm", "exact"], device=DEVICES)
+@each_value(name=list(models.ARCHITECTURES), estimator=["mxnorm", "exact"], device=DEVICES)
 @torch.no_grad()
 def test_outputs_are_those_of_functional(name, estimator, device, monkeypatch) -> None:
     """With the exact RMS: those of the uncompiled model with the same casts.

@@ -36,7 +36,7 @@ IN_BF16 = ["Llama", "Gemma-3", "DeepSeek-V3", "GPT-OSS", "T5"]
 GRADIENTS = get_args(Gradient)
 
 
-@each_value(name=models.ARCHITECTURES, gradient=GRADIENTS)
+@each_value(name=list(models.ARCHITECTURES), gradient=GRADIENTS)
 def test_gradients_are_those_of_functional(name, gradient) -> None:
     """The true gradient is that of the forward, too, as ``verify`` finds it."""
     check(name, F32, gradient, verify=gradient == "true")

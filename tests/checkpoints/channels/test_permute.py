@@ -86,7 +86,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@some(["Llama", "tied bf16", "Gemma-2", "Qwen3-MoE"], name=MODELS)
+@some(["Llama", "tied bf16", "Gemma-2", "Qwen3-MoE"], name=list(MODELS))
 def test_the_function_stays_and_the_inverse_restores_all_bits(name: str) -> None:
     model, order = MODELS[name](), some_order()
     state, before = state_of(model), logits_of(model)
@@ -195,7 +195,7 @@ NEAR_MISSES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 }
 
 
-@some(["centred", "rows merged", "gram", "masked"], name=SYMMETRIC)
+@some(["centred", "rows merged", "gram", "masked"], name=list(SYMMETRIC))
 def test_ops_that_treat_channels_alike(name: str) -> None:
     model = Toy(SYMMETRIC[name]).double()
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_ops_that_treat_channels_alike(name: str) -> None:
         torch.testing.assert_close(model(TOY_IDS), want, rtol=1e-9, atol=1e-12)
 
 
-@some(["roll", "halves", "heads", "one channel", "a ramp"], name=NEAR_MISSES)
+@some(["roll", "halves", "heads", "one channel", "a ramp"], name=list(NEAR_MISSES))
 def test_ops_that_depend_on_the_order(name: str) -> None:
     op, message = NEAR_MISSES[name]
     model = Toy(op)

@@ -66,7 +66,7 @@ def explained(
         return model, mxnorm_pass.explain(model, **inputs, options=options)
 
 
-@some(["Llama", "Gemma-3", "Mixtral", "T5", "DeepSeek-V3"], name=models.ARCHITECTURES)
+@some(["Llama", "Gemma-3", "Mixtral", "T5", "DeepSeek-V3"], name=list(models.ARCHITECTURES))
 def test_names_of_every_architecture(name: str) -> None:
     model, report = explained(name)
     names = {n for site in report.sites for n in (site.norm, *site.consumers)}

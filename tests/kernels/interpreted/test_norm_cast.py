@@ -128,7 +128,7 @@ EDGE_SPECS: dict[str, dict[str, Any]] = {
 }
 
 
-@pairwise(name=EDGE_SPECS, dtype={"bf16": BF16, "fp32": F32}, case=STACKED_EDGE_CASES)
+@pairwise(name=list(EDGE_SPECS), dtype={"bf16": BF16, "fp32": F32}, case=STACKED_EDGE_CASES)
 def test_edge_cases(case: EdgeCase, dtype: torch.dtype, name: str) -> None:
     x = case.x(dtype)
     weight = gain_of(F32, x.shape[-1]) if name == "exact_bf16" else None

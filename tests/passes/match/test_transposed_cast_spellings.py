@@ -104,7 +104,7 @@ OTHER = {
 OPERANDS = {**SAME, **OTHER}
 
 
-@each_value(operand=SAME, estimator=["mxnorm", "exact"])
+@each_value(operand=list(SAME), estimator=["mxnorm", "exact"])
 def test_spellings(operand: str, estimator: str, monkeypatch: Any) -> None:
     module, x = OwnOps(operand), rows(64)
     got = step(module, x, estimator=estimator)
@@ -112,7 +112,7 @@ def test_spellings(operand: str, estimator: str, monkeypatch: Any) -> None:
     assert_same_step(got, step_without(monkeypatch, module, x, estimator=estimator))
 
 
-@each_value(operand=OTHER, estimator=["mxnorm", "exact"])
+@each_value(operand=list(OTHER), estimator=["mxnorm", "exact"])
 def test_near_misses(operand: str, estimator: str) -> None:
     module, x = OwnOps(operand), rows(64)
     got = step(module, x, estimator=estimator)
