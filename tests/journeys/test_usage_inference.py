@@ -37,7 +37,13 @@ import mxnorm_pass
 
 
 @pytest.mark.parametrize(
-    ("how", "dim"), [("automatic", 0), ("automatic", 1), ("dynamic", 1), ("marked", 1)]
+    ("how", "dim"),
+    [
+        ("automatic", 1),
+        pytest.param("automatic", 0, marks=pytest.mark.full),
+        pytest.param("dynamic", 1, marks=pytest.mark.full),
+        pytest.param("marked", 1, marks=pytest.mark.full),
+    ],
 )
 def test_twenty_sizes_take_no_more_compiles_than_two(how: str, dim: int) -> None:
     model = build_llama(layers=1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pairwise import each_value
+from pairwise import each_value, some
 from reference import (
     Recipe,
     build_llama,
@@ -106,6 +106,7 @@ def _record_fused_casts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, .
     return calls
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::mxnorm_pass.MXNormWarning")
 def test_the_rewrite_saves_nothing_that_checkpointing_drops() -> None:
     saved = []
@@ -178,7 +179,7 @@ def test_accumulation_steps_and_evaluation_follow_the_reference() -> None:
     assert not torch.equal(model.lm_head.weight, start)
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "model.compile"])
+@some(["model.compile"], in_place={"torch.compile": False, "model.compile": True})
 def test_a_saved_run_continues_as_if_never_interrupted(in_place) -> None:
     def start() -> tuple[Any, nn.Module, torch.optim.Optimizer]:
         torch._dynamo.reset()
