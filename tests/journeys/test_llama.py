@@ -57,19 +57,28 @@ MODELS = {
 }
 
 
-USES = [
-    pytest.param(kind, dtype, training, id=f"{kind}-{dtype}-{name}")
+USES = {
+    f"{kind}-{dtype}-{name}": (kind, dtype, training)
     for kind in MODELS
     for dtype in DTYPES
     for training, name in ((False, "inference"), (True, "training"))
     # torchao's inference weights take no gradient and no dtype but bf16.
     if kind != "torchao" or (dtype == torch.bfloat16 and not training)
-]
+}
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("kind, dtype, training", USES)
-def test_two_norms_per_layer_are_fused(kind, dtype, training, layers) -> None:
+@some(
+    [
+        "plain-torch.float32-training-2",
+        "plain-torch.bfloat16-inference-2",
+        "torchao-torch.bfloat16-inference-1",
+        "torchao-training-torch.bfloat16-training-1",
+    ],
+    use=USES,
+    layers=[1, 2],
+)
+def test_two_norms_per_layer_are_fused(use, layers) -> None:
+    kind, dtype, training = use
     model = MODELS[kind](build_llama(dtype, layers=layers))
     with torch.set_grad_enabled(training):
         labels = {"labels": IDS} if training else {}

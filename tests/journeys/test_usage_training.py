@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pairwise import each_value, some
+from pairwise import some
 from reference import (
     Recipe,
     build_llama,
@@ -66,7 +66,11 @@ def assert_step_is_that_of(
 # Gradient checkpointing
 
 
-@each_value(per_layer={"whole": False, "per layer": True}, use_reentrant=[False, True])
+@some(
+    ["whole-False"],
+    per_layer={"whole": False, "per layer": True},
+    use_reentrant=[False, True],
+)
 def test_gradient_checkpointing(use_reentrant, per_layer, monkeypatch) -> None:
     plain = build_llama()
     want, want_gradients = train(compiled(plain), plain)
@@ -245,18 +249,17 @@ def test_autocast_around_an_fp32_model() -> None:
 # Parameters
 
 
-@pytest.mark.parametrize(
-    "frozen",
-    [
-        ("norm",),
-        ("_proj",),
-        ("q_proj", "up_proj"),
-        ("embed_tokens",),
-        ("embed_tokens", "layers.0.input_layernorm", "layers.0.self_attn"),
-        ("embed_tokens", "lm_head", "_proj", "model.norm"),
-    ],
-    ids="+".join,
-)
+FROZEN = [
+    ("norm",),
+    ("_proj",),
+    ("q_proj", "up_proj"),
+    ("embed_tokens",),
+    ("embed_tokens", "layers.0.input_layernorm", "layers.0.self_attn"),
+    ("embed_tokens", "lm_head", "_proj", "model.norm"),
+]
+
+
+@some(["norm", "q_proj+up_proj"], frozen={"+".join(names): names for names in FROZEN})
 def test_frozen_parameters(frozen) -> None:
     model = build_llama()
     for name, parameter in model.named_parameters():

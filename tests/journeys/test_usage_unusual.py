@@ -58,7 +58,7 @@ class BreakBetweenSites(Block):
         (BreakBeforeLinear, "aot_eager", [["NO_MX_CAST"], []]),
         (BreakInsideNorm, "aot_eager", [[], []]),
         (BreakBetweenSites, "aot_eager", [["fused"], ["fused"]]),
-        (BreakBetweenSites, "inductor", [["fused"], ["fused"]]),
+        pytest.param(BreakBetweenSites, "inductor", [["fused"], ["fused"]], marks=pytest.mark.full),
     ],
 )
 def test_each_graph_says_what_it_saw(kind: type[Block], inner: str, statuses: Any) -> None:
