@@ -240,6 +240,7 @@ def test_process_refuses_without_traceback(tmp_path) -> None:
     assert len(done.stderr.splitlines()) == 1 and "has no config.json" in done.stderr
 
 
+@pytest.mark.full
 def test_llama_3_8b_fits_a_laptop() -> None:
     """All layers at full width; the weights alone would take 16 GB."""
     command = [sys.executable, "-m", "mxnorm_pass", "explain", "--model"]

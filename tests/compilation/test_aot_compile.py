@@ -87,6 +87,7 @@ with torch.no_grad(), open(sys.argv[2], "rb") as file:
 """
 
 
+@pytest.mark.full
 @saves_graphs
 def test_load_in_another_process(tmp_path: Path) -> None:
     """The ops come with the graph."""

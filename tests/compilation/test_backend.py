@@ -323,6 +323,7 @@ def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.full
 def test_a_warm_cache_gives_the_same_report(tmp_path) -> None:
     """The stored one, or one traced anew where none is stored or what is stored is broken."""
     script = _SCRIPT.format(tests=str(LIB))

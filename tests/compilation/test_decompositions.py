@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from matching import SPELLINGS, Model, expected_warnings, inputs
+from pairwise import each_value
 from reference import build_llama, convert_to_mxfp8_training, token_ids
 from torch import Tensor, nn
 from torch._inductor.decomposition import select_decomp_table
@@ -26,7 +27,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "p=3": {"p": 3},
     "a linear that is off": {"modules": {"*first*": False, "*q_proj": False}},
 }
-all_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def assert_nothing_to_decompose(report: Report) -> None:
@@ -37,8 +37,7 @@ def assert_nothing_to_decompose(report: Report) -> None:
         assert not left
 
 
-@all_options
-@pytest.mark.parametrize("spelling", ["huggingface", "nn.RMSNorm", "gemma", "gain on x"])
+@each_value(spelling=["huggingface", "nn.RMSNorm", "gemma", "gain on x"], options=OPTIONS)
 def test_norms(spelling: str, options: dict[str, Any]) -> None:
     model, x = SPELLINGS[spelling].model(), inputs().requires_grad_()
     assert_nothing_to_decompose(mxnorm_pass.explain(model, x, options=options))

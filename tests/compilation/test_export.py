@@ -25,6 +25,7 @@ from matching import (
     CONSUMERS,
     EPS,
     F32,
+    SPELLINGS,
     WIDTH,
     Model,
     Spelling,
@@ -39,6 +40,7 @@ from matching import (
     reference,
     spellings,
 )
+from pairwise import each_value
 from reference import (
     Recipe,
     build_llama,
@@ -70,8 +72,7 @@ pytestmark = [
 # What the rewritten program computes
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@spellings()
+@each_value(spelling=SPELLINGS, dtype=[F32, BF16])
 def test_spellings_fuse(spelling: Spelling, dtype: torch.dtype) -> None:
     model = spelling.model(dtype=dtype)
     x = inputs(dtype=dtype)
@@ -211,8 +212,7 @@ PRODUCTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
 }
 
 
-@pytest.mark.parametrize("quantize", ["norm-fed", "all"])
-@pytest.mark.parametrize("name", PRODUCTS)
+@each_value(name=list(PRODUCTS), quantize=["norm-fed", "all"])
 def test_products_with_a_parameter(name: str, quantize: str) -> None:
     multiply, is_rows = PRODUCTS[name]
     # 64 channels out: a cast along the wrong dimension would go through.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-import pytest
 import torch
 from exporting import InRegions, apply, export
 from matching import BF16, F32, assert_same_bits, expected_warnings, inputs
+from pairwise import each_value
 from torch import Tensor, nn
 
 import mxnorm_pass
@@ -55,8 +55,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["applied outside", "applied inside"])
-@pytest.mark.parametrize("name", MODELS)
+@each_value(name=list(MODELS), inside={"applied outside": False, "applied inside": True})
 def test_results_are_those_under_the_autocast(name: str, inside: bool) -> None:
     model, x = MODELS[name](), inputs(4, 64)
     with torch.no_grad(), autocast():

@@ -36,6 +36,7 @@ from matching import (
     only_site,
     reference,
 )
+from pairwise import each_value
 from reference import Recipe, build_llama, reference_of
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -80,8 +81,7 @@ OFF: dict[str, tuple[nn.Module, Mapping[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("decompose", [False, True])
-@pytest.mark.parametrize("name", OFF)
+@each_value(name=list(OFF), decompose=[False, True])
 def test_nothing_to_rewrite_gives_a_copy(name: str, decompose: bool) -> None:
     model, config = OFF[name]
     width = 80 if name == "width" else WIDTH
@@ -226,6 +226,7 @@ print(all(map(torch.equal, bare, whole)))
 """
 
 
+@pytest.mark.full
 def test_load_in_another_process(tmp_path: Path) -> None:
     """With the ops only after their import; decomposed without this package."""
     given = export(Model(huggingface), inputs())

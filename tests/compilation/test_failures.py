@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch import Tensor, fx
 from torch._dynamo.exc import BackendCompilerFailed, SkipFrame, Unsupported
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -62,9 +63,11 @@ def step(function: Callable[[Tensor], Tensor], block: Block, train: bool) -> tup
     return out.detach(), *torch.autograd.grad(out.sum(), (x, *block.parameters()))
 
 
-@both_inner
-@both_modes
-@pytest.mark.parametrize("kind", FAILURES)
+@pairwise(
+    kind=list(FAILURES),
+    train={"inference": False, "training": True},
+    inner=["aot_eager", "inductor"],
+)
 def test_what_dynamo_swallows_is_a_warning(
     kind: str,
     train: bool,
@@ -86,9 +89,11 @@ def test_what_dynamo_swallows_is_a_warning(
     assert all(map(torch.equal, got, step(block, block, train)))
 
 
-@both_inner
-@both_modes
-@pytest.mark.parametrize("kind", ["data dependent", "suppressed"])
+@pairwise(
+    kind=["data dependent", "suppressed"],
+    train={"inference": False, "training": True},
+    inner=["aot_eager", "inductor"],
+)
 def test_fullgraph_raises(
     kind: str,
     train: bool,

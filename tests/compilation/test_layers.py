@@ -91,7 +91,7 @@ def test_every_layer_of_many_is_rewritten_with_its_own_rules() -> None:
     assert torch.equal(got, want)
     (gradient,) = torch.autograd.grad(got.square().sum(), model.blocks[0].norm.weight)
     (expected,) = torch.autograd.grad(want.square().sum(), model.blocks[0].norm.weight)
-    # Sums in another order, as in tests/test_llama.py.
+    # Sums in another order, as in tests/journeys/test_llama.py.
     assert (gradient - expected).norm() <= 1e-5 * expected.norm()
 
 

@@ -119,6 +119,7 @@ def test_the_opponents_compile() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(names)
 
 
+@pytest.mark.full
 @torch.no_grad()
 @needs_e8m0
 def test_what_other_processes_compiled_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,6 +370,7 @@ def measured_layers(work: str, estimator: str, path: Path) -> dict[str, Any]:
     return arms
 
 
+@pytest.mark.full
 def test_layers_are_measured_on_a_cpu_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Code without vectors compiles faster.
     monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "0")

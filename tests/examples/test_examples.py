@@ -1,4 +1,4 @@
-"""The example scripts, run as a user runs them, at tiny sizes."""
+"""The example scripts at tiny sizes: in this process, or as a user runs them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import math
 import re
 from pathlib import Path
+from subprocess import CompletedProcess
 
+<<<<<<< HEAD
 from paths import EXAMPLES
+=======
+import pytest
+>>>>>>> tests-speed
 from run_examples import run_example, run_example_here
-
-LAYERS = 2
 
 
 def losses_of(arm: str, output: str) -> list[float]:
@@ -19,20 +22,34 @@ def losses_of(arm: str, output: str) -> list[float]:
     return [float(loss) for loss in line]
 
 
-def test_llama_reports_errors_times_and_losses() -> None:
-    sizes = ["--layers", str(LAYERS), "--hidden", "64", "--tokens", "32", "--device", "cpu"]
-    done = run_example("llama.py", *sizes, "--inner", "aot_eager", "--train", "2")
+def llama(layers: int) -> list[str]:
+    sizes = ["--layers", str(layers), "--hidden", "64", "--tokens", "32", "--device", "cpu"]
+    return ["llama.py", *sizes, "--inner", "aot_eager"]
+
+
+def check_llama(done: CompletedProcess[str], layers: int) -> None:
     assert done.returncode == 0, done.stderr
-    norms = 2 * LAYERS + 1
-    assert f"inference_0: {norms} norms, {2 * LAYERS} fused, 1 skipped" in done.stdout
-    assert f"fused    model.layers.{LAYERS - 1}.post_attention_layernorm" in done.stdout
-    assert done.stdout.count(f"({2 * LAYERS} norms fused, 1 skipped)") == 2
+    norms = 2 * layers + 1
+    assert f"inference_0: {norms} norms, {2 * layers} fused, 1 skipped" in done.stdout
+    assert f"fused    model.layers.{layers - 1}.post_attention_layernorm" in done.stdout
     assert "CalibrationWarning" not in done.stderr
     estimate, casts, both = (
         float(error) for error in re.findall(r"(?:baseline|model) +(\d\.\d{4})$", done.stdout, re.M)
     )
     assert 0 < casts < estimate < 0.5
     assert 0 < both < 0.5
+
+
+def test_llama_reports_errors_and_times() -> None:
+    check_llama(run_example_here(*llama(1)), 1)
+
+
+@pytest.mark.full
+def test_llama_reports_errors_times_and_losses() -> None:
+    layers = 2
+    done = run_example(*llama(layers), "--train", "2")
+    check_llama(done, layers)
+    assert done.stdout.count(f"({2 * layers} norms fused, 1 skipped)") == 2
     for arm in ("mxnorm", "exact"):
         assert all(map(math.isfinite, losses_of(arm, done.stdout)))
 
@@ -55,7 +72,7 @@ def test_llama_refuses_a_wrong_option() -> None:
 
 def test_pass_time_saves_rows_that_grow(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    done = run_example(
+    done = run_example_here(
         "pass_time.py", "--layers", "1", "2", "--inner", "aot_eager", "--json", str(path)
     )
     assert done.returncode == 0, done.stderr
@@ -70,6 +87,7 @@ def test_pass_time_saves_rows_that_grow(tmp_path: Path) -> None:
     assert "share" in done.stdout
 
 
+@pytest.mark.full
 def test_explain_cost_saves_what_both_runs_take(tmp_path: Path) -> None:
     config, path = tmp_path / "tiny.json", tmp_path / "rows.json"
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
@@ -86,14 +104,16 @@ def test_explain_cost_saves_what_both_runs_take(tmp_path: Path) -> None:
 def test_explain_cost_tells_of_a_run_that_fails(tmp_path: Path) -> None:
     config, path = tmp_path / "broken.json", tmp_path / "rows.json"
     config.write_text("{}")
-    done = run_example("explain_cost.py", "--model", str(config), "--json", str(path))
+    done = run_example_here("explain_cost.py", "--model", str(config), "--json", str(path))
     assert done.returncode == 1 and not path.exists()
     assert "broken.json" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_calibrate_refuses_text_that_is_not_there(tmp_path: Path) -> None:
     missing = str(tmp_path / "book.txt")
-    done = run_example("calibrate.py", "--calibration-text", missing, "--evaluation-text", missing)
+    done = run_example_here(
+        "calibrate.py", "--calibration-text", missing, "--evaluation-text", missing
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == f"calibrate.py: no such file or folder: {missing!r}"

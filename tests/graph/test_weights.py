@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from name_ways import x
+from pairwise import each_value, pairwise
 from torch import Tensor, nn
 
 import mxnorm_pass
@@ -64,9 +65,7 @@ def run(model: Any, *args: Any, train: bool = False, **options: Any) -> tuple[Re
     return report, [message for message in messages if "pattern" in message]
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("prefix", ["", "block."])
-@pytest.mark.parametrize("name", PRODUCTS)
+@pairwise(name=list(PRODUCTS), prefix=["", "block."], train={"inference": False, "training": True})
 def test_a_product_is_named_after_its_weight(name: str, prefix: str, train: bool) -> None:
     model = (Within if prefix else Product)(PRODUCTS[name])
     full = prefix + name
@@ -83,8 +82,7 @@ def test_a_product_is_named_after_its_weight(name: str, prefix: str, train: bool
     assert report.skipped[0].detail == f"consumers off: {full}" and not said
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
-@pytest.mark.parametrize("options", [{}, {"freezing": True}], ids=["inductor", "freezing"])
+@each_value(options={"inductor": {}, "freezing": {"freezing": True}}, name=list(PRODUCTS))
 def test_through_inductor(name: str, options: dict[str, Any]) -> None:
     model = Product(PRODUCTS[name])
     report, said = run(model, x(), inner="inductor", modules={name: True}, **options)
@@ -124,9 +122,7 @@ class Tied(nn.Module):
 IDS = torch.arange(16).reshape(2, 8)
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("breaks", [False, True])
-@pytest.mark.parametrize("head", ["lm_head", ""])
+@pairwise(head=["lm_head", ""], breaks=[False, True], train={"inference": False, "training": True})
 def test_a_tied_head_is_left_alone_unless_named(head: str, breaks: bool, train: bool) -> None:
     model, name = Tied(head, breaks), head or "wte.weight"
     assert not run(model, IDS, train=train)[0].fused

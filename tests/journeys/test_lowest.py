@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from reference import (
     Recipe,
@@ -48,6 +49,7 @@ def fused(report: Report) -> list[tuple[str, tuple[str, ...]]]:
     return [(site.norm, site.consumers) for site in report.fused]
 
 
+@pytest.mark.full
 def test_llama_without_an_option() -> None:
     """Through Inductor; norms are named as in the model."""
     model = build_llama()
@@ -87,6 +89,7 @@ def test_training_step() -> None:
     assert_gradients_equal(gradients, want_gradients)
 
 
+@pytest.mark.full
 def test_trainer(tmp_path: Path) -> None:
     """As the README has it: the model is compiled before the Trainer gets it."""
     model = build_llama(layers=1, use_cache=False)
@@ -112,6 +115,7 @@ def test_exported_program() -> None:
     assert torch.equal(program.module()(x), want)
 
 
+@pytest.mark.full
 def test_calibration_comparison_and_page(tmp_path: Path) -> None:
     model = build_llama()
     calibration = mxnorm_pass.calibrate(model, [{"input_ids": token_ids(4)}] * 4)

@@ -13,13 +13,13 @@ from architectures import (
     assert_sites_are_the_norms_that_ran,
     build,
     compiled,
-    every_model,
     expected_warnings,
     models,
     outputs_of,
     same_bits,
 )
 from functional_mode import FunctionalMode, NormRule
+from pairwise import each_value
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -37,9 +37,7 @@ LATE_CAST = {*ONE_PLUS, "Olmo2RMSNorm", "GptOssRMSNorm", "RMSNorm"}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
-@every_model
+@each_value(name=list(models.ARCHITECTURES), estimator=["mxnorm", "exact"], device=DEVICES)
 @torch.no_grad()
 def test_outputs_are_those_of_functional(name, estimator, device, monkeypatch) -> None:
     """With the exact RMS: those of the uncompiled model with the same casts.

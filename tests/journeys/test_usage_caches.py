@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pairwise import each_value, some
 from reference import Recipe, build_llama, quantize_with_torchao, reference_of, token_ids
 from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
@@ -25,7 +26,6 @@ from mxnorm_pass.report import recording
 
 IDS = token_ids()
 AOT: dict[str, Any] = {"inner": "aot_eager"}
-in_both_modes = pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 
 
 class Block(nn.Module):
@@ -71,8 +71,10 @@ def assert_equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
 # Cold and warm
 
 
-@in_both_modes
-@pytest.mark.parametrize("autograd_cache", [False, True], ids=["FX graph", "AOTAutograd"])
+@each_value(
+    autograd_cache={"FX graph": False, "AOTAutograd": True},
+    train={"inference": False, "training": True},
+)
 def test_a_second_compile_hits_the_cache(autograd_cache: bool, train: bool) -> None:
     with functorch_config.patch(enable_autograd_cache=autograd_cache):
         cold, cold_report = compile_and_run(Block(), train)
@@ -124,7 +126,7 @@ def test_cache_artifacts_of_another_machine(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::mxnorm_pass.MXNormWarning")
-@in_both_modes
+@some(["inference"], train={"inference": False, "training": True})
 def test_configs_do_not_share_cache_entries(train: bool) -> None:
     """Each compiled cold, then each with all others in the cache."""
     configs: list[dict[str, Any]] = [
@@ -211,7 +213,7 @@ class TwoSites(nn.Module):
         return self.two(late(self.one(early(x))))
 
 
-@in_both_modes
+@some(["inference"], train={"inference": False, "training": True})
 def test_equal_graphs_of_the_same_modules_in_another_order(train: bool) -> None:
     """``modules`` selects by name, and the graph's code does not say which norm came first."""
     options = {"modules": {"first": {"p": 1}}}
@@ -260,11 +262,15 @@ def given(where: str, passes: Any) -> tuple[AbstractContextManager[Any], dict[st
 
 
 @pytest.mark.filterwarnings("ignore::mxnorm_pass.MXNormWarning")
-@pytest.mark.parametrize("where", ["options", "global"])
-@pytest.mark.parametrize(
-    "passes",
-    [NoNorms(), no_norms, [NoNorms()], (NoNorms(), no_norms)],
-    ids=["pass", "function", "list", "tuple"],
+@some(
+    ["pass-options", "function-global"],
+    passes={
+        "pass": NoNorms(),
+        "function": no_norms,
+        "list": [NoNorms()],
+        "tuple": (NoNorms(), no_norms),
+    },
+    where=["options", "global"],
 )
 def test_the_users_passes_run_first(passes: Any, where: str) -> None:
     """Ours sees their graph, and no compile without them finds their report or code."""
@@ -339,6 +345,7 @@ def test_threads_that_compile_other_options_and_models() -> None:
     assert [dict(cpp_utils.DTYPE_TO_CPP), dict(cpp_utils.DTYPE_TO_ATEN)] == tables
 
 
+@pytest.mark.full
 def test_threads_that_train_through_inductor() -> None:
     """The backward of one is compiled while another compiles."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import each_value, some
 from reference import Recipe, build_llama, reference_of, token_ids
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -36,7 +37,13 @@ import mxnorm_pass
 
 
 @pytest.mark.parametrize(
-    ("how", "dim"), [("automatic", 0), ("automatic", 1), ("dynamic", 1), ("marked", 1)]
+    ("how", "dim"),
+    [
+        ("automatic", 1),
+        pytest.param("automatic", 0, marks=pytest.mark.full),
+        pytest.param("dynamic", 1, marks=pytest.mark.full),
+        pytest.param("marked", 1, marks=pytest.mark.full),
+    ],
 )
 def test_twenty_sizes_take_no_more_compiles_than_two(how: str, dim: int) -> None:
     model = build_llama(layers=1)
@@ -82,8 +89,7 @@ def test_another_eps_is_compiled_as_a_number_again() -> None:
 # Modes of torch
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
-@pytest.mark.parametrize("fullgraph", [False, True])
+@each_value(fullgraph=[False, True], mode=[torch.no_grad, torch.inference_mode])
 def test_grad_modes_and_fullgraph(fullgraph: bool, mode: Callable[[], Any]) -> None:
     model = build_llama()
     want = infer(reference_of(model, Recipe()))
@@ -173,6 +179,7 @@ def plain_for_the_prompt(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return mixed
 
 
+@pytest.mark.full
 def test_generate_through_inductor_with_frozen_weights() -> None:
     """The static cache, of which each step changes a part in place, must not freeze with them."""
     model = build_llama(layers=1)
@@ -217,6 +224,7 @@ def test_default_backend() -> None:
     assert torch.compiler.get_default_backend() == "inductor"
 
 
+@pytest.mark.full
 @pytest.mark.skipif(
     not hasattr(torch.compiler, "set_default_backend"), reason="this torch has no default backend"
 )
@@ -252,7 +260,7 @@ def test_mode_and_options_together_are_refused_by_torch() -> None:
         torch.compile(Block(), backend="mxnorm", mode="reduce-overhead", options={"p": 1})
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@some(["reduce-overhead"], mode=["reduce-overhead", "max-autotune"])
 def test_modes_reach_inductor(mode: str) -> None:
     seen: list[dict[str, Any]] = []
 
@@ -281,7 +289,7 @@ def test_a_global_setting_that_turns_off_our_stage_is_refused() -> None:
 # Weights
 
 
-@pytest.mark.parametrize("through", ["option", "global"])
+@some(["option"], through=["option", "global"])
 def test_freezing_casts_weights_once_and_sees_new_ones(through: str) -> None:
     block, x = Block(), inputs(4, 64)
     options = {"freezing": True} if through == "option" else None
@@ -303,8 +311,11 @@ def test_freezing_casts_weights_once_and_sees_new_ones(through: str) -> None:
 
 @pytest.mark.parametrize(
     ("in_place", "inner"),
-    [(False, "aot_eager"), (True, "aot_eager"), (True, "inductor")],
-    ids=["torch.compile", "model.compile", "inductor"],
+    [
+        pytest.param(False, "aot_eager", id="torch.compile"),
+        pytest.param(True, "aot_eager", id="model.compile"),
+        pytest.param(True, "inductor", id="inductor", marks=pytest.mark.full),
+    ],
 )
 def test_state_dicts(in_place: bool, inner: str) -> None:
     options = {"inner": inner}

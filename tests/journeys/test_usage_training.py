@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from pairwise import some
 from reference import (
     Recipe,
     build_llama,
@@ -65,8 +66,11 @@ def assert_step_is_that_of(
 # Gradient checkpointing
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("per_layer", [False, True], ids=["whole", "per layer"])
+@some(
+    ["whole-False"],
+    per_layer={"whole": False, "per layer": True},
+    use_reentrant=[False, True],
+)
 def test_gradient_checkpointing(use_reentrant, per_layer, monkeypatch) -> None:
     plain = build_llama()
     want, want_gradients = train(compiled(plain), plain)
@@ -106,6 +110,7 @@ def _record_fused_casts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, .
     return calls
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::mxnorm_pass.MXNormWarning")
 def test_the_rewrite_saves_nothing_that_checkpointing_drops() -> None:
     saved = []
@@ -178,7 +183,7 @@ def test_accumulation_steps_and_evaluation_follow_the_reference() -> None:
     assert not torch.equal(model.lm_head.weight, start)
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "model.compile"])
+@some(["model.compile"], in_place={"torch.compile": False, "model.compile": True})
 def test_a_saved_run_continues_as_if_never_interrupted(in_place) -> None:
     def start() -> tuple[Any, nn.Module, torch.optim.Optimizer]:
         torch._dynamo.reset()
@@ -244,18 +249,17 @@ def test_autocast_around_an_fp32_model() -> None:
 # Parameters
 
 
-@pytest.mark.parametrize(
-    "frozen",
-    [
-        ("norm",),
-        ("_proj",),
-        ("q_proj", "up_proj"),
-        ("embed_tokens",),
-        ("embed_tokens", "layers.0.input_layernorm", "layers.0.self_attn"),
-        ("embed_tokens", "lm_head", "_proj", "model.norm"),
-    ],
-    ids="+".join,
-)
+FROZEN = [
+    ("norm",),
+    ("_proj",),
+    ("q_proj", "up_proj"),
+    ("embed_tokens",),
+    ("embed_tokens", "layers.0.input_layernorm", "layers.0.self_attn"),
+    ("embed_tokens", "lm_head", "_proj", "model.norm"),
+]
+
+
+@some(["norm", "q_proj+up_proj"], frozen={"+".join(names): names for names in FROZEN})
 def test_frozen_parameters(frozen) -> None:
     model = build_llama()
     for name, parameter in model.named_parameters():

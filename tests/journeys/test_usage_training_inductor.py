@@ -1,10 +1,11 @@
-"""What tests/test_usage_training.py tests, at once and with Inductor's kernels."""
+"""What test_usage_training.py tests, at once and with Inductor's kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from reference import Recipe, build_llama, reference_of, token_ids
 from torch import nn
@@ -32,6 +33,7 @@ def accumulated(run: Callable[..., Any], model: nn.Module) -> Gradients:
     return gradients_of(model)
 
 
+@pytest.mark.full
 def test_checkpointing_autocast_lora_and_accumulation() -> None:
     """Error against float64 at most 1.5 times that of aot_eager, which functional vouches for."""
     model = with_lora(8, layers=1)
@@ -53,6 +55,7 @@ def test_checkpointing_autocast_lora_and_accumulation() -> None:
     assert errors["inductor"] <= 1.5 * errors["aot_eager"], errors
 
 
+@pytest.mark.full
 def test_trainer_and_tied_embeddings_on_a_model_compiled_in_place(tmp_path) -> None:
     """Parameters after three steps, their error against float64 as above."""
     errors = {}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pairwise import each_value
 from reference import Recipe, build_llama, quantize_with_torchao, reference_of
 from torch import Tensor, nn
 from usage import (
@@ -57,7 +58,7 @@ class BreakBetweenSites(Block):
         (BreakBeforeLinear, "aot_eager", [["NO_MX_CAST"], []]),
         (BreakInsideNorm, "aot_eager", [[], []]),
         (BreakBetweenSites, "aot_eager", [["fused"], ["fused"]]),
-        (BreakBetweenSites, "inductor", [["fused"], ["fused"]]),
+        pytest.param(BreakBetweenSites, "inductor", [["fused"], ["fused"]], marks=pytest.mark.full),
     ],
 )
 def test_each_graph_says_what_it_saw(kind: type[Block], inner: str, statuses: Any) -> None:
@@ -143,8 +144,7 @@ def test_freezing_keeps_guards_on_shared_storage() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::mxnorm_pass.MXNormWarning")
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("where", ["parameter", "input"])
+@each_value(where=["parameter", "input"], inner=["aot_eager", "inductor"])
 def test_a_foreign_tensor_subclass_is_left_alone(where: str, inner: str) -> None:
     block, x = Block().requires_grad_(False), inputs(4, 64)
     want, truth = block(x), copy.deepcopy(block).double()(x.double())

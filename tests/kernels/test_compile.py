@@ -10,6 +10,7 @@ import pytest
 import torch
 from formats import spec_with
 from numerics import E5M2, SPEC
+from pairwise import each_value
 from ptx import Compiled, compiled, recorded_launches
 
 from mxnorm_pass.kernels.norm_cast import norm_cast
@@ -70,8 +71,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@each_value(capability=CAPABILITIES, variant=VARIANTS)
 def test_variants_compile(variant: dict[str, Any], capability: int) -> None:
     ptx = compiled_norm_cast(capability, **({"width": 2048} | variant)).ptx
     assert f".target sm_{capability}" in ptx
@@ -87,15 +87,18 @@ DEFAULTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"estimator": "exact"}, {"residual": BF16}, {"gain": None}],
-    ids=["estimate", "exact", "residual", "no_gain"],
+@each_value(
+    default=DEFAULTS,
+    options={
+        "estimate": {},
+        "exact": {"estimator": "exact"},
+        "residual": {"residual": BF16},
+        "no_gain": {"gain": None},
+    },
 )
-@pytest.mark.parametrize("capability, width", DEFAULTS)
-def test_default_configurations(capability: int, width: int, options: dict[str, Any]) -> None:
+def test_default_configurations(default: tuple[int, int], options: dict[str, Any]) -> None:
     """Rows and gain come in loads of 128 bits, and all of a row stays in registers."""
-    kernel = compiled_norm_cast(capability, width, **options)
+    kernel = compiled_norm_cast(*default, **options)
     assert set(kernel.load_bits) == {128}
     assert kernel.spilled_bytes == 0, kernel.log
 
@@ -111,10 +114,13 @@ def test_what_the_checks_would_see() -> None:
     assert set(narrow.load_bits) != {128}
 
 
-@pytest.mark.parametrize("with_gain, add", [(True, False), (False, False), (True, True)])
-@pytest.mark.parametrize("capability, width", [(HOPPER, 4096), (HOPPER, 8192), (BLACKWELL, 4096)])
-def test_both_directions(capability: int, width: int, with_gain: bool, add: bool) -> None:
+@each_value(
+    default=[(HOPPER, 4096), (HOPPER, 8192), (BLACKWELL, 4096)],
+    reads={"gain": (True, False), "x alone": (False, False), "gain and residual": (True, True)},
+)
+def test_both_directions(default: tuple[int, int], reads: tuple[bool, bool]) -> None:
     """The cast along T transposes 16-bit numbers, by what matrix multiplications have for it."""
+    (capability, width), (with_gain, add) = default, reads
     x = torch.empty(4096, width, dtype=BF16, device="meta")
     gain = x[0] if with_gain else None
     kernel = compiled(

@@ -1,4 +1,4 @@
-"""Runs the tests of the Triton kernels in Triton's interpreter, one process per file.
+"""Runs the tests of the Triton kernels in Triton's interpreter, in processes of their own.
 
 Triton decides at its import whether it interprets, so this cannot happen in one process with tests
 that compile. Where there is a GPU that the kernels support, pytest also collects tests/kernels
@@ -16,14 +16,26 @@ from pathlib import Path
 import pytest
 from paths import PACKAGE, ROOT, TESTS
 
-FILES = sorted((TESTS / "kernels" / "interpreted").glob("test_*.py"))
+INTERPRETED = TESTS / "kernels" / "interpreted"
+FILES = sorted(INTERPRETED.glob("test_*.py"))
+# Those that import a product of which the default run takes a part.
+WITH_MORE = [path for path in FILES if "from pairwise import" in path.read_text()]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_in_the_interpreter(path: Path) -> None:
+def test_in_the_interpreter() -> None:
+    interpret(INTERPRETED, "not full")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path", WITH_MORE, ids=lambda path: path.stem)
+def test_in_the_interpreter_what_only_the_full_run_takes(path: Path) -> None:
+    interpret(path, "full")
+
+
+def interpret(path: Path, marked: str) -> None:
     environment = {name: v for name, v in os.environ.items() if not name.startswith("PYTEST_")}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", str(path)],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-m", marked, str(path)],
         env=environment | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=ROOT,
         capture_output=True,

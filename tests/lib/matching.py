@@ -23,7 +23,8 @@ from mxnorm_pass import Report, Site, SkipReason, functional
 
 # For ``pytestmark``: models that are not rewritten say so.
 expected_warnings = pytest.mark.filterwarnings("ignore::mxnorm_pass.MXNormWarning")
-in_both_modes = pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+TRAIN = {"inference": False, "training": True}
+in_both_modes = pytest.mark.parametrize("train", TRAIN.values(), ids=TRAIN)
 
 WIDTH = 128
 EPS = 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import example_counts
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from matching import BF16, assert_explained, run
@@ -18,7 +19,7 @@ from mxnorm_pass.options.config import MXNormConfig
 def examples(count: int) -> Any:
     """The same examples in every run; compiling takes as long as it takes."""
     return settings(
-        max_examples=count,
+        max_examples=example_counts.examples(count),
         derandomize=True,
         database=None,
         deadline=None,

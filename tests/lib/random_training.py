@@ -5,7 +5,7 @@ scaled readers, gains from elsewhere, shared bodies, branches, checkpoints. Its 
 same program in eager mode, in which those readers that the report calls fused see the norm by
 ``functional`` and all others see the exact one.
 
-``python tests/random_training.py COUNT [FIRST]`` runs that many programs and prints the failures.
+``python tests/lib/random_training.py COUNT [FIRST]`` runs so many and prints the failures.
 """
 
 from __future__ import annotations

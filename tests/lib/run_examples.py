@@ -26,6 +26,7 @@ def run_example_here(script: str, *args: str) -> subprocess.CompletedProcess[str
     command, code = [str(EXAMPLES / script), *args], 0
     out, err = io.StringIO(), io.StringIO()
     with (
+        mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}),
         mock.patch.object(sys, "argv", command),
         redirect_stdout(out),
         redirect_stderr(err),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from edge_cases import BLOCK_SIZE, EDGE_CASES, EdgeCase, bits_equal, describe_difference
+from example_counts import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -46,7 +47,10 @@ like_torchao = pytest.mark.parametrize(
 all_edges = pytest.mark.parametrize("case", EDGE_CASES, ids=str)
 # Seeded by the test's name, so that a failure in one run is a failure in each.
 repeatable = settings(
-    max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=examples(60),
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from edge_cases import BLOCK_SIZE, EDGE_CASES, WIDTH, EdgeCase, bits_equal
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import (
@@ -375,7 +376,7 @@ def test_gradient_reaches_through_norm_and_linear() -> None:
 # --- equivariance ---------------------------------------------------------------------------
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=examples(60), derandomize=True, deadline=None)
 @given(
     k=st.integers(-30, 30),
     p=st.sampled_from([0.5, 1, 2, 3.7]),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from numerics import E4M3, E5M2, SPEC, assert_bits_equal, gain, normal
+from pairwise import each_value, pairwise
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -308,9 +309,7 @@ def sample(shape: tuple[int, ...], layout: str) -> Tensor:
 LAYOUTS = ("contiguous", "transposed", "columns_first", "sliced")
 
 
-@all_norm_ops
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("scale_layout", ["row-major", "blocked"])
+@pairwise(scale_layout=["row-major", "blocked"], layout=LAYOUTS, op=NORM_OPS)
 def test_results_are_contiguous_and_those_of_functional(
     op: NormOp, layout: str, scale_layout: Any
 ) -> None:
@@ -327,9 +326,7 @@ def test_results_are_contiguous_and_those_of_functional(
         assert_bits_equal(actual, expected)
 
 
-@all_norm_ops
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("scale_layout", ["row-major", "blocked"])
+@pairwise(scale_layout=["row-major", "blocked"], layout=LAYOUTS, op=NORM_OPS)
 def test_fake_results_are_like_the_real_ones(op: NormOp, layout: str, scale_layout: Any) -> None:
     x = sample((4, 16, WIDTH), layout)
     residual = sample((4, 16, WIDTH), layout).float()
@@ -340,8 +337,7 @@ def test_fake_results_are_like_the_real_ones(op: NormOp, layout: str, scale_layo
         assert (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
 
 
-@all_norm_ops
-@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
+@each_value(estimator=["mxnorm", "exact"], op=NORM_OPS)
 def test_opcheck(op: NormOp, estimator: Any) -> None:
     for shape in ((ROWS, WIDTH), (2, 32, 64)):
         x = normal(*shape, dtype=BF16)

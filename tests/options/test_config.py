@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ROOT
@@ -285,7 +286,7 @@ def reference_resolve(modules: dict[str, Any], name: str) -> tuple[bool, float]:
     return enabled, p
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(modules=st.dictionaries(PATTERNS, RULES, max_size=5), names=st.lists(NAMES, max_size=6))
 def test_resolve_agrees_with_the_naive_reference(modules: dict[str, Any], names: list[str]) -> None:
     base = config(modules=modules)
@@ -379,6 +380,7 @@ def test_equal_configs_share_fingerprint_equality_and_hash() -> None:
     assert config() != "config"
 
 
+@pytest.mark.full
 def test_fingerprint_does_not_depend_on_the_process() -> None:
     program = (
         "import torch; from mxnorm_pass.options.config import MXNormConfig as C; "

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from pairwise import pairwise
 from reference import build_llama, token_ids
 from sm100 import sm100, to_fake_cuda
 from torch import Tensor, fx, nn
@@ -117,9 +118,11 @@ def is_converted(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and "lm_head" not in name
 
 
-@modes
-@pytest.mark.parametrize("length", [16, 128], ids=["padded", "whole tiles"])
-@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
+@pairwise(
+    estimator=["mxnorm", "exact"],
+    length={"padded": 16, "whole tiles": 128},
+    mode=["RCEIL", "FLOOR"],
+)
 def test_llama_inference(estimator: str, length: int, mode: str) -> None:
     model = build_llama(BF16, hidden=128)
     config = MXDynamicActivationMXWeightConfig(
@@ -239,9 +242,7 @@ class Block:
         )
 
 
-@modes
-@pytest.mark.parametrize("rows", [8, 128, 200])
-@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
+@pairwise(estimator=["mxnorm", "exact"], rows=[8, 128, 200], mode=["RCEIL", "FLOOR"])
 def test_rewritten_graph_computes_functional(estimator: str, rows: int, mode: str) -> None:
     block = Block.make(rows, mode)
     traced = block.trace()

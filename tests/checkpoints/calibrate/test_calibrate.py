@@ -53,7 +53,11 @@ def emulated_logits(model: nn.Module, emulation: Emulation, ids: Tensor) -> Tens
         return call(ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("dtype, gain", [(FP32, "activation"), (BF16, "fold")])
+@pytest.mark.parametrize(
+    "dtype, gain",
+    [(FP32, "activation"), pytest.param(BF16, "fold", marks=pytest.mark.full)],
+    ids=str,
+)
 def test_the_emulation_has_the_bits_of_a_compile(dtype: torch.dtype, gain: str) -> None:
     """Under the exact RMS and under block weights, channels in another order included."""
     model = outlier_llama(dtype, rms_norm_eps=1e-3)
@@ -77,6 +81,7 @@ def test_the_emulation_has_the_bits_of_a_compile(dtype: torch.dtype, gain: str) 
     assert (emulated - exact).float().norm() / exact.float().norm() > 1e-3
 
 
+@pytest.mark.full
 def test_linears_that_cast_by_themselves_read_scaled_inputs() -> None:
     """torchao casts what the norm hands over, rounded; the backend does not round in between."""
     model = quantize_with_torchao(outlier_llama(BF16))

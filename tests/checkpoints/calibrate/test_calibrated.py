@@ -63,7 +63,12 @@ def infer(model: Callable[..., Any], ids: Tensor = IDS) -> Tensor:
         return model(ids, use_cache=False).logits
 
 
-CASES = [(FP32, 1.5, "fold"), (FP32, 2, "activation"), (BF16, 1, "activation"), (BF16, 2, "fold")]
+CASES = [
+    (FP32, 1.5, "fold"),
+    (BF16, 1, "activation"),
+    pytest.param(FP32, 2, "activation", marks=pytest.mark.full),
+    pytest.param(BF16, 2, "fold", marks=pytest.mark.full),
+]
 
 
 @pytest.mark.parametrize("dtype, p, gain", CASES, ids=str)
@@ -95,6 +100,7 @@ def test_quantised_weights() -> None:
     assert torch.equal(got, infer(reference))
 
 
+@pytest.mark.full
 def test_casts_along_both_dimensions() -> None:
     made, model = calibration(), convert_to_mxfp8_training(build_llama(layers=1))
     plain = build_llama(layers=1)
@@ -141,6 +147,7 @@ def test_gaussian_weights_are_no_calibration() -> None:
     assert_close(got, plain)
 
 
+@pytest.mark.full
 def test_inductor_trains() -> None:
     block, reference, made = Block(), Block(), block_calibration()
     x, y = inputs(4, 64).requires_grad_(), inputs(4, 64).requires_grad_()

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairwise import some
 from peft import LoraConfig, get_peft_model
 from reference import build_llama, quantize_with_torchao
 from torch import Tensor, nn
@@ -84,7 +86,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@some(["Llama", "tied bf16", "Gemma-2", "Qwen3-MoE"], name=list(MODELS))
 def test_the_function_stays_and_the_inverse_restores_all_bits(name: str) -> None:
     model, order = MODELS[name](), some_order()
     state, before = state_of(model), logits_of(model)
@@ -153,7 +155,7 @@ TOY_IDS = torch.arange(10).reshape(2, 5)
 toy_orders = st.permutations(range(32)).map(torch.tensor)
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=examples(3), deadline=None)
 @given(first=toy_orders, second=toy_orders)
 def test_orders_compose(first: Tensor, second: Tensor) -> None:
     """To ``first`` and then ``second`` is to ``first[second]``."""
@@ -193,7 +195,7 @@ NEAR_MISSES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", SYMMETRIC)
+@some(["centred", "rows merged", "gram", "masked"], name=list(SYMMETRIC))
 def test_ops_that_treat_channels_alike(name: str) -> None:
     model = Toy(SYMMETRIC[name]).double()
     with torch.no_grad():
@@ -202,7 +204,7 @@ def test_ops_that_treat_channels_alike(name: str) -> None:
         torch.testing.assert_close(model(TOY_IDS), want, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NEAR_MISSES)
+@some(["roll", "halves", "heads", "one channel", "a ramp"], name=list(NEAR_MISSES))
 def test_ops_that_depend_on_the_order(name: str) -> None:
     op, message = NEAR_MISSES[name]
     model = Toy(op)

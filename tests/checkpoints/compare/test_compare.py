@@ -189,6 +189,7 @@ def test_models_that_compare_refuses(model: nn.Module) -> None:
         mxnorm_pass.compare(broken, ROWS)
 
 
+@pytest.mark.full
 def test_flags_in_a_batch_do_no_harm(model: nn.Module) -> None:
     plain = mxnorm_pass.compare(model, {"input_ids": ROWS[:1]})
     flagged = mxnorm_pass.compare(model, {"use_cache": False, "input_ids": ROWS[:1]})
@@ -197,6 +198,7 @@ def test_flags_in_a_batch_do_no_harm(model: nn.Module) -> None:
     assert [site.ratio.token for site in flagged.sites] == tokens
 
 
+@pytest.mark.full
 def test_padding_does_not_count(model: nn.Module) -> None:
     """Neither in front of tokens nor as a row of its own, here the first."""
     padded = F.pad(ROWS, (4, 0, 1, 0))

@@ -13,7 +13,7 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
-# tests/test_kernels.py runs them in a process of their own.
+# test_in_the_interpreter.py runs them in processes of their own.
 collect_ignore_glob = [] if INTERPRETED or COMPILED else ["test_*.py"]
 
 

@@ -23,6 +23,7 @@ from kernel_rows import (
     spec,
 )
 from numerics import U, gain, normal
+from pairwise import each_value, pairwise
 from torch import Tensor
 
 from mxnorm_pass import functional
@@ -45,12 +46,6 @@ MANY_ROWS = RowTiling(128, 1, 8)
 # Five blocks: no power of two, as the tile is.
 WIDTH = 160
 
-all_estimators = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS.keys())
-all_gains = pytest.mark.parametrize("gain_dtype", GAINS.values(), ids=GAINS.keys())
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-all_modes = pytest.mark.parametrize("mode", SCALE_MODES)
-all_elements = pytest.mark.parametrize("elem_dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
-
 
 def gain_of(dtype: torch.dtype | None, width: int = WIDTH) -> Tensor | None:
     return None if dtype is None else gain(width, dtype)
@@ -63,34 +58,32 @@ def block_weights_of(blocks: int) -> Tensor:
     return weights
 
 
-@all_estimators
-@all_gains
-@all_dtypes
+@pairwise(dtype=DTYPES, gain_dtype=GAINS, estimator=ESTIMATORS)
 def test_cast(
     estimator: dict[str, Any], gain_dtype: torch.dtype | None, dtype: torch.dtype
 ) -> None:
     assert_cast_equals(normal(5, WIDTH, dtype=dtype), gain_of(gain_dtype), spec(**estimator))
 
 
-@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
-@all_modes
-@all_elements
-@pytest.mark.parametrize("layout", ["row-major", "blocked"])
+@pairwise(
+    layout=["row-major", "blocked"],
+    elem_dtype={"e4m3": E4M3, "e5m2": E5M2},
+    mode=SCALE_MODES,
+    estimator=["mxnorm", "exact"],
+)
 def test_formats(estimator: Any, mode: str, elem_dtype: torch.dtype, layout: str) -> None:
     options = spec(estimator=estimator, scale_mode=mode, elem_dtype=elem_dtype, scale_layout=layout)
     x = normal(5, WIDTH, dtype=BF16)
     assert_cast_equals(x, gain_of(BF16), options, config=RowTiling(64, 1, 8))
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
-@all_estimators
+@each_value(estimator=ESTIMATORS, block_size=[16, 32, 64, 128])
 def test_block_sizes(estimator: dict[str, Any], block_size: int) -> None:
     x = normal(3, 384, dtype=BF16)
     assert_cast_equals(x, gain_of(BF16, 384), spec(**estimator, block_size=block_size))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 127, 128, 129, 300])
-@pytest.mark.parametrize("blocks", [1, 4, 5])
+@each_value(blocks=[1, 4, 5], rows=[1, 3, 127, 128, 129, 300])
 def test_blocked_scales_are_padded_with_zeros(rows: int, blocks: int) -> None:
     x, config = normal(rows, 32 * blocks, dtype=BF16), RowTiling(64, 1, 8)
     # Without eps a row of nothing but padding would be 0 / 0.
@@ -101,9 +94,7 @@ def test_blocked_scales_are_padded_with_zeros(rows: int, blocks: int) -> None:
     assert_same_bits(blocked.values, plain.values, "values")
 
 
-@pytest.mark.parametrize("norm_dtype", [None, BF16, F16, F32])
-@pytest.mark.parametrize("out_dtype", [BF16, F16, F32])
-@all_gains
+@pairwise(gain_dtype=GAINS, out_dtype=[BF16, F16, F32], norm_dtype=[None, BF16, F16, F32])
 def test_exact_norm_rounds_where_the_graph_did(
     norm_dtype: torch.dtype | None, out_dtype: torch.dtype, gain_dtype: torch.dtype | None
 ) -> None:
@@ -137,9 +128,7 @@ EDGE_SPECS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", STACKED_EDGE_CASES, ids=str)
-@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("name", EDGE_SPECS)
+@pairwise(name=list(EDGE_SPECS), dtype={"bf16": BF16, "fp32": F32}, case=STACKED_EDGE_CASES)
 def test_edge_cases(case: EdgeCase, dtype: torch.dtype, name: str) -> None:
     x = case.x(dtype)
     weight = gain_of(F32, x.shape[-1]) if name == "exact_bf16" else None
@@ -159,9 +148,7 @@ def assert_specials_equal(rho: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(rho, expected, rtol=1e-5, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
-@all_modes
-@all_elements
+@pairwise(elem_dtype={"e4m3": E4M3, "e5m2": E5M2}, mode=SCALE_MODES, estimator=["mxnorm", "exact"])
 def test_special_gains(estimator: Any, mode: str, elem_dtype: torch.dtype) -> None:
     """A gain makes infinite, huge and tiny blocks of a row whose inverse RMS is ordinary."""
     weight = gain(WIDTH)
@@ -201,8 +188,7 @@ def test_saturation() -> None:
     assert_cast_equals(x, None, spec(scale_mode="floor", eps=0.0))
 
 
-@pytest.mark.parametrize("x_dtype", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("residual_dtype", DTYPES.values(), ids=DTYPES.keys())
+@pairwise(residual_dtype=DTYPES, x_dtype=DTYPES)
 def test_residual(x_dtype: torch.dtype, residual_dtype: torch.dtype) -> None:
     x, residual = normal(5, WIDTH, dtype=x_dtype), normal(5, WIDTH, seed=1, dtype=residual_dtype)
     for estimator, config in (("mxnorm", RowTiling(8, 1, 4)), ("exact", RowTiling(8, 4, 4))):
@@ -222,8 +208,7 @@ def test_residual_of_edge_cases(case: EdgeCase) -> None:
         assert_same_bits(total, x + x.flip(0), "total")
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("case", STACKED_EDGE_CASES, ids=str)
+@each_value(case=STACKED_EDGE_CASES, dtype=DTYPES)
 def test_dequantized(case: EdgeCase, dtype: torch.dtype) -> None:
     x, config = case.x(F32), MANY_ROWS
     for options in (spec(), spec(scale_mode="floor", elem_dtype=E5M2, estimator="exact")):

@@ -11,7 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 from edge_cases import STACKED_EDGE_CASES, EdgeCase, bits_equal, describe_difference
+<<<<<<< HEAD
 from formats import spec_with
+=======
+from example_counts import examples
+>>>>>>> tests-speed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -111,7 +115,7 @@ def test_edge_cases(case: EdgeCase, dtype: torch.dtype, estimator, mode, elem_dt
 dtypes = st.sampled_from([F32, BF16, F16])
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=examples(20), deadline=None, derandomize=True)
 @given(
     blocks=st.tuples(st.integers(1, 5), st.integers(1, 11)),
     dtype=dtypes,

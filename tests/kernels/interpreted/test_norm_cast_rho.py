@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernel_rows import BF16, E4M3, E5M2, F32, kernel, reference, spec
 from numerics import U, gain, normal
+from pairwise import each_value, pairwise
 from torch import Tensor
 
 from mxnorm_pass.kernels.rows import RowTiling
@@ -30,7 +31,6 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "p=16": {"p": 16.0},
     "exact": {"estimator": "exact"},
 }
-all_estimators = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS.keys())
 all_configs = pytest.mark.parametrize(
     "config", [RowTiling(8, 1, 4), RowTiling(4, 4, 4)], ids=["whole_rows", "chunks"]
 )
@@ -95,10 +95,19 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float(((actual.double() - expected) / expected).abs().max())
 
 
+<<<<<<< HEAD
 @all_estimators
 @all_configs
 @pytest.mark.parametrize("width", [32, 96, 544, 1024])
 def test_rho(estimator: dict[str, Any], config: RowTiling, width: int) -> None:
+=======
+@pairwise(
+    width=[32, 96, 544, 1024],
+    config={"whole_rows": Config(8, 1, 4), "chunks": Config(4, 4, 4)},
+    estimator=ESTIMATORS,
+)
+def test_rho(estimator: dict[str, Any], config: Config, width: int) -> None:
+>>>>>>> tests-speed
     chunks = min(config.chunks, 2 ** math.floor(math.log2(width // 32)))
     config = RowTiling(config.rows, chunks, config.warps)
     for dtype, magnitude in ((BF16, 1.0), (F32, 1e-3), (F32, 1e3)):
@@ -171,9 +180,7 @@ def dequantize64(values: Tensor, scales: Tensor) -> Tensor:
     return values.double() * e8m0_to_float(scales).double().repeat_interleave(32, dim=-1)
 
 
-@all_estimators
-@pytest.mark.parametrize("elem_dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
-@pytest.mark.parametrize("weighted", [False, True])
+@each_value(weighted=[False, True], elem_dtype={"e4m3": E4M3, "e5m2": E5M2}, estimator=ESTIMATORS)
 def test_close_to_functional(
     estimator: dict[str, Any], elem_dtype: torch.dtype, weighted: bool
 ) -> None:

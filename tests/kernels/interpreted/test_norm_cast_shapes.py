@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_rows import (
@@ -86,7 +87,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=examples(40), deadline=None, derandomize=True, database=None)
 @given(case=cases())
 def test_any_shape(case: dict[str, Any]) -> None:
     x, options, config = case["x"], case["options"], case["config"]

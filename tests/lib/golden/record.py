@@ -1,7 +1,7 @@
 """Record the graphs that the installed torch and torchao trace.
 
-``python tests/golden/record.py`` adds what is new to ``tests/golden/graphs`` and notes in
-``tests/golden/index.json`` which versions trace which file.
+``python tests/lib/golden/record.py`` adds what is new to ``graphs`` and notes in ``index.json``
+which versions trace which file.
 """
 
 from __future__ import annotations

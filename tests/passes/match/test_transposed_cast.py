@@ -22,6 +22,7 @@ from matching import (
     rms_norm_no_gain,
 )
 from numerics import E4M3, E5M2
+from pairwise import each_value, pairwise, some
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -38,7 +39,6 @@ from transposed_casts import (
     IN_ROWS,
     WIDTH,
     assert_same_step,
-    both_estimators,
     rows,
     step,
     step_without,
@@ -109,8 +109,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@both_estimators
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@some(
+    ["huggingface-exact", "fp32-mxnorm", "floor-mxnorm"],
+    model=MODELS,
+    estimator=["mxnorm", "exact"],
+)
 def test_changes_no_bit(model: dict[str, Any], estimator: str, monkeypatch: Any) -> None:
     module, x = Site(**model), rows(dtype=model.get("dtype", BF16))
     want = step_without(monkeypatch, module, x, estimator=estimator)
@@ -124,7 +127,10 @@ def test_changes_no_bit(model: dict[str, Any], estimator: str, monkeypatch: Any)
         assert_same_step(got, step(module, x, backend="aot_eager"))
 
 
-@pytest.mark.parametrize("options", [{"p": 1}, {"gain": "activation"}, {"gradient": "orthogonal"}])
+@some(
+    ["gain"],
+    options={"p": {"p": 1}, "gain": {"gain": "activation"}, "gradient": {"gradient": "orthogonal"}},
+)
 def test_options_change_no_bit(options: dict[str, Any], monkeypatch: Any) -> None:
     module, x = Site(), rows()
     got = step(module, x, **options)
@@ -132,6 +138,7 @@ def test_options_change_no_bit(options: dict[str, Any], monkeypatch: Any) -> Non
     assert_same_step(got, step_without(monkeypatch, module, x, **options))
 
 
+@pytest.mark.full
 def test_a_norm_that_rounds_on_its_way_changes_no_bit(monkeypatch: Any) -> None:
     module, x = Site(in_its_own_dtype), rows()
     got = step(module, x)
@@ -139,7 +146,7 @@ def test_a_norm_that_rounds_on_its_way_changes_no_bit(monkeypatch: Any) -> None:
     assert_same_step(got, step_without(monkeypatch, module, x))
 
 
-@both_estimators
+@some(["mxnorm"], estimator=["mxnorm", "exact"])
 def test_each_format_has_its_own_casts(estimator: str, monkeypatch: Any) -> None:
     module, x = Site(other_mode="floor"), rows()
     got = step(module, x, estimator=estimator)
@@ -147,8 +154,7 @@ def test_each_format_has_its_own_casts(estimator: str, monkeypatch: Any) -> None
     assert_same_step(got, step_without(monkeypatch, module, x, estimator=estimator))
 
 
-@pytest.mark.parametrize("gain", ["fold", "activation"])
-@pytest.mark.parametrize("p", [1, 2])
+@each_value(p=[1, 2], gain=["fold", "activation"])
 def test_step_is_that_of_functional(p: float, gain: str) -> None:
     """Outputs and weight gradients bit for bit; the others' sums may have another order."""
     module, x = Site(), rows()
@@ -180,12 +186,12 @@ def test_step_is_that_of_functional(p: float, gain: str) -> None:
     assert_close(pair, wanted, ("x", "gain"), GRADIENT_TOLERANCE[BF16])
 
 
-@both_estimators
+@some(["mxnorm"], estimator=["mxnorm", "exact"])
 def test_high_precision_weight_gradient_keeps_one_direction(estimator: str) -> None:
     assert step(Site(hp_wgrad=True), rows(), estimator=estimator).fused_ops == IN_ROWS
 
 
-@both_estimators
+@some(["mxnorm"], estimator=["mxnorm", "exact"])
 def test_symbolic_number_of_rows_keeps_one_direction(estimator: str) -> None:
     module, x = Site(), rows(2, 32)
     got = step(module, x, estimator=estimator, dynamic=True)
@@ -193,7 +199,7 @@ def test_symbolic_number_of_rows_keeps_one_direction(estimator: str) -> None:
     assert_same_step(got, step(module, x, estimator=estimator))
 
 
-@both_estimators
+@some(["mxnorm"], estimator=["mxnorm", "exact"])
 def test_consumer_that_is_off_casts_the_exact_output(estimator: str, monkeypatch: Any) -> None:
     module, x = Site(), rows()
     options = {"estimator": estimator, "modules": {"k": False}}
@@ -207,7 +213,7 @@ def test_consumer_that_is_off_casts_the_exact_output(estimator: str, monkeypatch
 # What is kept for the backward
 
 
-@both_estimators
+@some(["mxnorm"], estimator=["mxnorm", "exact"])
 def test_the_forward_saves_one_cast_for_all_and_no_output(estimator: str, monkeypatch: Any) -> None:
     module, x = Site(), rows()
     before = sorted(
@@ -232,7 +238,7 @@ class Checkpointed(nn.Module):
         return checkpoint(self.site, x * 2, use_reentrant=False)
 
 
-@both_estimators
+@some(["exact"], estimator=["mxnorm", "exact"])
 def test_checkpointing_recomputes_both_casts(estimator: str, monkeypatch: Any) -> None:
     module, x = Checkpointed(), rows()
     got = step(module, x, estimator=estimator)
@@ -241,9 +247,7 @@ def test_checkpointing_recomputes_both_casts(estimator: str, monkeypatch: Any) -
     assert_same_step(got, step_without(monkeypatch, module, x, estimator=estimator))
 
 
-@pytest.mark.parametrize("read", [3, 4, 5])
-@pytest.mark.parametrize("gain_in_rows", [True, False])
-@pytest.mark.parametrize("add", [False, True])
+@pairwise(add=[False, True], gain_in_rows=[True, False], read=[3, 4, 5])
 def test_cast_that_nobody_reads_is_dropped(add: bool, gain_in_rows: bool, read: int) -> None:
     """As in the forward of a checkpointed region."""
     op = ops.add_norm_cast_both if add else ops.norm_cast_both

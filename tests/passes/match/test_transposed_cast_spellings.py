@@ -10,6 +10,7 @@ import pytest
 import torch
 from matching import BF16, EPS, huggingface
 from numerics import E4M3, E5M2
+from pairwise import each_value
 from torch import Tensor, nn
 from transposed_casts import (
     BOTH,
@@ -104,8 +105,7 @@ OTHER = {
 OPERANDS = {**SAME, **OTHER}
 
 
-@both_estimators
-@pytest.mark.parametrize("operand", SAME)
+@each_value(operand=list(SAME), estimator=["mxnorm", "exact"])
 def test_spellings(operand: str, estimator: str, monkeypatch: Any) -> None:
     module, x = OwnOps(operand), rows(64)
     got = step(module, x, estimator=estimator)
@@ -113,8 +113,7 @@ def test_spellings(operand: str, estimator: str, monkeypatch: Any) -> None:
     assert_same_step(got, step_without(monkeypatch, module, x, estimator=estimator))
 
 
-@both_estimators
-@pytest.mark.parametrize("operand", OTHER)
+@each_value(operand=list(OTHER), estimator=["mxnorm", "exact"])
 def test_near_misses(operand: str, estimator: str) -> None:
     module, x = OwnOps(operand), rows(64)
     got = step(module, x, estimator=estimator)

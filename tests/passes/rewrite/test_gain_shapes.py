@@ -22,6 +22,7 @@ from matching import (
     only_site,
     run,
 )
+from pairwise import pairwise
 from torch import Tensor, nn
 
 pytestmark = expected_warnings
@@ -66,9 +67,7 @@ def test_training_as_with_a_flat_gain(spelling: str, mode: str) -> None:
     assert_same_bits([g.flatten() for g in grads[0]], [g.flatten() for g in grads[1]])
 
 
-@all_modes
-@pytest.mark.parametrize("shape", [(1, WIDTH), (1, 1, WIDTH)], ids=str)
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pairwise(dtype=[F32, BF16], shape=[(1, WIDTH), (1, 1, WIDTH)], options=MODES)
 def test_inference(shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype) -> None:
     model, x = Model(gain_shape=shape, dtype=dtype), inputs(dtype=dtype)
     got, report = run(model, x, **options)

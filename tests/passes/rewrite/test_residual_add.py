@@ -11,6 +11,7 @@ from matching import (
     BF16,
     EPS,
     F32,
+    TRAIN,
     WIDTH,
     Norm,
     assert_same_bits,
@@ -21,6 +22,7 @@ from matching import (
     inputs,
     run,
 )
+from pairwise import each_value, pairwise, some
 from reference import build_llama, convert_to_mxfp8_training, quantize_with_torchao
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
@@ -111,9 +113,11 @@ def check(
 # What is fused
 
 
-@in_both_modes
-@pytest.mark.parametrize("gain", ["fold", "activation"])
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32), (F32, BF16)], ids=str)
+@pairwise(
+    dtypes=[(F32, F32), (BF16, BF16), (BF16, F32), (F32, BF16)],
+    gain=["fold", "activation"],
+    train=TRAIN,
+)
 def test_residual_add(dtypes: tuple[torch.dtype, ...], gain: str, train: bool, unfused) -> None:
     args = pair(*dtypes, train=train)
     report = check(unfused, Block(), args, True, train=train, gain=gain)
@@ -184,8 +188,7 @@ class TwoNorms(nn.Module):
         return tuple(m.linear(m.norm(total)) for m in (self.first, self.second))
 
 
-@in_both_modes
-@pytest.mark.parametrize("gain", ["fold", "activation"])
+@each_value(gain=["fold", "activation"], train=TRAIN)
 def test_of_two_norms_of_one_sum_the_first_adds(gain: str, train: bool, unfused) -> None:
     check(unfused, TwoNorms(), pair(train=train), True, False, train=train, gain=gain)
 
@@ -332,8 +335,7 @@ def residuals(sites: Sequence[Site]) -> list[bool]:
     return [s.residual for s in sites]
 
 
-@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
-@pytest.mark.parametrize("kind", ["plain", "torchao", "torchao-training"])
+@each_value(kind=["plain", "torchao", "torchao-training"], estimator=["mxnorm", "exact"])
 def test_llama_inference(kind: str, estimator: str, unfused) -> None:
     model = llama(kind)
 
@@ -347,8 +349,7 @@ def test_llama_inference(kind: str, estimator: str, unfused) -> None:
     assert torch.equal(got, unfused(infer))
 
 
-@pytest.mark.parametrize("kind", ["plain", "torchao-training"])
-@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
+@some(["mxnorm-plain"], estimator=["mxnorm", "exact"], kind=["plain", "torchao-training"])
 def test_llama_training(kind: str, estimator: str, unfused) -> None:
     model = llama(kind)
 
@@ -399,7 +400,7 @@ def saved(run: Callable[[], Any], parameters: nn.Module) -> list[tuple[object, .
     return sorted(kept.values(), key=str)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@some(["checkpointed"], checkpointing={"plain": False, "checkpointed": True})
 def test_what_llama_saves(checkpointing: bool, unfused) -> None:
     """A checkpointed layer adds its own first sum, and no layer the sum of the one before."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gradient_programs import FUSED, HalfGradient, Program, inputs
 from matching import BF16, F32, expected_warnings
+from pairwise import each_value, pairwise, some
 from reference import build_llama, convert_to_mxfp8_training, token_ids
 from torch import Tensor, nn
 
@@ -153,8 +154,7 @@ def test_a_wrong_rewrite_of_a_shared_body_is_found(monkeypatch: pytest.MonkeyPat
 # What is right
 
 
-@pytest.mark.parametrize("gradient", ["true", "orthogonal", "paper"])
-@pytest.mark.parametrize("p", [1, 2, 3])
+@each_value(p=[1, 2, 3], gradient=["true", "orthogonal", "paper"])
 def test_every_gradient_passes(gradient: str, p: int) -> None:
     report = verified(Stack(), x_of(), gradient=gradient, p=p)
     assert len(report.fused) == 2
@@ -166,8 +166,7 @@ def test_models_with_gradients_of_their_own_pass(program: type[Program]) -> None
     assert report.fused and not report.skipped
 
 
-@pytest.mark.parametrize("layer", [SharedLayer, OwnGradients])
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@each_value(inner=["aot_eager", "inductor"], layer=[SharedLayer, OwnGradients])
 def test_bodies_and_functions_pass(layer: type[Layer], inner: str) -> None:
     assert len(verified(Stack(layer), x_of(), inner=inner).fused) == 2
 
@@ -193,9 +192,7 @@ class Loop(Layer):
         return i + 1, super().forward(z)
 
 
-@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
-@pytest.mark.parametrize("body", [Branch, Loop])
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pairwise(dtype=[F32, BF16], body=[Branch, Loop], estimator=["mxnorm", "exact"])
 def test_branches_and_loops_pass(body: type[Layer], dtype: torch.dtype, estimator: str) -> None:
     class Both(Stack):
         def __init__(self) -> None:
@@ -210,8 +207,11 @@ def test_bf16_passes() -> None:
     assert len(verified(Stack(lambda: Layer(BF16)), x_of(BF16)).fused) == 2
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["plain", "torchao"])
-@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
+@some(
+    ["mxnorm-plain"],
+    estimator=["mxnorm", "exact"],
+    converted={"plain": False, "torchao": True},
+)
 def test_llamas_pass(converted: bool, estimator: str) -> None:
     model = build_llama(BF16, layers=1)
     if converted:
@@ -250,8 +250,7 @@ def gain_left_out(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(fusion, "fuse_casts", fuse)
 
 
-@pytest.mark.parametrize("broken", [another_eps, gain_left_out])
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@each_value(train={"inference": False, "training": True}, broken=[another_eps, gain_left_out])
 def test_exact_may_change_no_output(
     broken: Break, train: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

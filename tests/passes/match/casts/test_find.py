@@ -38,6 +38,7 @@ from matching import (
     run,
     uncompiled,
 )
+from pairwise import each_value
 from torch import Tensor, nn
 
 from mxnorm_pass import SkipReason, functional
@@ -116,8 +117,7 @@ class BareByteScale(HandCast):
         return self.elements(blocks, byte).view(x.shape), byte.squeeze(-1)
 
 
-@pytest.mark.parametrize("gain", ["fold", "activation"])
-@pytest.mark.parametrize("kind", [ByteScale, BareByteScale])
+@each_value(kind=[ByteScale, BareByteScale], gain=["fold", "activation"])
 def test_scales_that_are_read_as_bytes(kind: type[HandCast], gain: str) -> None:
     model, x = hand_cast_model(kind(floor_by_bits)), inputs(scale=1.0)
     same = hand_cast_model(HandCast(floor_by_bits))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from matching import BF16, EPS, F32, WIDTH, Norm, huggingface, inputs, run
+from pairwise import some
 from reference import build_llama, convert_to_mxfp8_training, quantize_with_torchao
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -229,7 +230,7 @@ def test_a_checkpointed_region_dequantises_for_itself() -> None:
 # Llama
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@some(["inference"], training={"inference": False, "training": True})
 def test_llama(training: bool) -> None:
     """All that reads a fused norm's values and scales is one op."""
     convert = convert_to_mxfp8_training if training else quantize_with_torchao

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matching import F32, WIDTH, expected_warnings, inputs
+from pairwise import each_value
 from torch import Tensor, nn
 
 import mxnorm_pass
@@ -71,8 +72,7 @@ ROUTERS: dict[str, Forward] = {
 }
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("read", ROUTERS.values(), ids=list(ROUTERS))
+@each_value(read=ROUTERS, train={"inference": False, "training": True})
 def test_router_is_left_alone(read: Forward, train: bool) -> None:
     assert consumers(read, train) == set()
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matching import (
     EPS,
     F32,
     GRADIENT_TOLERANCE,
+    TRAIN,
     WIDTH,
     Model,
     Norm,
@@ -37,6 +39,7 @@ from matching import (
     sum_and_sqrt,
     uncompiled,
 )
+from pairwise import each_value
 from torch import Tensor, nn
 
 import mxnorm_pass
@@ -97,8 +100,7 @@ FLOATS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-@in_both_modes
-@pytest.mark.parametrize("rho", FLOATS.values(), ids=list(FLOATS))
+@each_value(rho=FLOATS, train=TRAIN)
 def test_numbers_that_are_computed_from_floats(
     rho: Callable[[Any, Tensor], Tensor], train: bool
 ) -> None:
@@ -182,7 +184,7 @@ class Layer(nn.Module):
 
 
 @settings(
-    max_examples=6,
+    max_examples=examples(6),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
@@ -224,8 +226,7 @@ def test_explain_with_everything_off(train: bool) -> None:
     assert_untouched(report)
 
 
-@in_both_modes
-@pytest.mark.parametrize("quantize", ["norm-fed", "existing"])
+@each_value(quantize=["norm-fed", "existing"], train=TRAIN)
 def test_graph_without_a_norm(quantize: str, train: bool) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 32))
     x = inputs(2, 4, 64).requires_grad_(train)

@@ -10,6 +10,8 @@ from matching import (
     DTYPES,
     F32,
     GRADIENT_TOLERANCE,
+    SPELLINGS,
+    TRAIN,
     WIDTH,
     Model,
     NormFunction,
@@ -43,6 +45,7 @@ from matching import (
     uncompiled,
     variance_norm,
 )
+from pairwise import each_value
 from torch import Tensor, nn
 
 import mxnorm_pass
@@ -51,14 +54,15 @@ from mxnorm_pass import SkipReason
 pytestmark = expected_warnings
 
 
-@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
-@spellings()
+@each_value(spelling=SPELLINGS, dtypes=["fp32", "bf16"])
 def test_spelling_fuses(spelling: Spelling, dtypes: str) -> None:
     check_spelling(spelling, *DTYPES[dtypes])
 
 
-@pytest.mark.parametrize("dtypes", ["bf16, fp32 gain", "fp32, bf16 gain"])
-@spellings("huggingface", "nn.RMSNorm", "gemma", "t5")
+@each_value(
+    spelling={n: SPELLINGS[n] for n in ("huggingface", "nn.RMSNorm", "gemma", "t5")},
+    dtypes=["bf16, fp32 gain", "fp32, bf16 gain"],
+)
 def test_gain_of_another_dtype(spelling: Spelling, dtypes: str) -> None:
     check_spelling(spelling, *DTYPES[dtypes])
 
@@ -82,8 +86,10 @@ def check_spelling(spelling: Spelling, dtype: torch.dtype, gain_dtype: torch.dty
     assert_gradients(model, x, got, spelling.reference(model, x), tolerance)
 
 
-@pytest.mark.parametrize("gradient", ["orthogonal", "paper"])
-@spellings("huggingface", "F.rms_norm", "sum and sqrt")
+@each_value(
+    spelling={n: SPELLINGS[n] for n in ("huggingface", "F.rms_norm", "sum and sqrt")},
+    gradient=["orthogonal", "paper"],
+)
 def test_other_gradients(spelling: Spelling, gradient: str) -> None:
     model, x = spelling.model(), inputs().requires_grad_()
     got, report = run(model, x, train=True, gradient=gradient)
@@ -96,8 +102,10 @@ def test_other_gradients(spelling: Spelling, gradient: str) -> None:
     assert_gradients(model, x, got, want, GRADIENT_TOLERANCE[F32])
 
 
-@pytest.mark.parametrize("eps", [1e-6, 1e-3, 0.1])
-@spellings("huggingface", "nn.RMSNorm", "eps before the division")
+@each_value(
+    spelling={n: SPELLINGS[n] for n in ("huggingface", "nn.RMSNorm", "eps before the division")},
+    eps=[1e-6, 1e-3, 0.1],
+)
 def test_eps_is_read_off_the_node(spelling: Spelling, eps: float) -> None:
     model, x = spelling.model(eps=eps), inputs()
     got, report = run(model, x)
@@ -171,8 +179,10 @@ def test_residual_add_in_front(spelling: Spelling, train: bool) -> None:
         assert_gradients(model, x, got, want, GRADIENT_TOLERANCE[F32])
 
 
-@pytest.mark.parametrize("frozen", ["x", "norm.weight", "first.weight", "x and norm.weight"])
-@pytest.mark.parametrize("function", [huggingface, rms_norm], ids=lambda f: f.__name__)
+@each_value(
+    function=[huggingface, rms_norm],
+    frozen=["x", "norm.weight", "first.weight", "x and norm.weight"],
+)
 def test_frozen_tensors(function: NormFunction, frozen: str) -> None:
     """Autograd then leaves out parts of the backward that the matcher looks for."""
     model, x = Model(function), inputs()
@@ -269,9 +279,7 @@ LAYER_NORMS = [
 ]
 
 
-@in_both_modes
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("function", LAYER_NORMS, ids=lambda f: f.__name__)
+@each_value(function=LAYER_NORMS, inner=["aot_eager", "inductor"], train=TRAIN)
 def test_layer_norm(function: NormFunction, inner: str, train: bool) -> None:
     """Fused as one op, or decomposed by Inductor or by hand."""
     with torch.set_grad_enabled(train):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matching import (
+    TRAIN,
     WIDTH,
     Model,
     NormFunction,
@@ -34,6 +35,7 @@ from norm_spellings import (
     einsum,
     mean_square,
 )
+from pairwise import each_value
 from torch import Tensor, nn
 
 import mxnorm_pass
@@ -74,8 +76,7 @@ def test_eps_is_the_number_that_the_model_spells(eps: float) -> None:
     assert_same_bits(got, reference(model, x, model.norm.weight, eps=eps))
 
 
-@in_both_modes
-@functions(OTHER_FORMS | FUNCTIONS_OF_THE_NORM)
+@each_value(function=OTHER_FORMS | FUNCTIONS_OF_THE_NORM, train=TRAIN)
 def test_other_functions_of_the_norm_are_named(function: NormFunction, train: bool) -> None:
     model, x = Model(function), inputs().requires_grad_(train)
     got, report = run(model, x, train=train)
@@ -104,17 +105,14 @@ def test_what_no_linear_reads_is_no_norm(function: NormFunction) -> None:
     assert explained(Scores(function), inputs()).sites == []
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-@functions(LAYER_NORMS)
+@each_value(function=LAYER_NORMS, inner=["aot_eager", "inductor"])
 def test_layer_norms(function: NormFunction, inner: str) -> None:
     report = explained(Model(function), inputs(), inner=inner)
     assert_skipped(report, SkipReason.LAYER_NORM)
     assert_untouched(report)
 
 
-@in_both_modes
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-@functions(NO_NORMS)
+@each_value(function=NO_NORMS, inner=["aot_eager", "inductor"], train=TRAIN)
 def test_no_norms(function: NormFunction, inner: str, train: bool) -> None:
     with torch.set_grad_enabled(train):
         report = explained(Model(function), inputs().requires_grad_(train), inner=inner)

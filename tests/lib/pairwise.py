@@ -1,0 +1,92 @@
+"""Products of parameters of which the default run takes a part, and the full run everything.
+
+A row that the default run leaves out carries the marker ``full``. What costs is compiles, and a
+mistake shows where two values meet, seldom only where three do: so the parts are pairwise.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+
+# Values in a list, or by the names that they have in the test's id.
+Values = Mapping[str, Any] | Iterable[Any]
+Row = tuple[Any, ...]
+
+
+def pairwise(**values: Values) -> pytest.MarkDecorator:
+    """Parametrize with a product; by default each pair of values of two parameters occurs."""
+    return _marked(values, lambda rows: covering(rows, 2))
+
+
+def each_value(**values: Values) -> pytest.MarkDecorator:
+    """Parametrize with a product; by default each value of a parameter occurs."""
+    return _marked(values, lambda rows: covering(rows, 1))
+
+
+def some(default: Collection[str], **values: Values) -> pytest.MarkDecorator:
+    """Parametrize with a product; by default the rows of these ids occur."""
+    known = {_id(row) for row in _rows(values)}
+    assert known.issuperset(default), f"{set(default) - known} not in {known}"
+    return _marked(values, lambda rows: [row for row in rows if _id(row) in default])
+
+
+def covering(rows: Iterable[Row], strength: int) -> list[Row]:
+    """Few of the rows, in which the values of each ``strength`` columns meet as they do in all.
+
+    Greedy. Of equals the row whose values were chosen less often, so that all are seen about as
+    often, then the first: the same rows each time.
+    """
+    meetings = {row: set(combinations(enumerate(row), min(strength, len(row)))) for row in rows}
+    uncovered = set().union(*meetings.values())
+    used: Counter[tuple[int, Any]] = Counter()
+    chosen = []
+
+    def gain(row: Row) -> tuple[int, int]:
+        return len(uncovered & meetings[row]), -sum(used[cell] for cell in enumerate(row))
+
+    while uncovered:
+        best = max(meetings, key=gain)
+        uncovered -= meetings[best]
+        used.update(enumerate(best))
+        chosen.append(best)
+    return chosen
+
+
+def _rows(values: Mapping[str, Values]) -> list[Row]:
+    """Of the values' ids, which can be hashed."""
+    return list(product(*(_named(given) for given in values.values())))
+
+
+def _marked(
+    values: Mapping[str, Values], choose: Callable[[list[Row]], list[Row]]
+) -> pytest.MarkDecorator:
+    named = [_named(given) for given in values.values()]
+    rows = _rows(values)
+    default = set(choose(rows))
+    params = [
+        pytest.param(
+            *(column[name] for column, name in zip(named, row, strict=True)),
+            id=_id(row),
+            marks=() if row in default else pytest.mark.full,
+        )
+        for row in rows
+    ]
+    return pytest.mark.parametrize(",".join(values), params)
+
+
+def _named(values: Values) -> dict[str, Any]:
+    if isinstance(values, Mapping):
+        return dict(values)
+    values = list(values)
+    named = {getattr(value, "__name__", str(value)): value for value in values}
+    assert len(named) == len(values), f"two of {values} have one name"
+    return named
+
+
+def _id(row: Row) -> str:
+    return "-".join(row)
