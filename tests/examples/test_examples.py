@@ -8,11 +8,8 @@ import re
 from pathlib import Path
 from subprocess import CompletedProcess
 
-<<<<<<< HEAD
-from paths import EXAMPLES
-=======
 import pytest
->>>>>>> tests-speed
+from paths import EXAMPLES
 from run_examples import run_example, run_example_here
 
 

@@ -49,14 +49,8 @@ class NoBar:
 class Checkpoint:
     """The model, what is found on some text, and the loss on other text."""
 
-<<<<<<< HEAD
-    sites: list[FusedNorm]
-    calibration: mxnorm_pass.Calibration
-    runner: Runner
-=======
     model: nn.Module
     fitted: Tensor
->>>>>>> tests-speed
     unseen: list[Tensor]
 
     @cached_property
@@ -64,8 +58,8 @@ class Checkpoint:
         return mxnorm_pass.calibrate(self.model, [{"input_ids": row[None]} for row in self.fitted])
 
     @cached_property
-    def sites(self) -> list[NormSite]:
-        return find_sites(self.model, self.unseen[0], None, torch.device("cpu"))
+    def sites(self) -> list[FusedNorm]:
+        return fused_norms(self.model, self.unseen[0], None, torch.device("cpu"))
 
     def loss(self, estimates: Estimates, order: Tensor | None = None, rows: int = 4) -> float:
         orders = {} if order is None else {site.name: order for site in self.sites}
@@ -82,14 +76,7 @@ def smollm2() -> Checkpoint:
     topics = python_reference()
     fitted = token_rows(tokenizer, topics[::2], 4, LENGTH)
     unseen = token_rows(tokenizer, topics[1::2], 4, LENGTH)
-<<<<<<< HEAD
-    calibration = mxnorm_pass.calibrate(model, [{"input_ids": row[None]} for row in fitted])
-    sites = fused_norms(model, unseen[:1], None, torch.device("cpu"))
-    runner = Runner(model, torch.device("cpu"), NoBar())
-    return Calibrated(sites, calibration, runner, list(unseen.split(1)))
-=======
     return Checkpoint(model, fitted, list(unseen.split(1)))
->>>>>>> tests-speed
 
 
 def test_it_reads_english(smollm2: Checkpoint) -> None:

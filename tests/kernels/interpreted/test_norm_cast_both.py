@@ -11,11 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 from edge_cases import STACKED_EDGE_CASES, EdgeCase, bits_equal, describe_difference
-<<<<<<< HEAD
-from formats import spec_with
-=======
 from example_counts import examples
->>>>>>> tests-speed
+from formats import spec_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

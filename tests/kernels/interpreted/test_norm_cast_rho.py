@@ -95,19 +95,12 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float(((actual.double() - expected) / expected).abs().max())
 
 
-<<<<<<< HEAD
-@all_estimators
-@all_configs
-@pytest.mark.parametrize("width", [32, 96, 544, 1024])
-def test_rho(estimator: dict[str, Any], config: RowTiling, width: int) -> None:
-=======
 @pairwise(
     width=[32, 96, 544, 1024],
-    config={"whole_rows": Config(8, 1, 4), "chunks": Config(4, 4, 4)},
+    config={"whole_rows": RowTiling(8, 1, 4), "chunks": RowTiling(4, 4, 4)},
     estimator=ESTIMATORS,
 )
-def test_rho(estimator: dict[str, Any], config: Config, width: int) -> None:
->>>>>>> tests-speed
+def test_rho(estimator: dict[str, Any], config: RowTiling, width: int) -> None:
     chunks = min(config.chunks, 2 ** math.floor(math.log2(width // 32)))
     config = RowTiling(config.rows, chunks, config.warps)
     for dtype, magnitude in ((BF16, 1.0), (F32, 1e-3), (F32, 1e3)):
