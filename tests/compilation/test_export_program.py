@@ -240,6 +240,7 @@ def test_load_in_another_process(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["refused without True", "True"]
 
 
+@pytest.mark.full
 def test_aot_inductor(tmp_path: Path) -> None:
     """Error against float64 at most 1.5 times that of the program that was packaged."""
     model = Model(huggingface, dtype=BF16)

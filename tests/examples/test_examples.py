@@ -98,6 +98,7 @@ def test_explain_cost_saves_what_both_runs_take(tmp_path: Path) -> None:
     assert all(row["cpu_seconds"] > 1 and 100 < row["peak_memory"] < 4096 for row in rows)
 
 
+@pytest.mark.full
 def test_explain_cost_tells_of_a_run_that_fails(tmp_path: Path) -> None:
     config, path = tmp_path / "broken.json", tmp_path / "rows.json"
     config.write_text("{}")

@@ -271,6 +271,7 @@ def test_cast_that_nobody_reads_is_dropped(add: bool, gain_in_rows: bool, read: 
 # Inductor
 
 
+@pytest.mark.full
 def test_inductor_error_is_that_of_aot_eager() -> None:
     """Error against the uncast step in float64 at most 1.5 times that of aot_eager."""
     module, x = Site(), rows()
