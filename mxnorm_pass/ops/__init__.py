@@ -22,11 +22,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from mxnorm_pass.ops.cast import cast, dequantize
+from mxnorm_pass.ops.casts import cast, dequantize
 from mxnorm_pass.ops.define import NAMESPACE, OPS, Op
-from mxnorm_pass.ops.inverse_rms import inverse_rms, inverse_rms_backward
-from mxnorm_pass.ops.mark import mark
-from mxnorm_pass.ops.norm_cast import add_norm_cast, add_norm_cast_both, norm_cast, norm_cast_both
+from mxnorm_pass.ops.estimates import inverse_rms, inverse_rms_backward
+from mxnorm_pass.ops.marks import mark
+from mxnorm_pass.ops.norm_casts import add_norm_cast, add_norm_cast_both, norm_cast, norm_cast_both
 
 
 def normalizes(target: Any) -> bool:

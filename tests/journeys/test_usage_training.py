@@ -36,7 +36,8 @@ from training import (
 )
 
 import mxnorm_pass
-from mxnorm_pass import Report, SkipReason, functional
+from mxnorm_pass import Report, SkipReason
+from mxnorm_pass.ops import norm_casts
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -98,7 +99,7 @@ def test_gradient_checkpointing(use_reentrant, per_layer, monkeypatch) -> None:
 def _record_fused_casts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
     """Input, values, scales and rho of every fused cast that runs on data."""
     calls: list[tuple[Tensor, ...]] = []
-    original = functional.mxnorm_cast
+    original = norm_casts.mxnorm_cast
 
     def recorded(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         outputs = original(x, *args, **kwargs)
@@ -106,7 +107,7 @@ def _record_fused_casts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, .
             calls.append((x.detach().clone(), *(t.detach().clone() for t in outputs)))
         return outputs
 
-    monkeypatch.setattr(functional, "mxnorm_cast", recorded)
+    monkeypatch.setattr(norm_casts, "mxnorm_cast", recorded)
     return calls
 
 

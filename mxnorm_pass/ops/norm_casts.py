@@ -12,7 +12,7 @@ from torch import Tensor
 from mxnorm_pass.numerics.layout import blocked_scales_shape
 from mxnorm_pass.numerics.norm_cast import NormCastSpec, mxnorm_cast, mxnorm_cast_both
 from mxnorm_pass.ops.call import NormCastCall
-from mxnorm_pass.ops.cast import empty_cast
+from mxnorm_pass.ops.casts import empty_cast
 from mxnorm_pass.ops.checks import check_norm_cast, check_rows_in_blocks
 from mxnorm_pass.ops.define import Op, define
 
