@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from textwrap import indent
 
 from mxnorm_pass.files import write_text
 from mxnorm_pass.report.diff import ReportDiff, diff
+from mxnorm_pass.report.fold import fold
 from mxnorm_pass.report.json_values import json_value
-from mxnorm_pass.report.page import render
 from mxnorm_pass.report.site import Graph, Site
-from mxnorm_pass.report.table import render_table
+
+# A norm and the cast of its output in one op, with a residual add in front or not.
+_NORM_CAST = re.compile(r"mxnorm_pass\.(add_)?norm_cast(_both)?\.default")
 
 
 @dataclass
@@ -39,6 +43,14 @@ class Report:
         self.graphs.append(replace(graph, name=f"{graph.name}_{len(self.graphs)}"))
 
     def __str__(self) -> str:
+        """Norms that differ in their layer's number alone in one line; :meth:`table` has all."""
+        return self._text(lambda graph: map(str, fold(graph.sites)))
+
+    def table(self) -> str:
+        """The same text with a line for each norm, under its full name."""
+        return self._text(lambda graph: map(str, graph.sites))
+
+    def _text(self, site_lines: Callable[[Graph], Iterable[str]]) -> str:
         if not self.graphs:
             return "mxnorm: no graph was compiled"
         lines = []
@@ -48,8 +60,8 @@ class Report:
                 f"mxnorm: {graph.name}: {len(graph.sites)} norms, {fused} fused, "
                 f"{len(graph.sites) - fused} skipped"
             )
-            lines += [indent(str(site), "  ") for site in graph.sites]
-            lines += [f"  ops {changes}" for changes in [_op_changes(graph)] if changes]
+            lines += [indent(line, "  ") for line in site_lines(graph)]
+            lines += [f"  ops: {changes}" for changes in [_op_changes(graph)] if changes]
         return "\n".join(lines)
 
     def diff(self, other: Report) -> ReportDiff:
@@ -60,6 +72,8 @@ class Report:
         return diff(self.graphs, other.graphs)
 
     def _repr_html_(self) -> str:
+        from mxnorm_pass.report.table import render_table
+
         return render_table(self.graphs)
 
     def to_json(self) -> str:
@@ -78,11 +92,23 @@ class Report:
 
         Raises:
             OSError: ``path`` cannot be written; what stood there before stays.
+            ImportError: jinja2 is not installed.
         """
+        from mxnorm_pass.report.page import render
+
         write_text(path, render(self.graphs))
 
 
 def _op_changes(graph: Graph) -> str:
-    names = sorted(graph.ops_before.keys() | graph.ops_after.keys())
-    changes = {name: graph.ops_after.get(name, 0) - graph.ops_before.get(name, 0) for name in names}
-    return ", ".join(f"{name} {change:+d}" for name, change in changes.items() if change)
+    """What the pass put in, and by how much it made the graph longer or shorter; "" for nothing.
+
+    The counts of each op are ``ops_before`` and ``ops_after``.
+    """
+    before, after = graph.ops_before, graph.ops_after
+    if before == after:
+        return ""
+    fused = sum(count for op, count in after.items() if _NORM_CAST.fullmatch(op))
+    fused -= sum(count for op, count in before.items() if _NORM_CAST.fullmatch(op))
+    more = sum(after.values()) - sum(before.values())
+    calls = f"{abs(more)} {'more' if more > 0 else 'fewer'} calls" if more else "as many calls"
+    return f"{fused} fused norm {'cast' if fused == 1 else 'casts'}, {calls}"

@@ -24,7 +24,7 @@ def test_llama_reports_errors_times_and_losses() -> None:
     assert done.returncode == 0, done.stderr
     norms = 2 * LAYERS + 1
     assert f"inference_0: {norms} norms, {2 * LAYERS} fused, 1 skipped" in done.stdout
-    assert f"fused    model.layers.{LAYERS - 1}.post_attention_layernorm" in done.stdout
+    assert "fused    model.layers.{0, 1}.post_attention_layernorm -> .mlp.{gate" in done.stdout
     assert done.stdout.count(f"({2 * LAYERS} norms fused, 1 skipped)") == 2
     assert "CalibrationWarning" not in done.stderr
     estimate, casts, both = (
