@@ -118,19 +118,22 @@ def _split(name: str, level: int) -> tuple[str, str] | None:
 
 def _renumbered(site: Site, prefix: str, number: str, new: str) -> Site:
     """The site with another number behind ``prefix`` in its names and texts."""
-    # Without a prefix the number may be any: only what is in front of a name counts.
-    after = r"(?!\w)" if prefix else r"(?=\.[A-Za-z_])"
-    named = re.compile(rf"(?<![\w.]){re.escape(prefix + number)}{after}")
+    old = re.escape(prefix + number)
+    name = re.compile(rf"{old}(?![^.])")
+    # In a text a bare number may mean anything but where a name or a quote begins with it.
+    part = rf"{old}(?!\w)" if prefix else rf"{old}(?=\.[A-Za-z_])|(?<='){old}(?=[.'])"
+    in_text = re.compile(rf"(?<![\w.])(?:{part})")
+
+    def renamed(text: str) -> str:
+        return f"{prefix}{new}{text[len(prefix + number) :]}" if name.match(text) else text
 
     def renumber(text: str) -> str:
-        return named.sub(lambda _: prefix + new, text)
+        return in_text.sub(lambda _: prefix + new, text)
 
-    norm = site.norm.split(".")
-    norm[prefix.count(".")] = new
     return replace(
         site,
-        norm=".".join(norm),
-        consumers=tuple(map(renumber, site.consumers)),
+        norm=renamed(site.norm),
+        consumers=tuple(map(renamed, site.consumers)),
         detail=renumber(site.detail),
         near_miss=_changed(site.near_miss, renumber),
     )

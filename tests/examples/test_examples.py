@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+from paths import EXAMPLES
 from run_examples import run_example, run_example_here
 
 LAYERS = 2
@@ -16,6 +17,18 @@ def losses_of(arm: str, output: str) -> list[float]:
     """First and last loss, from the line that ends the arm's training."""
     (line,) = re.findall(rf"^  {arm} +(\S+) (\S+)  \(\d+ norms fused", output, re.M)
     return [float(loss) for loss in line]
+
+
+def test_quickstart_is_short_and_shows_what_it_says() -> None:
+    assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 25
+    done = run_example("quickstart.py")
+    assert done.returncode == 0, done.stderr
+    compiled, explained = done.stdout.split("mxnorm: training_0: ")[1:]
+    assert compiled.startswith("4 norms, 4 fused, 0 skipped\n")
+    assert "  fused    {1..3}.norm -> .up (mxnorm, fold," in compiled
+    assert explained.startswith("4 norms, 3 fused, 1 skipped\n")
+    assert "  skipped  0.norm: DISABLED: " in explained
+    assert "  fused    3.norm -> 3.up (exact, " in explained
 
 
 def test_llama_reports_errors_times_and_losses() -> None:

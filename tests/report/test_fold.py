@@ -157,6 +157,12 @@ def test_a_list_of_layers_compiled_alone() -> None:
     ]
     assert [entry.count for entry in fold(sites)] == [1, 1]
     sites = [replace(site, detail=f"{site.norm} has f32[0, 1]") for site in sites]
+    blocks = [fused(f"{i}.0", f"{i}.1") for i in range(3)]
+    assert [str(entry) for entry in fold(blocks)] == [
+        "fused    {0..2}.0 -> .1 (mxnorm, fold, mxfp8)"
+    ]
+    off = [Site(f"{i}", reason=SkipReason.DISABLED, detail=f"turns '{i}' off") for i in (1, 3)]
+    assert str(fold(off)[0]).endswith("(turns '{1, 3}' off)")
     (entry,) = fold(sites)
     assert str(entry).endswith("({0, 1}.norm has f32[0, 1])")
 
