@@ -1,4 +1,4 @@
-"""The command line: ``python -m mxnorm_pass explain|compare|calibrate``."""
+"""The command line: ``python -m mxnorm_pass explain|compare|calibrate|reasons``."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     _quiet_imports()
+    from mxnorm_pass.errors import MissingExtraError
+
     try:
         # On demand, so that help and bad syntax do not wait for torch.
         import_module(f"mxnorm_pass.cli.{args.command}").run(args)
         sys.stdout.flush()
-    except UsageError as error:
+    except (UsageError, MissingExtraError) as error:
         print(f"{parser.prog} {args.command}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:

@@ -1,28 +1,34 @@
-"""Every reason for a skip has a cause and a cure, in the docstring and in the README."""
+"""Every reason for a skip has a cause and a cure, in the docstring and on the command line."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
-from paths import README
 
 from mxnorm_pass import SkipReason
-
-BEGIN, END = "<!-- begin skip reasons -->", "<!-- end skip reasons -->"
-
-
-def table() -> str:
-    """What the README must hold between its markers."""
-    rows = [("reason", "cause", "cure"), ("---",) * 3]
-    rows += [(f"`{r.name}`", r.cause, r.cure) for r in SkipReason]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+from mxnorm_pass.cli import main
 
 
-def test_readme_has_every_reason() -> None:
-    _, _, rest = README.read_text().partition(f"{BEGIN}\n")
-    found, _, _ = rest.partition(f"\n{END}")
-    assert found == table(), f"put this between the markers:\n{table()}"
+def printed(capsys: pytest.CaptureFixture[str], *names: str) -> list[str]:
+    """What the command prints of each reason, line breaks undone."""
+    assert main(["reasons", *names]) == 0
+    paragraphs = capsys.readouterr().out.strip().split("\n\n")
+    return [" ".join(paragraph.split()) for paragraph in paragraphs]
+
+
+def test_the_command_prints_every_reason(capsys) -> None:
+    assert printed(capsys) == [
+        f"{r.name}: {r.value} cause: {r.cause} cure: {r.cure}" for r in SkipReason
+    ]
+
+
+def test_the_command_prints_those_that_are_asked_for(capsys) -> None:
+    names = [text.partition(":")[0] for text in printed(capsys, "WIDTH", "DTYPE")]
+    assert names == ["WIDTH", "DTYPE"]
+    assert main(["reasons", "HEIGHT"]) == 2
+    error = capsys.readouterr().err
+    assert "'HEIGHT' is no reason" in error and all(r.name in error for r in SkipReason)
 
 
 @pytest.mark.parametrize("reason", SkipReason)
