@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mxnorm_pass.errors import needs_extra
 from mxnorm_pass.files import write_bytes
 from mxnorm_pass.names import clean_module_path
 
@@ -120,7 +121,8 @@ class Calibration:
         Raises:
             OSError: ``path`` cannot be written; what stood there before stays.
         """
-        from safetensors.torch import save
+        with needs_extra("hf", "a calibration's file"):
+            from safetensors.torch import save
 
         tensors = {f"{_WEIGHTS}{name}": w for name, w in self.weights.items()}
         tensors |= {f"{_CHANNELS}{name}": s for name, s in self.channels.items()}
@@ -226,7 +228,8 @@ def _rebuild(values: dict[str, Any]) -> Calibration:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    with needs_extra("hf", "a calibration's file"):
+        from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no calibration file {os.fspath(path)!r}")

@@ -92,7 +92,7 @@ class Report:
 
         Raises:
             OSError: ``path`` cannot be written; what stood there before stays.
-            ImportError: jinja2 is not installed.
+            MissingExtraError: jinja2 is not installed.
         """
         from mxnorm_pass.report.page import render
 
