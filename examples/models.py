@@ -3,7 +3,7 @@
     python examples/models.py
     python examples/models.py Llama Gemma-3 --training
     python examples/models.py --markdown --json models.json
-    python examples/models.py --write README.md
+    python examples/models.py --write examples/README.md
 
 Every model is an unmodified class with a small config and random weights. `--write` puts the table
 between the markers of a Markdown file, `--check` fails where that table is out of date.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mxnorm_pass.compilation.layers import compile_layers as compile_layers
     from mxnorm_pass.errors import CalibrationWarning as CalibrationWarning
     from mxnorm_pass.errors import MXNormWarning as MXNormWarning
+    from mxnorm_pass.errors import VerificationError as VerificationError
     from mxnorm_pass.options.calibration import Calibration as Calibration
     from mxnorm_pass.options.config import MXNormConfig as MXNormConfig
     from mxnorm_pass.report.diff import ReportDiff as ReportDiff
@@ -43,6 +44,7 @@ _HOME = {
     "ReportDiff": "report.diff",
     "Site": "report.site",
     "SkipReason": "report.reason",
+    "VerificationError": "errors",
     "apply": "compilation.export",
     "calibrate": "checkpoints.calibrate.calibrate",
     "compare": "checkpoints.compare.compare",

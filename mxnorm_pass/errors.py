@@ -42,8 +42,7 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = (error.name or "a package").partition(".")[0]
         raise MissingExtraError(
-            f"{what} needs {package}, which is not installed: "
-            f"pip install 'mxnorm_pass[{extra}]'",
+            f"{what} needs {package}, which is not installed: pip install 'mxnorm_pass[{extra}]'",
             name=error.name,
         ) from error
 

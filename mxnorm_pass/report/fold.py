@@ -73,20 +73,18 @@ def _fold_level(entries: Iterable[_Named], level: int) -> Iterator[_Named]:
     """Fold over the ``level``-th number of the norms' names."""
     groups: dict[object, list[tuple[int, _Named]]] = {}
     for place, (entry, nodes) in enumerate(entries):
-        split = _split(entry.site.norm, level)
-        if split is None:
+        prefix, number = _split(entry.site.norm, level)
+        if not number:
             groups[place] = [(-1, (entry, nodes))]
             continue
-        prefix, number = split
         holed = _renumbered(entry.site, prefix, number, _HOLE)
         key = (_without_nodes(holed, nodes), entry.count, entry.call)
         groups.setdefault(key, []).append((int(number), (entry, nodes)))
     for members in groups.values():
-        number, (first, nodes) = members[0]
+        _, (first, nodes) = members[0]
         if len(members) > 1:
-            prefix = (_split(first.site.norm, level) or ("", ""))[0]
-            numbers = f"{{{number_set(n for n, _ in members)}}}"
-            site = _renumbered(first.site, prefix, str(number), numbers)
+            numbers = f"{{{number_set(number for number, _ in members)}}}"
+            site = _renumbered(first.site, *_split(first.site.norm, level), numbers)
             first = Folded(site, first.count * len(members), first.call)
         yield first, nodes
 
@@ -107,11 +105,11 @@ def _number_places(name: str) -> list[int]:
     return [i for i, part in enumerate(name.split(".")) if _NUMBER.fullmatch(part)]
 
 
-def _split(name: str, level: int) -> tuple[str, str] | None:
-    """What is in front of the ``level``-th number of a name, and that; None if it has fewer."""
+def _split(name: str, level: int) -> tuple[str, str]:
+    """What is in front of the ``level``-th number of a name, and that; "" if it has fewer."""
     places = _number_places(name)
     if level >= len(places):
-        return None
+        return name, ""
     parts = name.split(".")
     return "".join(f"{part}." for part in parts[: places[level]]), parts[places[level]]
 
