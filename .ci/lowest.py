@@ -16,11 +16,13 @@ NOT_RUN = {"ruff", "mypy", "selenium", "tlparse", "hypothesis", "expecttest"}
 def lowest(requirement: str) -> str | None:
     """``name>=1.2; marker`` as ``name==1.2; marker``; None where it is not wanted.
 
+    Extras of the project itself are not: all extras are read.
+
     Raises:
         ValueError: the requirement has another form than the one above.
     """
     if requirement.startswith("mxnorm_pass["):
-        return None  # Its extras are listed by themselves.
+        return None
     match = re.fullmatch(r"([\w.-]+)>=([\w.]+)(;.*)?", requirement)
     if match is None:
         raise ValueError(f"{requirement!r} in pyproject.toml is not of the form 'name>=version'")

@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mxnorm_pass.extras import named_extras
-
 if TYPE_CHECKING:
     from mxnorm_pass import functional as functional
     from mxnorm_pass.checkpoints.calibrate.calibrate import calibrate as calibrate
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from mxnorm_pass.compilation.layers import compile_layers as compile_layers
     from mxnorm_pass.errors import CalibrationWarning as CalibrationWarning
     from mxnorm_pass.errors import MXNormWarning as MXNormWarning
+    from mxnorm_pass.errors import VerificationError as VerificationError
     from mxnorm_pass.options.calibration import Calibration as Calibration
     from mxnorm_pass.options.config import MXNormConfig as MXNormConfig
     from mxnorm_pass.report.diff import ReportDiff as ReportDiff
@@ -45,6 +44,7 @@ _HOME = {
     "ReportDiff": "report.diff",
     "Site": "report.site",
     "SkipReason": "report.reason",
+    "VerificationError": "errors",
     "apply": "compilation.export",
     "calibrate": "checkpoints.calibrate.calibrate",
     "compare": "checkpoints.compare.compare",
@@ -61,8 +61,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("mxnorm_pass.functional")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with named_extras():
-        value = getattr(importlib.import_module(f"mxnorm_pass.{_HOME[name]}"), name)
+    value = getattr(importlib.import_module(f"mxnorm_pass.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

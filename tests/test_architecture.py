@@ -27,7 +27,7 @@ FOLDERS = [
     "numerics",
 ]
 # In the package's root, but at its floor.
-LEAVES = {"names", "files", "errors", "extras"}
+LEAVES = {"names", "files", "errors"}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")

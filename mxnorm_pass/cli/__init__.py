@@ -10,7 +10,6 @@ from importlib import import_module
 
 from mxnorm_pass.cli.errors import UsageError
 from mxnorm_pass.cli.parser import make_parser
-from mxnorm_pass.extras import named_extras
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,13 +20,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     _quiet_imports()
+    from mxnorm_pass.errors import MissingExtraError
+
     try:
         # On demand, so that help and bad syntax do not wait for torch.
-        with named_extras():
-            command = import_module(f"mxnorm_pass.cli.{args.command}")
-        command.run(args)
+        import_module(f"mxnorm_pass.cli.{args.command}").run(args)
         sys.stdout.flush()
-    except (UsageError, ModuleNotFoundError) as error:
+    except (UsageError, MissingExtraError) as error:
         print(f"{parser.prog} {args.command}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from mxnorm_pass.cli.config_model import looks_like_path
 from mxnorm_pass.cli.errors import UsageError, reason
 from mxnorm_pass.cli.text import read_rows
+from mxnorm_pass.errors import needs_extra
+
+with needs_extra("hf", "a checkpoint"):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+    from transformers.utils.logging import disable_progress_bar
 
 
 def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Tensor]:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from mxnorm_pass.cli.errors import UsageError, reason
+from mxnorm_pass.errors import needs_extra
+
+with needs_extra("hf", "a model's config"):
+    import transformers
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _DEFAULT_DTYPE = torch.bfloat16
 
@@ -141,6 +144,8 @@ def _quantize(model: PreTrainedModel, quantization: Any) -> None:
     hint = "--unquantized explains the model without its quantization_config"
     if method != "torchao":
         raise UsageError(f"a checkpoint quantized by {method!r} cannot be explained; {hint}")
+    with needs_extra("hf", "a config with a quantization_config"):
+        import torchao.quantization  # noqa: F401
     try:
         from torchao.quantization import FqnToConfig, quantize_
         from transformers.quantizers.auto import AutoHfQuantizer

@@ -11,7 +11,8 @@ _EXIT_CODES = """\
 exit codes:
   0  done, whether norms were fused or skipped
   1  the model could not be traced or run; Python's traceback says where
-  2  wrong arguments: the last line on stderr says which, and no file was written
+  2  wrong arguments, or a package that is not installed: the last line on stderr says which,
+     and no file was written
 """
 
 
@@ -83,6 +84,10 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _reasons(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reason", nargs="*", metavar="REASON", help="only these; all by default")
+
+
 def _checkpoint_and_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
@@ -133,14 +138,9 @@ def _not_negative(text: str) -> int:
 # argparse names the converter in "invalid int value".
 _positive.__name__ = _not_negative.__name__ = "int"
 
-
-def _nothing(parser: argparse.ArgumentParser) -> None:
-    return
-
-
 _COMMANDS = {
     "explain": ("report what would be fused, from a model's config alone", _explain),
     "compare": ("compare a checkpoint's loss with and without the estimate", _compare),
     "calibrate": ("fit the estimate to a checkpoint and save the result", _calibrate),
-    "reasons": ("print why norms are left as they are, with cause and cure", _nothing),
+    "reasons": ("say why norms are skipped: each reason with its cause and cure", _reasons),
 }

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxnorm_pass.extras import named_extras
+from mxnorm_pass.errors import needs_extra
 from mxnorm_pass.files import write_bytes
 from mxnorm_pass.names import clean_module_path
 
@@ -121,7 +121,7 @@ class Calibration:
         Raises:
             OSError: ``path`` cannot be written; what stood there before stays.
         """
-        with named_extras():
+        with needs_extra("hf", "a calibration's file"):
             from safetensors.torch import save
 
         tensors = {f"{_WEIGHTS}{name}": w for name, w in self.weights.items()}
@@ -228,7 +228,7 @@ def _rebuild(values: dict[str, Any]) -> Calibration:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, Tensor]]:
-    with named_extras():
+    with needs_extra("hf", "a calibration's file"):
         from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():

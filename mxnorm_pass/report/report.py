@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from textwrap import indent
 
-from mxnorm_pass.extras import named_extras
 from mxnorm_pass.files import write_text
 from mxnorm_pass.report.diff import ReportDiff, diff
-from mxnorm_pass.report.fold import folded_lines
+from mxnorm_pass.report.fold import fold
 from mxnorm_pass.report.json_values import json_value
 from mxnorm_pass.report.site import Graph, Site
+
+# A norm and the cast of its output in one op, with a residual add in front or not.
+_NORM_CAST = re.compile(r"mxnorm_pass\.(add_)?norm_cast(_both)?\.default")
 
 
 @dataclass
@@ -40,14 +43,14 @@ class Report:
         self.graphs.append(replace(graph, name=f"{graph.name}_{len(self.graphs)}"))
 
     def __str__(self) -> str:
-        """A line per norm; one for the norms of all equal layers. :meth:`table` has each apart."""
-        return self._text(folded_lines)
+        """Norms that differ in their layer's number alone in one line; :meth:`table` has all."""
+        return self._text(lambda graph: map(str, fold(graph.sites)))
 
     def table(self) -> str:
-        """The report as text, with a line for every norm of every layer."""
-        return self._text(lambda sites: map(str, sites))
+        """The same text with a line for each norm, under its full name."""
+        return self._text(lambda graph: map(str, graph.sites))
 
-    def _text(self, lines_of: Callable[[Sequence[Site]], Iterable[str]]) -> str:
+    def _text(self, site_lines: Callable[[Graph], Iterable[str]]) -> str:
         if not self.graphs:
             return "mxnorm: no graph was compiled"
         lines = []
@@ -57,8 +60,8 @@ class Report:
                 f"mxnorm: {graph.name}: {len(graph.sites)} norms, {fused} fused, "
                 f"{len(graph.sites) - fused} skipped"
             )
-            lines += [indent(line, "  ") for line in lines_of(graph.sites)]
-            lines += [f"  {changes}" for changes in [_op_changes(graph)] if changes]
+            lines += [indent(line, "  ") for line in site_lines(graph)]
+            lines += [f"  ops: {changes}" for changes in [_op_changes(graph)] if changes]
         return "\n".join(lines)
 
     def diff(self, other: Report) -> ReportDiff:
@@ -69,8 +72,8 @@ class Report:
         return diff(self.graphs, other.graphs)
 
     def _repr_html_(self) -> str:
-        with named_extras():
-            from mxnorm_pass.report.table import render_table
+        from mxnorm_pass.report.table import render_table
+
         return render_table(self.graphs)
 
     def to_json(self) -> str:
@@ -89,17 +92,23 @@ class Report:
 
         Raises:
             OSError: ``path`` cannot be written; what stood there before stays.
+            MissingExtraError: jinja2 is not installed.
         """
-        with named_extras():
-            from mxnorm_pass.report.page import render
+        from mxnorm_pass.report.page import render
+
         write_text(path, render(self.graphs))
 
 
 def _op_changes(graph: Graph) -> str:
-    """What the pass did to the number of calls, in a few words; "" where nothing changed."""
+    """What the pass put in, and by how much it made the graph longer or shorter; "" for nothing.
+
+    The counts of each op are ``ops_before`` and ``ops_after``.
+    """
     before, after = graph.ops_before, graph.ops_after
     if before == after:
         return ""
-    norm_casts = sum(n - before.get(name, 0) for name, n in after.items() if "norm_cast" in name)
-    fewer = sum(before.values()) - sum(after.values())
-    return f"ops: {norm_casts} norm casts, {abs(fewer)} {'fewer' if fewer >= 0 else 'more'} in all"
+    fused = sum(count for op, count in after.items() if _NORM_CAST.fullmatch(op))
+    fused -= sum(count for op, count in before.items() if _NORM_CAST.fullmatch(op))
+    more = sum(after.values()) - sum(before.values())
+    calls = f"{abs(more)} {'more' if more > 0 else 'fewer'} calls" if more else "as many calls"
+    return f"{fused} fused norm {'cast' if fused == 1 else 'casts'}, {calls}"

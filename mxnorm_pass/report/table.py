@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jinja2 import Environment
+from mxnorm_pass.errors import needs_extra
 
 _TABLE = """<div>
 {%- for graph in graphs %}
@@ -41,4 +41,7 @@ _TABLE = """<div>
 
 def render_table(graphs: Sequence[object]) -> str:
     """The HTML for ``report.Graph`` objects; names and texts are escaped."""
+    with needs_extra("report", "the table of a report"):
+        from jinja2 import Environment
+
     return Environment(autoescape=True).from_string(_TABLE).render(graphs=graphs)

@@ -1,4 +1,4 @@
-"""Every reason for a skip has a cause and a cure, in the docstring and from the command line."""
+"""Every reason for a skip has a cause and a cure, in the docstring and on the command line."""
 
 from __future__ import annotations
 
@@ -10,12 +10,25 @@ from mxnorm_pass import SkipReason
 from mxnorm_pass.cli import main
 
 
-def test_the_command_line_prints_every_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["reasons"]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    for reason in SkipReason:
-        text = f"{reason.name}: {reason.value} cause: {reason.cause} cure: {reason.cure}"
-        assert " ".join(text.split()) in printed
+def printed(capsys: pytest.CaptureFixture[str], *names: str) -> list[str]:
+    """What the command prints of each reason, line breaks undone."""
+    assert main(["reasons", *names]) == 0
+    paragraphs = capsys.readouterr().out.strip().split("\n\n")
+    return [" ".join(paragraph.split()) for paragraph in paragraphs]
+
+
+def test_the_command_prints_every_reason(capsys) -> None:
+    assert printed(capsys) == [
+        f"{r.name}: {r.value} cause: {r.cause} cure: {r.cure}" for r in SkipReason
+    ]
+
+
+def test_the_command_prints_those_that_are_asked_for(capsys) -> None:
+    names = [text.partition(":")[0] for text in printed(capsys, "WIDTH", "DTYPE")]
+    assert names == ["WIDTH", "DTYPE"]
+    assert main(["reasons", "HEIGHT"]) == 2
+    error = capsys.readouterr().err
+    assert "'HEIGHT' is no reason" in error and all(r.name in error for r in SkipReason)
 
 
 @pytest.mark.parametrize("reason", SkipReason)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from mxnorm_pass.checkpoints.batches import (
     Batch,
@@ -29,12 +28,13 @@ from mxnorm_pass.checkpoints.calibrate.fallback import (
     few_rows,
     rank_by_cost,
 )
-from mxnorm_pass.checkpoints.calibrate.fit import block_weights
+from mxnorm_pass.checkpoints.calibrate.fit import block_weights, check_solver
 from mxnorm_pass.checkpoints.calibrate.moments import BlockMoments, ChannelPower
 from mxnorm_pass.checkpoints.calibrate.norms import FusedNorm, check_options, fused_norms
 from mxnorm_pass.checkpoints.calibrate.orders import candidate_orders
 from mxnorm_pass.checkpoints.calibrate.runner import Runner
 from mxnorm_pass.checkpoints.channels.permute import stream_weights
+from mxnorm_pass.checkpoints.progress import progress_bar
 from mxnorm_pass.errors import MXNormWarning
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 from mxnorm_pass.options.calibration import Calibration, architecture_hash
@@ -74,7 +74,9 @@ def calibrate(
     Raises:
         ValueError: the batches are too few, no batches, or give a loss that is not finite; no
             norm can be fused; an option is wrong or contradicts a calibration.
+        MissingExtraError: scipy or tqdm is not installed.
     """
+    check_solver()
     config = check_options(options)
     _check_increase(max_loss_increase)
     split = split_batches(batches)
@@ -82,7 +84,7 @@ def calibrate(
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     norms = fused_norms(model, split.fitted[0], options, device)
     total = 2 * (len(split.fitted) + len(split.held_out))
-    with tqdm(desc="calibrate", total=total, disable=None, leave=False) as bar:
+    with progress_bar("calibrate", total) as bar:
         runner = Runner(model, device, bar)
         fit = _fit(runner, norms, split, config.p)
         emulation = Emulation(norms, fit.orders)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
+
+from mxnorm_pass.errors import needs_extra
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,16 @@ class Moments:
         return float((w @ self.gram @ w - 2 * w @ self.total) / self.count + 1)
 
 
+def check_solver() -> None:
+    """Raise a MissingExtraError where scipy is missing, before anything slow has begun."""
+    with needs_extra("hf", "mxnorm_pass.calibrate"):
+        import scipy.optimize  # noqa: F401
+
+
 def block_weights(moments: Moments) -> Tensor:
     """The non-negative weights [K], float32, that minimise :meth:`Moments.error`."""
+    from scipy.optimize import nnls
+
     gram, target = moments.gram.cpu(), moments.total.cpu()
     scale = gram.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     values, vectors = torch.linalg.eigh(gram / scale / scale[:, None])

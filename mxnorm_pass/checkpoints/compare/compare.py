@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from mxnorm_pass.checkpoints.batches import (
     Batch,
@@ -32,6 +30,7 @@ from mxnorm_pass.checkpoints.compare.comparison import (
     Step,
 )
 from mxnorm_pass.checkpoints.compare.watch import Observation, WatchedModel
+from mxnorm_pass.checkpoints.progress import progress_bar
 from mxnorm_pass.options.parse import parse
 from mxnorm_pass.report.site import Site
 
@@ -63,7 +62,7 @@ def compare(model: nn.Module, batch: Batch, options: Mapping[str, Any] | None = 
     model = getattr(model, "_orig_mod", model)
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     rows = list(_rows(batch))
-    with in_eval_mode(model), _bar(3 * len(rows)) as bar:
+    with in_eval_mode(model), progress_bar("compare", 3 * len(rows)) as bar:
         runs = _Runs(model, device, bar)
         exact = WatchedModel(model, _exact_options(given))
         estimated = WatchedModel(model, given)
@@ -108,12 +107,6 @@ class _Runs:
 
     def loss(self, which: Callable[..., Any], rows: Sequence[Batch]) -> float:
         return sum((loss_of(self(which, row), row) for row in rows), Loss()).mean
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[Any]:
-    with tqdm(desc="compare", total=total, disable=None, leave=False) as bar:
-        yield bar
 
 
 def _exact_options(options: Mapping[str, Any]) -> dict[str, Any]:

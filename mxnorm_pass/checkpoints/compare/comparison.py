@@ -8,6 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mxnorm_pass.errors import needs_extra
 from mxnorm_pass.files import write_bytes
 
 
@@ -113,13 +114,12 @@ class Comparison:
         """Write a PNG: rho~ / rho of each site, its median and the range from 1% to 99%.
 
         Raises:
-            ImportError: matplotlib is not installed.
+            MissingExtraError: matplotlib is not installed.
             OSError: ``path`` cannot be written; what stood there stays.
         """
-        try:
+        with needs_extra("report", "Comparison.plot"):
             from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Comparison.plot needs matplotlib: pip install matplotlib") from error
+
         figure = Figure(figsize=(8, 1.5 + 0.2 * len(self.sites)), layout="constrained")
         axes = figure.add_subplot()
         _draw(axes, self.sites)

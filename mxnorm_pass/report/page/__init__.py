@@ -16,10 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
-
+from mxnorm_pass.errors import needs_extra
 from mxnorm_pass.report.json_values import json_value
+
+with needs_extra("report", "the page of a report"):
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
 
 _FOLDER = Path(__file__).parent
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
