@@ -27,7 +27,7 @@ FOLDERS = [
     "numerics",
 ]
 # In the package's root, but at its floor.
-LEAVES = {"names", "files", "errors"}
+LEAVES = {"names", "files", "errors", "extras"}
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")

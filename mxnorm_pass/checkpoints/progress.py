@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-from mxnorm_pass.errors import needs_extra
+from mxnorm_pass.extras import needs_extra
 
 
 def progress_bar(function: str, total: int) -> AbstractContextManager[Any]:

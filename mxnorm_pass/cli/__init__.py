@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     _quiet_imports()
-    from mxnorm_pass.errors import MissingExtraError
+    from mxnorm_pass.extras import MissingExtraError
 
     try:
         # On demand, so that help and bad syntax do not wait for torch.

@@ -13,7 +13,7 @@ from torch import Tensor
 from mxnorm_pass.cli.config_model import looks_like_path
 from mxnorm_pass.cli.errors import UsageError, reason
 from mxnorm_pass.cli.text import read_rows
-from mxnorm_pass.errors import needs_extra
+from mxnorm_pass.extras import needs_extra
 
 with needs_extra("hf", "a checkpoint"):
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mxnorm_pass.cli.errors import UsageError, reason
-from mxnorm_pass.errors import needs_extra
+from mxnorm_pass.extras import needs_extra
 
 with needs_extra("hf", "a model's config"):
     import transformers

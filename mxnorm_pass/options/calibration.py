@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mxnorm_pass.errors import needs_extra
+from mxnorm_pass.extras import needs_extra
 from mxnorm_pass.files import write_bytes
 from mxnorm_pass.names import clean_module_path
 

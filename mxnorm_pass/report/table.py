@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mxnorm_pass.errors import needs_extra
+from mxnorm_pass.extras import needs_extra
 
 _TABLE = """<div>
 {%- for graph in graphs %}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mxnorm_pass.errors import needs_extra
+from mxnorm_pass.extras import needs_extra
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mxnorm_pass.errors import needs_extra
+from mxnorm_pass.extras import needs_extra
 from mxnorm_pass.files import write_bytes
 
 

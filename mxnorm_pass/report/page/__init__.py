@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mxnorm_pass.errors import needs_extra
+from mxnorm_pass.extras import needs_extra
 from mxnorm_pass.report.json_values import json_value
 
 with needs_extra("report", "the page of a report"):
