@@ -59,7 +59,7 @@ def norm_cast_kernel(
 
     Args:
         TILE_K: blocks per chunk, a power of two.
-        FACTOR, SCALE: see ``statistic.inverse_rms``.
+        FACTOR, SCALE: see ``mean_square.inverse_rms``.
         PRODUCT_DTYPE: dtype of the product with the gain.
     """
     cast_rows(

@@ -130,7 +130,7 @@ def scales_shape(x: Tensor, spec: NormCastSpec) -> tuple[int, ...]:
 def statistic_factors(
     spec: NormCastSpec, width: int, block_weights: Tensor | None
 ) -> tuple[float, float]:
-    """``FACTOR`` and ``SCALE`` of ``statistic.inverse_rms``."""
+    """``FACTOR`` and ``SCALE`` of ``mean_square.inverse_rms``."""
     if spec.estimator == "exact":
         return 1.0 / width, 1.0
     if block_weights is not None:

@@ -1,8 +1,13 @@
-"""Checks of what the functions of this package are given; every error names the argument."""
+"""Checks of what functions and ops are given; every error names the argument."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
 
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raises a ValueError that lists what is allowed."""
+    choices = tuple(allowed)
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(str, choices))}")

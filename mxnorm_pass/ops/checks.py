@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from mxnorm_pass.numerics.checks import check_choice
 from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.layout import ScaleLayout, block_size_of
 from mxnorm_pass.numerics.norm import Gradient
@@ -41,11 +42,6 @@ def _listed(choices: Any) -> str:
     return ", ".join(map(str, choices))
 
 
-def _check_choice(name: str, value: Any, allowed: Any) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {_listed(allowed)}")
-
-
 def check_blocks(name: str, x: Tensor, block_size: int) -> None:
     """Raises a ValueError unless the last dimension is whole blocks."""
     if block_size < 1:
@@ -69,10 +65,10 @@ def check_rows_in_blocks(name: str, x: Tensor, block_size: int) -> None:
 
 def check_spec(spec: NormCastSpec) -> None:
     """Options of ``norm_cast``; a ValueError names the one that is wrong."""
-    _check_choice("estimator", spec.estimator, get_args(Estimator))
-    _check_choice("scale_layout", spec.scale_layout, get_args(ScaleLayout))
-    _check_choice("norm_dtype", spec.norm_dtype, (None, *_WIDE_FLOATS))
-    _check_choice("out_dtype", spec.out_dtype, _WIDE_FLOATS)
+    check_choice("estimator", spec.estimator, get_args(Estimator))
+    check_choice("scale_layout", spec.scale_layout, get_args(ScaleLayout))
+    check_choice("norm_dtype", spec.norm_dtype, (None, *_WIDE_FLOATS))
+    check_choice("out_dtype", spec.out_dtype, _WIDE_FLOATS)
     if not (math.isfinite(spec.p) and spec.p > 0):
         raise ValueError(f"p is {spec.p}; it must be a finite number > 0")
     if not (math.isfinite(spec.eps) and spec.eps >= 0):
@@ -121,7 +117,7 @@ def check_inverse_rms(
     if x.ndim == 0:
         raise ValueError("x is a scalar; it must be [..., D]")
     check_blocks("x", x, block_size)
-    _check_choice("gradient", gradient, get_args(Gradient))
+    check_choice("gradient", gradient, get_args(Gradient))
     if not (math.isfinite(p) and p > 0):
         raise ValueError(f"p is {p}; it must be a finite number > 0")
     blocks = x.shape[-1] // block_size
@@ -151,7 +147,7 @@ def check_quantized(values: Tensor, scales: Tensor, fmt: BlockFormat, dtype: tor
     """
     _check_dense("values", values, (fmt.elem_dtype,))
     _check_dense("scales", scales, (fmt.scale_dtype,))
-    _check_choice("dtype", dtype, _WIDE_FLOATS)
+    check_choice("dtype", dtype, _WIDE_FLOATS)
     block_size = block_size_of(values.shape, scales.shape)
     if block_size != fmt.block_size:
         raise ValueError(f"scales has one per {block_size} values; the format is {fmt.name!r}")

@@ -1,7 +1,7 @@
 """Permute the channels of a model's residual stream without changing what it computes.
 
 Where the stream goes is read off the exported graph, not off names of modules, see
-``channel_spaces``.
+``dims``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Device functions: the (estimated) inverse RMS of rows, and rows times it.
 
-What ``estimate`` and ``functional.normalize`` compute, on tiles [ROWS, K, B] in registers. The
+What ``rms`` and ``norm.normalize`` of ``numerics`` compute, on tiles [ROWS, K, B] in registers. The
 exact RMS is the same sum with p = 2, over elements instead of block absmaxes.
 """
 
