@@ -89,6 +89,7 @@ def printed_without_packages() -> list[str]:
     return run("".join([BLOCK, COMPILE, *calls, COMMAND]))
 
 
+@pytest.mark.full
 def test_a_compile_needs_torch_alone(printed_without_packages) -> None:
     heads = [line for line in printed_without_packages if " 1 norms, 1 fused" in line]
     kinds = ["inference_0", "training_0", "training_0", "inference_0"]

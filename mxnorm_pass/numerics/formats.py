@@ -1,4 +1,4 @@
-"""Block formats as data: element type, block size, scales. A new format is a new row here.
+"""Block formats as data: element type, block size, scales.
 
 The formats are those of the OCP Microscaling (MX) specification v1.0. Ops, graphs and reports know
 a format by its name, "mxfp8 e4m3fn rceil block 32"; :func:`block_format` reads it back.

@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any, Literal, Protocol
 
 # What is compared of a site that both reports have.
-FIELDS = ("status", "reason", "estimator", "gain", "format", "consumers", "residual")
+FIELDS = ("status", "reason", "estimator", "gain", "format", "consumers", "residual", "calibration")
 
 
 class _Site(Protocol):

@@ -41,8 +41,7 @@ class Folded:
             return str(self.site)
         site = self.site
         if site.status == "fused":
-            consumers = _consumers(site.norm, site.consumers)
-            return f"fused    {site.norm} -> {consumers} ({site.how})"
+            return str(replace(site, consumers=(_consumers(site.norm, site.consumers),)))
         if site.near_miss is None:
             return str(site)
         alike = f"{site.near_miss.node} and {self.count - 1} alike"

@@ -76,12 +76,17 @@ class Site:
     near_miss: NearMiss | None = None
 
     @property
-    def how(self) -> str:
+    def choices(self) -> tuple[str, ...]:
         """Estimator, calibration, gain, format and residual add, for people; empty if skipped."""
         calibrated = _CALIBRATED.get(self.calibration or "")
         residual = "residual add" if self.residual else None
         parts = (self.estimator, calibrated, self.gain, self.format, residual)
-        return ", ".join(filter(None, parts))
+        return tuple(filter(None, parts))
+
+    @property
+    def how(self) -> str:
+        """The choices as one text."""
+        return ", ".join(self.choices)
 
     def __str__(self) -> str:
         if self.status == "fused":

@@ -64,6 +64,7 @@ def assert_same(got: Report, want: Report) -> None:
         assert (a.ops_before, a.ops_after) == (b.ops_before, b.ops_after)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "Mixtral"])
 def test_report_is_that_of_the_model_with_weights(name, tmp_path, capsys) -> None:
     model = models.build(name)
@@ -76,6 +77,7 @@ def test_report_is_that_of_the_model_with_weights(name, tmp_path, capsys) -> Non
     assert capsys.readouterr().out == f"{want}\n"
 
 
+@pytest.mark.full
 def test_training_report_is_that_of_the_model_with_weights(tiny, tmp_path) -> None:
     out = tmp_path / "report.json"
     assert explain(tiny, "--train", "--dtype", "float32", "--json", str(out)) == 0
@@ -84,6 +86,7 @@ def test_training_report_is_that_of_the_model_with_weights(tiny, tmp_path) -> No
     assert_same(report_of(out), want)
 
 
+@pytest.mark.full
 def test_quantised_config_is_explained_with_its_casts(tmp_path) -> None:
     config = models.build("Llama").config
     config.num_hidden_layers = 1
@@ -205,6 +208,7 @@ def test_architectures_decide_the_class(tmp_path, capsys) -> None:
     assert "found score, a linear" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_vision_and_encoder_decoder_models(tmp_path, capsys) -> None:
     for name, norms in (("Pixtral (vision)", 3), ("T5", 10)):
         torch._dynamo.reset()
@@ -234,6 +238,7 @@ def test_help_version_and_bad_syntax_without_torch() -> None:
     assert "Traceback" not in unknown.stderr and "0 is not positive" in unknown.stderr
 
 
+@pytest.mark.full
 def test_process_refuses_without_traceback(tmp_path) -> None:
     done = run("explain", "--model", str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
@@ -326,6 +331,7 @@ def checkpoint(tmp_path) -> list[str]:
     return ["--model", str(folder), "--text", str(text), *sizes]
 
 
+@pytest.mark.full
 def test_calibrate_and_compare(checkpoint, tmp_path, capsys) -> None:
     """They say what the functions say that they stand for, given the same rows."""
     out, table, plot = (tmp_path / name for name in ("c.safetensors", "c.json", "c.png"))
@@ -348,6 +354,7 @@ def test_calibrate_and_compare(checkpoint, tmp_path, capsys) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 def test_what_compare_and_calibrate_refuse(checkpoint, tmp_path, capsys) -> None:
     wrong = (
         (["--batches", "9"], "--text has 80 tokens, 9 rows of 32 need 288"),

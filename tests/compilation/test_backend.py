@@ -90,6 +90,7 @@ def test_override_for_one_layer() -> None:
     assert not torch.equal(got, infer(compiled(model)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "modules",
     [
@@ -106,6 +107,7 @@ def test_patterns(modules) -> None:
     ]
 
 
+@pytest.mark.full
 def test_lm_head_is_converted_when_named() -> None:
     options = {"modules": {"lm_head": True}}
     report = mxnorm_pass.explain(build_llama(), IDS, use_cache=False, options=options)
@@ -122,6 +124,7 @@ def test_unmatched_pattern_is_named_with_the_nearest_names() -> None:
     assert "model.layers.0.input_layernorm" in message
 
 
+@pytest.mark.full
 def test_uncalibrated_inference_warns_once_and_says_how_to_silence() -> None:
     model = build_llama()
     with warnings.catch_warnings(record=True) as caught:
@@ -134,6 +137,7 @@ def test_uncalibrated_inference_warns_once_and_says_how_to_silence() -> None:
     assert "mxnorm_pass.CalibrationWarning" in str(warning.message)
 
 
+@pytest.mark.full
 def test_training_and_exact_do_not_warn() -> None:
     with no_warning():
         model = build_llama()
@@ -271,6 +275,7 @@ def test_uuid_tells_configs_sources_and_module_names_apart() -> None:
     assert len({base.uuid(), *(o.uuid() for o in others)}) == 8
 
 
+@pytest.mark.full
 def test_equal_graphs_with_other_module_names_do_not_share_cache_entries() -> None:
     """`modules` selects by name, and Inductor's cache key knows no names."""
 
@@ -345,6 +350,7 @@ def test_a_warm_cache_gives_the_same_report(tmp_path) -> None:
     assert compile_in_a_process() == warm
 
 
+@pytest.mark.full
 def test_backend_needs_no_import_and_torch_logs_shows_it() -> None:
     script = (
         "import torch; m = torch.nn.Sequential(torch.nn.RMSNorm(64, eps=1e-6), "
@@ -356,6 +362,7 @@ def test_backend_needs_no_import_and_torch_logs_shows_it() -> None:
     assert "torch.ops.mxnorm_pass.norm_cast" in result.stderr
 
 
+@pytest.mark.full
 def test_a_compile_leaves_nothing_global_behind() -> None:
     from torch._inductor import config
     from torch._inductor.codegen import cpp_utils
@@ -368,6 +375,7 @@ def test_a_compile_leaves_nothing_global_behind() -> None:
     assert config.save_config_portable() == settings
 
 
+@pytest.mark.full
 def test_even_through_inductor_goes_as_far_as_plain_inductor() -> None:
     """torchao's EVEN cast assigns NaN under a mask to a bitcast, which torch 2.13 cannot lower.
 
@@ -391,6 +399,7 @@ def test_even_through_inductor_goes_as_far_as_plain_inductor() -> None:
         assert (got - eager).norm() <= 2 * (plain - eager).norm()
 
 
+@pytest.mark.full
 def test_users_inductor_passes_run_before_ours() -> None:
     seen: list[bool] = []
 

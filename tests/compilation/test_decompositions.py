@@ -45,6 +45,7 @@ def test_norms(spelling: str, options: dict[str, Any]) -> None:
         assert_nothing_to_decompose(mxnorm_pass.explain(model, x, options=options))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["plain", "torchao training"])
 def test_llama(name: str) -> None:
     model = build_llama(layers=1)

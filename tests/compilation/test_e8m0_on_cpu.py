@@ -65,6 +65,7 @@ def _moves(u: torch.Tensor, e: torch.Tensor) -> list[torch.Tensor]:
     return [*out, e[None].expand(3, *e.shape).contiguous()]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", SHAPES)
 def test_moves_keep_every_byte(shape: tuple[int, ...]) -> None:
     u = _all_bytes(shape)
@@ -114,6 +115,7 @@ def _grad(fn: Callable[..., Any], x: torch.Tensor) -> tuple[torch.Tensor, torch.
     return grad, scale
 
 
+@pytest.mark.full
 def test_backward_that_reads_e8m0() -> None:
     x = torch.randn(7, 37, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(_scaled, backend=_backend())
@@ -124,6 +126,7 @@ def test_backward_that_reads_e8m0() -> None:
     assert _same_bytes(scale, want_scale)
 
 
+@pytest.mark.full
 def test_caches_hit_with_a_wrapped_inner_compile() -> None:
     x = torch.randn(7, 37)
     for _ in range(2):  # the first may hit what an earlier test run left
@@ -206,6 +209,7 @@ def _mx_llama(mode: str) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", ["RCEIL", "FLOOR"])
 def test_mx_llama_equals_eager(mode: str) -> None:
     """Compare within the unit roundoff of bf16.

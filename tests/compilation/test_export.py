@@ -72,6 +72,7 @@ pytestmark = [
 # What the rewritten program computes
 
 
+@pytest.mark.full
 @each_value(spelling=SPELLINGS, dtype=[F32, BF16])
 def test_spellings_fuse(spelling: Spelling, dtype: torch.dtype) -> None:
     model = spelling.model(dtype=dtype)
@@ -91,6 +92,7 @@ def test_exact_changes_no_bit(spelling: Spelling, strict: bool) -> None:
     assert_same_bits(program.module()(x), cast_reference(model, x))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("dtype", "strict"), [(F32, False), (BF16, False), (BF16, True)])
 def test_llama(dtype: torch.dtype, strict: bool) -> None:
     model = build_llama(dtype)
@@ -112,6 +114,7 @@ def test_core_aten(spelling: Spelling) -> None:
     assert_same_bits(program.module()(x), spelling.reference(model, x))
 
 
+@pytest.mark.full
 def test_dynamic_shapes() -> None:
     model = build_llama(layers=1)
     shapes = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, "use_cache": None}
@@ -125,6 +128,7 @@ def test_dynamic_shapes() -> None:
         assert torch.equal(logits(loaded, ids), logits(want, ids))
 
 
+@pytest.mark.full
 def test_torchao_inference() -> None:
     """FLOOR, which is not the mode of the casts that the pass inserts."""
     mode = "floor"
@@ -159,6 +163,7 @@ def test_a_dynamic_cache_comes_out() -> None:
     assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
 
 
+@pytest.mark.full
 def test_a_static_cache_is_updated_in_place() -> None:
     def exportable(model: nn.Module) -> TorchExportableModuleForDecoderOnlyLM:
         settings = {"batch_size": 1, "max_cache_len": 8, "device": "cpu"}
@@ -263,6 +268,7 @@ def _rounded(x: Tensor) -> Tensor:
     return functional.mx_dequantize(*functional.mx_cast(x), x.dtype)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("contracts_cast_dimension", [True, False])
 @pytest.mark.parametrize("op", ["linear", "matmul"])
 def test_only_a_weight_cast_along_the_channels_takes_the_gain(
@@ -345,6 +351,7 @@ def test_a_module_that_is_called_twice(strict: bool) -> None:
 # What the caller is told
 
 
+@pytest.mark.full
 def test_warnings_are_those_of_the_backend() -> None:
     given = export(Model(huggingface), inputs())
     with pytest.warns(mxnorm_pass.MXNormWarning, match="'norn'.*nearest names: norm"):
@@ -361,6 +368,7 @@ def test_warnings_are_those_of_the_backend() -> None:
     assert warning.category is mxnorm_pass.CalibrationWarning
 
 
+@pytest.mark.full
 def test_config_forms_mean_the_same() -> None:
     given = export(Model(huggingface), inputs())
     codes = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
+import pytest
 import torch
 from exporting import InRegions, apply, export
 from matching import BF16, F32, assert_same_bits, expected_warnings, inputs
@@ -55,6 +56,7 @@ MODELS = {
 }
 
 
+@pytest.mark.full
 @each_value(name=list(MODELS), inside={"applied outside": False, "applied inside": True})
 def test_results_are_those_under_the_autocast(name: str, inside: bool) -> None:
     model, x = MODELS[name](), inputs(4, 64)

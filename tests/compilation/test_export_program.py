@@ -182,6 +182,7 @@ def test_parameters_take_no_gradient() -> None:
     assert not any(y.requires_grad for y in outputs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("decompose", [False, True])
 def test_what_follows(decompose: bool) -> None:
     """Compile, decompose, save and load: all with the same bits."""
@@ -201,6 +202,7 @@ def test_what_follows(decompose: bool) -> None:
     assert_same_bits(torch.compile(program.module(), backend="aot_eager")(x), want)
 
 
+@pytest.mark.full
 def test_decompose_an_earlier_result() -> None:
     model = Model(huggingface)
     x = inputs()

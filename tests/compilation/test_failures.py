@@ -134,6 +134,7 @@ def test_wrong_options_under_suppress_errors(suppressing: Callable[[bool], None]
         compiled(inputs(8, 64))
 
 
+@pytest.mark.full
 def test_a_backward_that_does_not_compile_raises(
     monkeypatch: pytest.MonkeyPatch, suppressing: Callable[[bool], None]
 ) -> None:
@@ -177,6 +178,7 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "mode, inner", [*((mode, "aot_eager") for mode in MODES), ("anomaly mode", "inductor")]
 )

@@ -49,6 +49,7 @@ def explained(device: str, *, fake: bool, inside: bool, breaks: bool = False) ->
         return mxnorm_pass.explain(model, ids)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("breaks", [False, True])
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(
@@ -68,6 +69,7 @@ def tensors_of(model: nn.Module) -> list[Any]:
     return [*model.parameters(), *model.buffers(), model.scale]
 
 
+@pytest.mark.full
 def test_meta_model_is_left_as_it_was() -> None:
     with torch.device("meta"):
         model, ids = Net(breaks=False), torch.zeros(TOKENS, dtype=torch.long)

@@ -73,6 +73,7 @@ def block_sites(depth: int) -> list[tuple[str, tuple[str, ...]]]:
     return [(f"blocks.{i}.norm", (f"blocks.{i}.linear",)) for i in range(depth)]
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not ISOLATED, reason="this torch counts the compiles of all layers together")
 def test_every_layer_of_many_is_rewritten_with_its_own_rules() -> None:
     """More layers than Dynamo's recompile limit, three kinds of rules."""
@@ -100,6 +101,7 @@ def _apart(site: Site) -> Site:
     return replace(site, residual=False, before=None, after=None)
 
 
+@pytest.mark.full
 def test_layers_of_an_unmodified_llama() -> None:
     model = build_llama(layers=3)
     reference = reference_of(model, Recipe())
@@ -163,6 +165,7 @@ def test_prefix_reaches_into_checkpointed_modules() -> None:
     assert site.format == "mxfp8 e4m3fn floor block 32"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("isolated", [False, True])
 def test_reaching_dynamos_limit_is_no_silent_fallback(isolated) -> None:
     if isolated and not ISOLATED:
@@ -279,6 +282,7 @@ def test_a_prefix_is_one_full_name(prefix) -> None:
     assert "'model.layers.3'" in str(error.value)
 
 
+@pytest.mark.full
 def test_layers_treated_alike_share_inductors_cache() -> None:
     """Through Inductor: the second layer's kernels are the first's, the third's are its own."""
     model, x = Stack(3), inputs()

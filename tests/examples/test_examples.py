@@ -38,6 +38,7 @@ def check_llama(done: CompletedProcess[str], layers: int) -> None:
     assert 0 < both < 0.5
 
 
+@pytest.mark.full
 def test_llama_reports_errors_and_times() -> None:
     check_llama(run_example_here(*llama(1)), 1)
 
@@ -68,6 +69,7 @@ def test_llama_refuses_a_wrong_option() -> None:
     assert done.stderr.splitlines()[-1].startswith("llama.py: ")
 
 
+@pytest.mark.full
 def test_pass_time_saves_rows_that_grow(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     done = run_example_here(
@@ -124,6 +126,7 @@ def test_calibrate_wants_both_texts() -> None:
     assert "give both texts or neither: they must not overlap" in done.stderr
 
 
+@pytest.mark.full
 def test_quickstart_is_short_and_shows_what_it_says() -> None:
     assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 25
     done = run_example("quickstart.py")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import finetune
+import pytest
 import torch
 from reference import build_llama
 
 
+@pytest.mark.full
 def test_both_arms_train_from_the_calibrated_model() -> None:
     model = build_llama(layers=1)
     ids = torch.randint(0, 64, (6, 32), generator=torch.Generator().manual_seed(1))

@@ -82,6 +82,7 @@ def test_a_product_is_named_after_its_weight(name: str, prefix: str, train: bool
     assert report.skipped[0].detail == f"consumers off: {full}" and not said
 
 
+@pytest.mark.full
 @each_value(options={"inductor": {}, "freezing": {"freezing": True}}, name=list(PRODUCTS))
 def test_through_inductor(name: str, options: dict[str, Any]) -> None:
     model = Product(PRODUCTS[name])

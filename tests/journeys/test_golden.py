@@ -150,6 +150,7 @@ def traced_now(
     return {r.name: r for r in recordings}
 
 
+@pytest.mark.full
 @some(
     [
         "plain-llama-inference.aten",

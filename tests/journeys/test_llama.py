@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairwise import each_value, pairwise, some
+from pairwise import each_value, some
 from reference import (
     NORM_FED,
     Recipe,
@@ -67,6 +67,7 @@ USES = {
 }
 
 
+@pytest.mark.full
 @some(
     [
         "plain-torch.float32-training-2",
@@ -90,7 +91,7 @@ def test_two_norms_per_layer_are_fused(use, layers) -> None:
     assert report.graphs[0].name == ("training_0" if training else "inference_0")
 
 
-@pairwise(dtype=DTYPES, p=[1, 2, 3.5], gain=["fold", "activation"])
+@some(["torch.bfloat16-2-fold"], dtype=DTYPES, p=[1, 2, 3.5], gain=["fold", "activation"])
 def test_plain_logits_and_gradients_are_those_of_functional(dtype, p, gain) -> None:
     model = build_llama(dtype)
     reference = reference_of(model, Recipe(norm={"p": p}, gain=gain))
@@ -101,6 +102,7 @@ def test_plain_logits_and_gradients_are_those_of_functional(dtype, p, gain) -> N
     assert_gradients_equal(gradients, want_gradients)
 
 
+@pytest.mark.full
 @each_value(dtype=DTYPES, gradient=["true", "orthogonal", "paper"])
 def test_gradient_modes(dtype, gradient) -> None:
     model = build_llama(dtype)
@@ -123,6 +125,7 @@ def test_the_gradient_modes_differ_by_more_than_the_tolerance() -> None:
         )
 
 
+@pytest.mark.full
 @each_value(
     dtype=DTYPES,
     off=[("q_proj",), ("k_proj", "up_proj"), ("v_proj", "q_proj")],
@@ -142,6 +145,7 @@ def test_a_linear_that_is_off_reads_the_exact_norm(dtype, off, gradient) -> None
     assert not any(c.endswith(off) for s in report.fused for c in s.consumers)
 
 
+@pytest.mark.full
 def test_quantize_all_casts_every_linear_but_lm_head() -> None:
     model = build_llama()
     reference = reference_of(model, Recipe(every_linear=True))
@@ -181,6 +185,7 @@ def test_torchao_inference(mode) -> None:
     assert {s.format for s in report.fused} == {f"mxfp8 e4m3fn {mode} block 32"}
 
 
+@pytest.mark.full
 @some(["rceil", "even"], mode=["rceil", "floor", "ceil", "even"])
 def test_exact_changes_no_bit_of_a_torchao_model(mode) -> None:
     model = quantize_with_torchao(build_llama(torch.bfloat16), mode)
@@ -190,8 +195,11 @@ def test_exact_changes_no_bit_of_a_torchao_model(mode) -> None:
     assert torch.equal(got, infer(model))
 
 
-@pairwise(
-    dtype=DTYPES, mode=["rceil", "floor"], wgrad_with_hp={"mx-wgrad": False, "hp-wgrad": True}
+@some(
+    ["torch.bfloat16-rceil-mx-wgrad"],
+    dtype=DTYPES,
+    mode=["rceil", "floor"],
+    wgrad_with_hp={"mx-wgrad": False, "hp-wgrad": True},
 )
 def test_torchao_training(dtype, mode, wgrad_with_hp) -> None:
     model = build_llama(dtype, layers=1)
@@ -210,6 +218,7 @@ def test_torchao_training(dtype, mode, wgrad_with_hp) -> None:
     assert_gradients_equal(gradients, want_gradients)
 
 
+@pytest.mark.full
 @some(["torch.float32"], dtype=DTYPES)
 def test_exact_training_changes_no_bit(dtype) -> None:
     model = convert_to_mxfp8_training(build_llama(dtype, layers=1))
@@ -219,6 +228,7 @@ def test_exact_training_changes_no_bit(dtype) -> None:
     assert all(torch.equal(gradients[n], want_gradients[n]) for n in want_gradients)
 
 
+@pytest.mark.full
 def test_interpreter_gives_the_same_bits() -> None:
     model = build_llama()
     want, want_gradients = train(compiled(model), model)
@@ -227,6 +237,7 @@ def test_interpreter_gives_the_same_bits() -> None:
     assert all(torch.equal(gradients[n], want_gradients[n]) for n in want_gradients)
 
 
+@pytest.mark.full
 @each_value(training={"inference": False, "training": True}, dtype=DTYPES)
 def test_inductor_error_is_that_of_aot_eager(dtype, training) -> None:
     """Error against float64 at most 1.5 times that of the aot_eager result."""
@@ -251,6 +262,7 @@ def plain_inductor(gm: torch.fx.GraphModule, inputs: Any) -> Any:
     return compile_fx(gm, inputs, inner_compile=cpu_e8m0_support()(compile_fx_inner))
 
 
+@pytest.mark.full
 @some(["rceil"], mode=["rceil", "floor", "ceil"])
 def test_exact_through_inductor_is_no_worse_than_plain_inductor(mode) -> None:
     """Against the same casts of high-precision weights, a model without e8m0 inputs."""
@@ -270,6 +282,7 @@ def test_norm_fed_linears() -> None:
     assert {c.rsplit(".", 1)[1] for s in report.fused for c in s.consumers} == set(NORM_FED)
 
 
+@pytest.mark.full
 @each_value(estimator=["mxnorm", "exact"], dims=[(0,), (1,), (0, 1)])
 def test_dynamic_shapes_of_torchao_models(estimator, dims) -> None:
     """Symbolic sizes among a view's inputs hide no cast."""

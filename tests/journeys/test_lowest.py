@@ -62,6 +62,7 @@ def test_llama_without_an_option() -> None:
     assert relative_error(got, logits(reference_of(model, Recipe()))) < 0.05
 
 
+@pytest.mark.full
 def test_toggles() -> None:
     model = build_llama()
     assert torch.equal(run(model)[0], logits(reference_of(model, Recipe())))
@@ -73,6 +74,7 @@ def test_toggles() -> None:
     ]
 
 
+@pytest.mark.full
 def test_torchao_inference_changes_no_bit() -> None:
     model = quantize_with_torchao(build_llama(torch.bfloat16))
     got, report = run(model, quantize="existing", estimator="exact")
@@ -80,6 +82,7 @@ def test_torchao_inference_changes_no_bit() -> None:
     assert torch.equal(got, logits(model))
 
 
+@pytest.mark.full
 def test_training_step() -> None:
     model = build_llama().train()
     reference = reference_of(model, Recipe())
@@ -101,6 +104,7 @@ def test_trainer(tmp_path: Path) -> None:
     assert all(map(torch.equal, (step.loss for step in seen), repeat_by_hand(reference, seen)))
 
 
+@pytest.mark.full
 def test_lora() -> None:
     _, report = run(with_lora(rank=8))
     assert len(report.fused) == 4
@@ -131,6 +135,7 @@ def test_calibration_comparison_and_page(tmp_path: Path) -> None:
     assert all((tmp_path / name).stat().st_size > 0 for name in ("ratios.png", "report.html"))
 
 
+@pytest.mark.full
 def test_headline_example() -> None:
     sizes = ["--layers", "1", "--hidden", "64", "--tokens", "32", "--device", "cpu"]
     done = run_example_here("llama.py", *sizes, "--inner", "aot_eager", "--train", "1")

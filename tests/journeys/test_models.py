@@ -37,6 +37,7 @@ LATE_CAST = {*ONE_PLUS, "Olmo2RMSNorm", "GptOssRMSNorm", "RMSNorm"}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
+@pytest.mark.full
 @each_value(name=list(models.ARCHITECTURES), estimator=["mxnorm", "exact"], device=DEVICES)
 @torch.no_grad()
 def test_outputs_are_those_of_functional(name, estimator, device, monkeypatch) -> None:
@@ -87,6 +88,7 @@ def test_kernels_are_no_worse_than_their_decomposition(estimator, inner, monkeyp
     assert kernels <= 1.1 * error("aot_eager")
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_graph_breaks_in_the_experts() -> None:
     """The loop over experts depends on data: each graph reports the norms that it holds."""

@@ -10,6 +10,7 @@ pytestmark = expected_warnings
 README = ROOT / "examples" / "README.md"
 
 
+@pytest.mark.full
 @every_model
 def test_readme_has_the_row(name) -> None:
     rows = models.table_in(README.read_text()).splitlines()
@@ -21,6 +22,7 @@ def test_readme_has_a_row_for_each_architecture_in_order() -> None:
     assert [row.split(" | ")[0].strip("| ") for row in rows[2:]] == list(models.ARCHITECTURES)
 
 
+@pytest.mark.full
 def test_script_checks_and_writes_a_file(tmp_path, capsys) -> None:
     path = tmp_path / "page.md"
     path.write_text(f"before\n{models.BEGIN}\n\n{models.END}\nafter\n")

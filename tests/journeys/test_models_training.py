@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, get_args
 
+import pytest
 import torch
 from architectures import (
     BF16,
@@ -35,6 +36,7 @@ IN_BF16 = ["Llama", "Gemma-3", "DeepSeek-V3", "GPT-OSS", "T5"]
 GRADIENTS = get_args(Gradient)
 
 
+@pytest.mark.full
 @some(
     [
         "Llama-true",
@@ -52,6 +54,7 @@ def test_gradients_are_those_of_functional(name, gradient) -> None:
     check(name, F32, gradient, verify=gradient == "true")
 
 
+@pytest.mark.full
 @some(["Llama", "T5"], name=IN_BF16)
 def test_gradients_in_bf16(name) -> None:
     check(name, BF16, "true", verify=False)

@@ -240,6 +240,7 @@ def test_gain_computed_after_the_weights_cast() -> None:
     assert_same_bits(got, hand_cast_reference(model, x, "floor")[1:])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("view", ["none", "unsqueeze", "row by row"])
 def test_two_symbolic_sizes_of_a_norm_over_heads(view: str) -> None:
     """The cast's shape has both, and another rank than what the norm normalises."""

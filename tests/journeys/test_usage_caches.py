@@ -71,6 +71,7 @@ def assert_equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
 # Cold and warm
 
 
+@pytest.mark.full
 @each_value(
     autograd_cache={"FX graph": False, "AOTAutograd": True},
     train={"inference": False, "training": True},
@@ -92,6 +93,7 @@ def test_a_second_compile_hits_the_cache(autograd_cache: bool, train: bool) -> N
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.full
 def test_a_warm_compile_with_dynamic_shapes() -> None:
     """The first compile starts over, for eps is a graph input at first."""
     reports, outputs = [], []
@@ -108,6 +110,7 @@ def test_a_warm_compile_with_dynamic_shapes() -> None:
     assert len(reports[0].graphs) == len(reports[0].fused) == 1
 
 
+@pytest.mark.full
 def test_cache_artifacts_of_another_machine(tmp_path, monkeypatch) -> None:
     """They bring compiled code and no report, which is then traced anew."""
     cold, cold_report = compile_and_run(Block())
@@ -125,6 +128,7 @@ def test_cache_artifacts_of_another_machine(tmp_path, monkeypatch) -> None:
 # Several configs in one process
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::mxnorm_pass.MXNormWarning")
 @some(["inference"], train={"inference": False, "training": True})
 def test_configs_do_not_share_cache_entries(train: bool) -> None:
@@ -154,6 +158,7 @@ def test_configs_do_not_share_cache_entries(train: bool) -> None:
         torch.testing.assert_close(want[0], eager[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.full
 def test_gradient_modes_do_not_share_cache_entries() -> None:
     """They differ in the gradient of the norm's input alone."""
     true, paper = (compile_and_run(Block(), True, gradient=g)[0] for g in ("true", "paper"))
@@ -162,6 +167,7 @@ def test_gradient_modes_do_not_share_cache_entries() -> None:
     assert_equal([true[0], *true[2:]], [paper[0], *paper[2:]])
 
 
+@pytest.mark.full
 def test_a_second_compile_of_one_model_with_other_options() -> None:
     """Without a reset in between, as in a notebook."""
     model = build_llama(layers=1)
@@ -179,6 +185,7 @@ def test_a_second_compile_of_one_model_with_other_options() -> None:
             assert torch.equal(got, want), p
 
 
+@pytest.mark.full
 def test_a_general_p_through_inductor() -> None:
     """Wide enough that Inductor keeps the reductions over blocks as loops."""
     torch.manual_seed(0)
@@ -213,6 +220,7 @@ class TwoSites(nn.Module):
         return self.two(late(self.one(early(x))))
 
 
+@pytest.mark.full
 @some(["inference"], train={"inference": False, "training": True})
 def test_equal_graphs_of_the_same_modules_in_another_order(train: bool) -> None:
     """``modules`` selects by name, and the graph's code does not say which norm came first."""
@@ -224,6 +232,7 @@ def test_equal_graphs_of_the_same_modules_in_another_order(train: bool) -> None:
         assert [site.norm for site in report.fused] == list(order)
 
 
+@pytest.mark.full
 def test_torchao_weights_of_another_scale_mode() -> None:
     """The classes, shapes and the graph's code are the same."""
     for hits in (0, 1):
@@ -261,6 +270,7 @@ def given(where: str, passes: Any) -> tuple[AbstractContextManager[Any], dict[st
     return inductor_config.patch(joint_custom_pre_pass=passes), {}
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::mxnorm_pass.MXNormWarning")
 @some(
     ["pass-options", "function-global"],
@@ -298,6 +308,7 @@ def as_list(passes: Any) -> list[Any]:
     return list(passes) if isinstance(passes, (list, tuple)) else [passes]
 
 
+@pytest.mark.full
 def test_passes_in_options_replace_the_global_ones_as_in_inductor() -> None:
     ran: list[str] = []
     with inductor_config.patch(joint_custom_pre_pass=lambda graph: ran.append("global")):
@@ -321,6 +332,7 @@ def in_threads(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
         return list(pool.map(run_job, jobs))
 
 
+@pytest.mark.full
 def test_threads_that_compile_other_options_and_models() -> None:
     settings = inductor_config.save_config_portable()
     tables = [dict(cpp_utils.DTYPE_TO_CPP), dict(cpp_utils.DTYPE_TO_ATEN)]

@@ -36,6 +36,7 @@ import mxnorm_pass
 # Shapes
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("how", "dim"),
     [
@@ -63,6 +64,7 @@ def test_twenty_sizes_take_no_more_compiles_than_two(how: str, dim: int) -> None
     assert counters["stats"]["unique_graphs"] == len(report.graphs)
 
 
+@pytest.mark.full
 def test_inductor_compiles_once_for_all_lengths() -> None:
     block = Block()
     compiled = torch.compile(block, backend="mxnorm", dynamic=True)
@@ -89,6 +91,7 @@ def test_another_eps_is_compiled_as_a_number_again() -> None:
 # Modes of torch
 
 
+@pytest.mark.full
 @each_value(fullgraph=[False, True], mode=[torch.no_grad, torch.inference_mode])
 def test_grad_modes_and_fullgraph(fullgraph: bool, mode: Callable[[], Any]) -> None:
     model = build_llama()
@@ -101,6 +104,7 @@ def test_grad_modes_and_fullgraph(fullgraph: bool, mode: Callable[[], Any]) -> N
     assert_every_graph_fuses(report, graphs=1)
 
 
+@pytest.mark.full
 def test_inference_mode_after_training_and_back() -> None:
     """Each mode has a graph of its own, and none runs in the place of another."""
     model = build_llama(layers=1)
@@ -139,6 +143,7 @@ def test_padding_mask() -> None:
     assert_every_graph_fuses(report)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("cache", "padded"), [("dynamic", False), ("static", False), ("static", True)]
 )
@@ -260,6 +265,7 @@ def test_mode_and_options_together_are_refused_by_torch() -> None:
         torch.compile(Block(), backend="mxnorm", mode="reduce-overhead", options={"p": 1})
 
 
+@pytest.mark.full
 @some(["reduce-overhead"], mode=["reduce-overhead", "max-autotune"])
 def test_modes_reach_inductor(mode: str) -> None:
     seen: list[dict[str, Any]] = []
@@ -289,6 +295,7 @@ def test_a_global_setting_that_turns_off_our_stage_is_refused() -> None:
 # Weights
 
 
+@pytest.mark.full
 @some(["option"], through=["option", "global"])
 def test_freezing_casts_weights_once_and_sees_new_ones(through: str) -> None:
     block, x = Block(), inputs(4, 64)

@@ -168,6 +168,7 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     return list(torch.randint(0, 64, (count, 2, 2, 16), generator=generator))
 
 
+@pytest.mark.full
 def test_accumulation_steps_and_evaluation_follow_the_reference() -> None:
     """Bit for bit in bf16, where both sides make the same roundings."""
     model = build_llama(BF16, layers=1)
@@ -184,6 +185,7 @@ def test_accumulation_steps_and_evaluation_follow_the_reference() -> None:
     assert not torch.equal(model.lm_head.weight, start)
 
 
+@pytest.mark.full
 @some(["model.compile"], in_place={"torch.compile": False, "model.compile": True})
 def test_a_saved_run_continues_as_if_never_interrupted(in_place) -> None:
     def start() -> tuple[Any, nn.Module, torch.optim.Optimizer]:
@@ -215,6 +217,7 @@ def test_a_saved_run_continues_as_if_never_interrupted(in_place) -> None:
     assert torch.equal(torch.stack(got), torch.stack(want))
 
 
+@pytest.mark.full
 def test_training_on_changing_batches_compiles_twice() -> None:
     model = build_llama(layers=1)
     reference = reference_of(model, Recipe())
@@ -260,6 +263,7 @@ FROZEN = [
 ]
 
 
+@pytest.mark.full
 @some(["norm", "q_proj+up_proj"], frozen={"+".join(names): names for names in FROZEN})
 def test_frozen_parameters(frozen) -> None:
     model = build_llama()
@@ -272,6 +276,7 @@ def test_frozen_parameters(frozen) -> None:
     assert_step_is_that_of(reference, got, gradients, F32)
 
 
+@pytest.mark.full
 def test_tied_embeddings_with_a_fused_head() -> None:
     model = build_llama(tie_word_embeddings=True)
     reference = reference_of(model, Recipe(head=True))
@@ -283,6 +288,7 @@ def test_tied_embeddings_with_a_fused_head() -> None:
     assert_step_is_that_of(reference, got, gradients, F32)
 
 
+@pytest.mark.full
 def test_one_layer_used_twice() -> None:
     model = build_llama()
     model.model.layers[1] = model.model.layers[0]
@@ -309,6 +315,7 @@ def lora_sites(adapters: bool) -> list[tuple[str, tuple[str, ...]]]:
     return sites
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_lora_adapters_that_are_off_read_the_exact_norm(dropout) -> None:
     model = with_lora(8, dropout)
@@ -322,6 +329,7 @@ def test_lora_adapters_that_are_off_read_the_exact_norm(dropout) -> None:
     assert_step_is_that_of(reference, got, gradients, F32)
 
 
+@pytest.mark.full
 def test_lora_adapters_that_are_named_are_fused() -> None:
     model = with_lora(32)
     reference = reference_of(model, Recipe(also=("lora_A",)))
@@ -334,6 +342,7 @@ def test_lora_adapters_that_are_named_are_fused() -> None:
 # Trainers
 
 
+@pytest.mark.full
 def test_huggingface_trainer_on_a_compiled_model(tmp_path) -> None:
     """Bit for bit the loop below, which runs the reference model."""
     model = build_llama(BF16, layers=1, use_cache=False)
@@ -348,6 +357,7 @@ def test_huggingface_trainer_on_a_compiled_model(tmp_path) -> None:
         assert torch.equal(a, b), name
 
 
+@pytest.mark.full
 def test_compiled_autograd_leaves_the_backward_as_it_is() -> None:
     """It hands the backward to the backend as a graph of its own, without names.
 
@@ -385,6 +395,7 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("optimize", [True, False], ids=["one bucket", "optimize_ddp off"])
 def test_ddp(process_group, monkeypatch, optimize) -> None:
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 2**20 if optimize else 1000)
@@ -397,6 +408,7 @@ def test_ddp(process_group, monkeypatch, optimize) -> None:
     assert_step_is_that_of(reference, got, gradients, F32)
 
 
+@pytest.mark.full
 def test_ddp_in_buckets_keeps_names_and_bits(process_group, monkeypatch) -> None:
     """Dynamo cuts the graph at DDP's buckets, here between the linears that share a norm."""
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
@@ -414,6 +426,7 @@ def test_ddp_in_buckets_keeps_names_and_bits(process_group, monkeypatch) -> None
     assert_gradients_equal(gradients, want_gradients)
 
 
+@pytest.mark.full
 def test_fully_sharded_layers_that_are_compiled_one_by_one(process_group) -> None:
     model = build_llama()
     reference = reference_of(model, Recipe())

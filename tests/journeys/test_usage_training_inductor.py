@@ -73,6 +73,7 @@ def test_trainer_and_tied_embeddings_on_a_model_compiled_in_place(tmp_path) -> N
     assert errors["inductor"] <= 1.5 * errors["aot_eager"], errors
 
 
+@pytest.mark.full
 def test_compiled_autograd_changes_no_gradient() -> None:
     """The backward is compiled by itself, and its matmuls stay as they are."""
     torch.manual_seed(0)

@@ -123,6 +123,7 @@ def test_mutated_inputs_and_buffers(train: bool) -> None:
     assert site.reason is (SkipReason.BACKWARD if train else None)
 
 
+@pytest.mark.full
 def test_freezing_keeps_guards_on_shared_storage() -> None:
     """Two inputs of one storage are compiled for, and not taken for two that share none."""
 
@@ -167,6 +168,7 @@ def test_a_foreign_tensor_subclass_is_left_alone(where: str, inner: str) -> None
 # torchao models
 
 
+@pytest.mark.full
 def test_generate_with_torchao_weights() -> None:
     model = build_llama(torch.bfloat16, layers=1)
     recipe = Recipe(gain="activation", every_linear=True)
@@ -186,6 +188,7 @@ class Product(Block):
         return self.norm(x) @ self.linear.weight.t()
 
 
+@pytest.mark.full
 def test_product_with_a_frozen_weight() -> None:
     block, x = Product(), inputs(2, 8, 64)
     with torch.no_grad(), mxnorm_pass.record() as report:

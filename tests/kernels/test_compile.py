@@ -71,6 +71,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.full
 @each_value(capability=CAPABILITIES, variant=VARIANTS)
 def test_variants_compile(variant: dict[str, Any], capability: int) -> None:
     ptx = compiled_norm_cast(capability, **({"width": 2048} | variant)).ptx
@@ -103,6 +104,7 @@ def test_default_configurations(default: tuple[int, int], options: dict[str, Any
     assert kernel.spilled_bytes == 0, kernel.log
 
 
+@pytest.mark.full
 def test_what_the_checks_would_see() -> None:
     """A row that is too large for its registers spills, and strided columns load one by one."""
     config = RowTiling(rows=2, chunks=1, warps=4)
@@ -114,6 +116,7 @@ def test_what_the_checks_would_see() -> None:
     assert set(narrow.load_bits) != {128}
 
 
+@pytest.mark.full
 @each_value(
     default=[(HOPPER, 4096), (HOPPER, 8192), (BLACKWELL, 4096)],
     reads={"gain": (True, False), "x alone": (False, False), "gain and residual": (True, True)},
@@ -134,6 +137,7 @@ def test_both_directions(default: tuple[int, int], reads: tuple[bool, bool]) -> 
     assert set(kernel.load_bits) == {128}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("width", [4096, 8192, 16384])
 def test_wide_rows_are_asked_for_in_advance(width: int) -> None:
     x = torch.empty(4096, width, dtype=BF16, device="meta")

@@ -18,8 +18,8 @@ from paths import PACKAGE, ROOT, TESTS
 
 INTERPRETED = TESTS / "kernels" / "interpreted"
 FILES = sorted(INTERPRETED.glob("test_*.py"))
-# Those that import a product of which the default run takes a part.
-WITH_MORE = [path for path in FILES if "from pairwise import" in path.read_text()]
+# Those of which the default run takes a part.
+WITH_MORE = [p for p in FILES if re.search("from pairwise import|mark.full", p.read_text())]
 
 
 def test_in_the_interpreter() -> None:

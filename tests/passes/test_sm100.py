@@ -118,6 +118,7 @@ def is_converted(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and "lm_head" not in name
 
 
+@pytest.mark.full
 @pairwise(
     estimator=["mxnorm", "exact"],
     length={"padded": 16, "whole tiles": 128},

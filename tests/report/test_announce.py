@@ -69,6 +69,7 @@ def artifacts_of(log: str) -> Iterator[Artifact]:
             yield Artifact(compile_id, artifact["name"], artifact["encoding"], payload)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "compile_id, inductor", [(COLD, "fx_graph_cache_miss"), (WARM, "fx_graph_cache_hit")]
 )

@@ -86,6 +86,7 @@ def llama() -> Report:
     return mxnorm_pass.explain(model, **example_inputs(model))
 
 
+@pytest.mark.full
 def test_parts_of_a_fused_and_a_skipped_site(llama) -> None:
     fused, skipped = llama.sites[1], llama.sites[-1]
     assert "aten.rsqrt.default" in of_part(fused.before, "norm")

@@ -53,6 +53,7 @@ def emulated_logits(model: nn.Module, emulation: Emulation, ids: Tensor) -> Tens
         return call(ids, use_cache=False).logits
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "dtype, gain",
     [(FP32, "activation"), pytest.param(BF16, "fold", marks=pytest.mark.full)],
@@ -123,6 +124,7 @@ def test_block_weights_estimate_what_the_constant_misses(p: float, gain: float) 
         assert calibrated.log().abs().mean() < gaussian.log().abs().mean() / gain
 
 
+@pytest.mark.full
 def test_the_model_is_left_as_it_was_and_gives_the_same_again() -> None:
     model = outlier_llama().train()
     model.model.layers[0].eval()
@@ -138,6 +140,7 @@ def test_the_model_is_left_as_it_was_and_gives_the_same_again() -> None:
     assert mxnorm_pass.calibrate(torch.compile(model, backend="mxnorm"), batches()) == calibration
 
 
+@pytest.mark.full
 def test_a_model_that_fails_is_left_as_it_was_too() -> None:
     model = outlier_llama()
     wrong = [*batches(3), {"input_ids": torch.full((1, 4), 64)}]
@@ -146,6 +149,7 @@ def test_a_model_that_fails_is_left_as_it_was_too() -> None:
     assert not any("forward" in m.__dict__ or m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.full
 def test_norms_fall_back_until_the_loss_is_within_its_budget() -> None:
     model = outlier_llama()
     free = mxnorm_pass.calibrate(model, batches(), max_loss_increase=1e6)
@@ -162,6 +166,7 @@ def test_norms_fall_back_until_the_loss_is_within_its_budget() -> None:
     assert losses[1] <= losses[0] * (1 + 1e-5)
 
 
+@pytest.mark.full
 def test_modules_and_formats_are_those_of_the_options() -> None:
     model = outlier_llama()
     options = {
@@ -225,6 +230,7 @@ def test_a_wrong_budget(increase: float) -> None:
         mxnorm_pass.calibrate(outlier_llama(), batches(), max_loss_increase=increase)
 
 
+@pytest.mark.full
 def test_a_loss_that_is_not_finite() -> None:
     model = outlier_llama()
     with torch.no_grad():

@@ -71,6 +71,7 @@ CASES = [
 ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype, p, gain", CASES, ids=str)
 def test_logits_and_gradients_are_those_of_functional(dtype: Any, p: float, gain: str) -> None:
     model, made = build_llama(dtype), calibration(p, exact=NORMS[1:2])
@@ -83,6 +84,7 @@ def test_logits_and_gradients_are_those_of_functional(dtype: Any, p: float, gain
     assert not torch.equal(want, infer(other))
 
 
+@pytest.mark.full
 def test_orthogonal_gradient() -> None:
     model, made = build_llama(), calibration()
     reference = reference_of(model, recipe(made, gradient="orthogonal"))
@@ -92,6 +94,7 @@ def test_orthogonal_gradient() -> None:
     assert_gradients_equal(gradients, want_gradients)
 
 
+@pytest.mark.full
 def test_quantised_weights() -> None:
     made = calibration()
     model = build_llama(BF16, layers=1)
@@ -159,6 +162,7 @@ def test_inductor_trains() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("options", [{"inner": "eager"}, {"inner": "inductor", "freezing": True}])
 def test_inference(options: dict[str, Any]) -> None:
     block, made, x = Block(), block_calibration(), inputs(4, 64)
@@ -178,6 +182,7 @@ def test_dynamic_shapes() -> None:
     assert len(report.graphs) == 1
 
 
+@pytest.mark.full
 def test_a_warm_cache_knows_its_calibration(tmp_path: Any) -> None:
     block, x, path = Block(), inputs(4, 64), tmp_path / "calibration"
     for seed, warm in ((0, False), (1, False), (0, True), (1, True)):

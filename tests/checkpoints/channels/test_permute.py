@@ -86,6 +86,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.full
 @some(["Llama", "tied bf16", "Gemma-2", "Qwen3-MoE"], name=list(MODELS))
 def test_the_function_stays_and_the_inverse_restores_all_bits(name: str) -> None:
     model, order = MODELS[name](), some_order()

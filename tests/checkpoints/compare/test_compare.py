@@ -60,6 +60,7 @@ def loss_and_logits(model: Any, batch: dict[str, Tensor]) -> tuple[float, Tensor
     return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), targets)), logits
 
 
+@pytest.mark.full
 def test_losses_and_divergences(model: nn.Module, comparison: Comparison) -> None:
     batch = batch_of(model)
     exact = Recipe(norm={"estimator": "exact"}, gain="activation")
@@ -113,6 +114,7 @@ def test_a_site() -> None:
     assert found.loss is None and site.loss_increase is None and not found.steps
 
 
+@pytest.mark.full
 def test_turning_the_worst_off_gives_the_predicted_loss(
     model: nn.Module, comparison: Comparison
 ) -> None:
@@ -128,6 +130,7 @@ def test_turning_the_worst_off_gives_the_predicted_loss(
         assert abs(loss - step.loss) <= 0.1 * increase
 
 
+@pytest.mark.full
 def test_a_calibration_and_single_norms(model: nn.Module) -> None:
     """Weights that are the Gaussian's change nothing; exact norms are exact."""
     names = [f"model.layers.{i}.{n}_layernorm" for i in (0, 1) for n in ("input", "post_attention")]
@@ -180,6 +183,7 @@ def test_wrong_batches(model: nn.Module) -> None:
         mxnorm_pass.compare(model, ROWS, {"estimater": "exact"})
 
 
+@pytest.mark.full
 def test_models_that_compare_refuses(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="fuses no norm"):
         mxnorm_pass.compare(nn.Sequential(nn.Linear(64, 64)), inputs(1, 2, 64))
@@ -219,6 +223,7 @@ def test_padding_does_not_count(model: nn.Module) -> None:
         assert a.ratio.token == (row + 1, position + 4)
 
 
+@pytest.mark.full
 def test_a_batch_of_padding_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="all padding"):
         mxnorm_pass.compare(model, {"input_ids": ROWS, "attention_mask": torch.zeros_like(ROWS)})

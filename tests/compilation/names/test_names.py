@@ -66,6 +66,7 @@ def explained(
         return model, mxnorm_pass.explain(model, **inputs, options=options)
 
 
+@pytest.mark.full
 @some(["Llama", "Gemma-3", "Mixtral", "T5", "DeepSeek-V3"], name=list(models.ARCHITECTURES))
 def test_names_of_every_architecture(name: str) -> None:
     model, report = explained(name)

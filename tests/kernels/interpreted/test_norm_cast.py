@@ -165,6 +165,7 @@ def test_special_gains(estimator: Any, mode: str, elem_dtype: torch.dtype) -> No
     assert_same_bits(dequantized, expected, "dequantized")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("p", [2.0, 1.5, 3.0])
 def test_chunks_of_very_different_size(p: float) -> None:
     """What a chunk leaves behind survives a chunk that is larger by any factor."""

@@ -112,6 +112,7 @@ def test_edge_cases(case: EdgeCase, dtype: torch.dtype, estimator, mode, elem_dt
 dtypes = st.sampled_from([F32, BF16, F16])
 
 
+@pytest.mark.full
 @settings(max_examples=examples(20), deadline=None, derandomize=True)
 @given(
     blocks=st.tuples(st.integers(1, 5), st.integers(1, 11)),
@@ -155,6 +156,7 @@ def test_any_options(
     check(results, total, weight, spec, gain_in_rows, block_weights)
 
 
+@pytest.mark.full
 def test_results_do_not_depend_on_the_lag() -> None:
     x, weight = noise(416, 288).to(BF16), noise(288)
     configs = [replace(SMALL[1], lag=lag) for lag in (1, 2, 3, 4, 24)]
@@ -174,12 +176,14 @@ def test_dequantised_rows() -> None:
         assert all(bits_equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
+@pytest.mark.full
 def test_rows_in_chunks() -> None:
     x, weight = noise(160, 288).to(BF16), noise(288).to(BF16)
     config = Tiling(RowTiling(rows=32, chunks=4, warps=4), columns=64, lag=1)
     check(norm_cast_both(x, weight, None, SPEC, True, config=config), x, weight, SPEC)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_one_row_per_program(chunks: int) -> None:
     x, weight = noise(32, 64).to(BF16), noise(64).to(BF16)
@@ -187,6 +191,7 @@ def test_one_row_per_program(chunks: int) -> None:
     check(norm_cast_both(x, weight, None, SPEC, True, config=config), x, weight, SPEC)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("layout", ["row-major", "blocked"])
 def test_leading_dimensions_keep_their_shape(layout: str) -> None:
     spec = spec_with(SPEC, scale_layout=layout)
@@ -219,6 +224,7 @@ def test_what_is_not_covered_says_why(rows: int, changes: dict[str, int], words:
     assert coverage.uncovered_both(near, covered) == coverage.uncovered(near, covered)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("elem_dtype", [E4M3, E5M2], ids=str)
 def test_bfloat16_times_a_scale_may_be_rounded_to_bfloat16(elem_dtype: torch.dtype) -> None:
     """Compiled kernels multiply so: a product is exact, or float8 takes it for zero."""

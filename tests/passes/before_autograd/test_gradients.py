@@ -44,6 +44,7 @@ def test_gradients_are_those_of_functional(program: type[Program]) -> None:
     assert_same_step(found, expected(model, x), model.lin.weight.dtype)
 
 
+@pytest.mark.full
 @some(["HookOnTheOutput"], program=[HookOnTheOutput, Detached, Thresholds])
 def test_gradients_through_inductor(program: type[Program]) -> None:
     model, x = program(), inputs(32)

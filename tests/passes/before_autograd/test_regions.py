@@ -105,6 +105,7 @@ TOGGLES: dict[str, tuple[dict[str, Any], dict[int, str]]] = {
 }
 
 
+@pytest.mark.full
 @each_value(
     toggle=TOGGLES,
     train={"inference": False, "training": True},
@@ -189,6 +190,7 @@ class Cond(nn.Module):
         return torch.cond(x.sum() > -1e9, lambda t: self.shallow(t), lambda t: self.deep(t), (x,))
 
 
+@pytest.mark.full
 @some(["inductor"], inner=["aot_eager", "inductor"])
 def test_branches_in_inference(inner: str) -> None:
     model, x = Cond(), inputs()

@@ -109,6 +109,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.full
 @some(
     ["huggingface-exact", "fp32-mxnorm", "floor-mxnorm"],
     model=MODELS,
@@ -127,6 +128,7 @@ def test_changes_no_bit(model: dict[str, Any], estimator: str, monkeypatch: Any)
         assert_same_step(got, step(module, x, backend="aot_eager"))
 
 
+@pytest.mark.full
 @some(
     ["gain"],
     options={"p": {"p": 1}, "gain": {"gain": "activation"}, "gradient": {"gradient": "orthogonal"}},
@@ -146,6 +148,7 @@ def test_a_norm_that_rounds_on_its_way_changes_no_bit(monkeypatch: Any) -> None:
     assert_same_step(got, step_without(monkeypatch, module, x))
 
 
+@pytest.mark.full
 @some(["mxnorm"], estimator=["mxnorm", "exact"])
 def test_each_format_has_its_own_casts(estimator: str, monkeypatch: Any) -> None:
     module, x = Site(other_mode="floor"), rows()
@@ -186,11 +189,13 @@ def test_step_is_that_of_functional(p: float, gain: str) -> None:
     assert_close(pair, wanted, ("x", "gain"), GRADIENT_TOLERANCE[BF16])
 
 
+@pytest.mark.full
 @some(["mxnorm"], estimator=["mxnorm", "exact"])
 def test_high_precision_weight_gradient_keeps_one_direction(estimator: str) -> None:
     assert step(Site(hp_wgrad=True), rows(), estimator=estimator).fused_ops == IN_ROWS
 
 
+@pytest.mark.full
 @some(["mxnorm"], estimator=["mxnorm", "exact"])
 def test_symbolic_number_of_rows_keeps_one_direction(estimator: str) -> None:
     module, x = Site(), rows(2, 32)
@@ -199,6 +204,7 @@ def test_symbolic_number_of_rows_keeps_one_direction(estimator: str) -> None:
     assert_same_step(got, step(module, x, estimator=estimator))
 
 
+@pytest.mark.full
 @some(["mxnorm"], estimator=["mxnorm", "exact"])
 def test_consumer_that_is_off_casts_the_exact_output(estimator: str, monkeypatch: Any) -> None:
     module, x = Site(), rows()
@@ -213,6 +219,7 @@ def test_consumer_that_is_off_casts_the_exact_output(estimator: str, monkeypatch
 # What is kept for the backward
 
 
+@pytest.mark.full
 @some(["mxnorm"], estimator=["mxnorm", "exact"])
 def test_the_forward_saves_one_cast_for_all_and_no_output(estimator: str, monkeypatch: Any) -> None:
     module, x = Site(), rows()
@@ -238,6 +245,7 @@ class Checkpointed(nn.Module):
         return checkpoint(self.site, x * 2, use_reentrant=False)
 
 
+@pytest.mark.full
 @some(["exact"], estimator=["mxnorm", "exact"])
 def test_checkpointing_recomputes_both_casts(estimator: str, monkeypatch: Any) -> None:
     module, x = Checkpointed(), rows()

@@ -43,6 +43,7 @@ def flat(model: Model) -> Model:
     return twin
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "spelling, mode",
     [

@@ -146,6 +146,7 @@ def test_a_tensor_added_to_itself(train: bool, unfused) -> None:
     check(unfused, Block(lambda x, y: x + x), pair(train=train), True, train=False)
 
 
+@pytest.mark.full
 @in_both_modes
 def test_dynamic_number_of_tokens(train: bool, unfused) -> None:
     model, args = Block(), pair(train=train)
@@ -335,6 +336,7 @@ def residuals(sites: Sequence[Site]) -> list[bool]:
     return [s.residual for s in sites]
 
 
+@pytest.mark.full
 @each_value(kind=["plain", "torchao", "torchao-training"], estimator=["mxnorm", "exact"])
 def test_llama_inference(kind: str, estimator: str, unfused) -> None:
     model = llama(kind)
@@ -349,6 +351,7 @@ def test_llama_inference(kind: str, estimator: str, unfused) -> None:
     assert torch.equal(got, unfused(infer))
 
 
+@pytest.mark.full
 @some(["mxnorm-plain"], estimator=["mxnorm", "exact"], kind=["plain", "torchao-training"])
 def test_llama_training(kind: str, estimator: str, unfused) -> None:
     model = llama(kind)
@@ -365,6 +368,7 @@ def test_llama_training(kind: str, estimator: str, unfused) -> None:
     assert all(torch.equal(got_gradients[n], want_gradients[n]) for n in want_gradients)
 
 
+@pytest.mark.full
 def test_export(unfused) -> None:
     model = build_llama(layers=1).eval()
 
@@ -400,6 +404,7 @@ def saved(run: Callable[[], Any], parameters: nn.Module) -> list[tuple[object, .
     return sorted(kept.values(), key=str)
 
 
+@pytest.mark.full
 @some(["checkpointed"], checkpointing={"plain": False, "checkpointed": True})
 def test_what_llama_saves(checkpointing: bool, unfused) -> None:
     """A checkpointed layer adds its own first sum, and no layer the sum of the one before."""
@@ -452,6 +457,7 @@ def keep_sums() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("where", "arguments", "fuses"),
     [

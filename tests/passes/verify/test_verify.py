@@ -145,6 +145,7 @@ def test_a_wrong_gradient_of_another_kind_is_found(
         verified(Stack(), x_of(), gradient=gradient)
 
 
+@pytest.mark.full
 def test_a_wrong_rewrite_of_a_shared_body_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong_derivative(monkeypatch)
     with pytest.raises(VerificationError, match="is not the derivative"):
@@ -166,6 +167,7 @@ def test_models_with_gradients_of_their_own_pass(program: type[Program]) -> None
     assert report.fused and not report.skipped
 
 
+@pytest.mark.full
 @each_value(inner=["aot_eager", "inductor"], layer=[SharedLayer, OwnGradients])
 def test_bodies_and_functions_pass(layer: type[Layer], inner: str) -> None:
     assert len(verified(Stack(layer), x_of(), inner=inner).fused) == 2
@@ -192,6 +194,7 @@ class Loop(Layer):
         return i + 1, super().forward(z)
 
 
+@pytest.mark.full
 @pairwise(dtype=[F32, BF16], body=[Branch, Loop], estimator=["mxnorm", "exact"])
 def test_branches_and_loops_pass(body: type[Layer], dtype: torch.dtype, estimator: str) -> None:
     class Both(Stack):
@@ -207,6 +210,7 @@ def test_bf16_passes() -> None:
     assert len(verified(Stack(lambda: Layer(BF16)), x_of(BF16)).fused) == 2
 
 
+@pytest.mark.full
 @some(
     ["mxnorm-plain"],
     estimator=["mxnorm", "exact"],

@@ -21,7 +21,7 @@ from mxnorm_pass.graph.nodes import aten, is_call, is_view, prims, tensor_of
 from mxnorm_pass.numerics.e8m0 import round_up_to_e8m0
 
 CONSTANTS = frozenset({aten.full.default, aten.scalar_tensor.default, aten.full_like.default})
-_REDUCTIONS = frozenset({aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim})
+_REDUCTIONS = frozenset({aten.amax.default, aten.amin.default})
 _EVALUATED = frozenset(
     {
         prims.convert_element_type.default,
@@ -178,7 +178,5 @@ def _block_reduction(node: fx.Node, encode: Callable[[Any], Any]) -> _Step | Non
     if source is None or len(dims) != 1 or not isinstance(dims[0], int):
         return None
     if dims[0] % source.ndim != source.ndim - 1:
-        return None
-    if node.target not in (aten.amax.default, aten.amin.default):
         return None
     return _Step(node.target, (encode(node.args[0]), (-1,), True), ())

@@ -230,6 +230,7 @@ def test_a_checkpointed_region_dequantises_for_itself() -> None:
 # Llama
 
 
+@pytest.mark.full
 @some(["inference"], training={"inference": False, "training": True})
 def test_llama(training: bool) -> None:
     """All that reads a fused norm's values and scales is one op."""

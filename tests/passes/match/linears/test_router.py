@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
-from matching import F32, WIDTH, expected_warnings, inputs
+from matching import F32, TRAIN, WIDTH, expected_warnings, inputs
 from pairwise import each_value
 from torch import Tensor, nn
 
@@ -123,9 +122,9 @@ OTHERS: dict[str, tuple[Forward, set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("read, fused", OTHERS.values(), ids=list(OTHERS))
-def test_other_linears_are_no_router(read: Forward, fused: set[str], train: bool) -> None:
+@each_value(case=OTHERS, train=TRAIN)
+def test_other_linears_are_no_router(case: tuple[Forward, set[str]], train: bool) -> None:
+    read, fused = case
     assert consumers(read, train) == fused
 
 

@@ -100,6 +100,7 @@ FLOATS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.full
 @each_value(rho=FLOATS, train=TRAIN)
 def test_numbers_that_are_computed_from_floats(
     rho: Callable[[Any, Tensor], Tensor], train: bool

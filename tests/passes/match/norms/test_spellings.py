@@ -53,6 +53,7 @@ def explained(model: nn.Module, *args: Tensor, inner: str = "aot_eager") -> Repo
     return mxnorm_pass.explain(model, *args, options={"inner": inner})
 
 
+@pytest.mark.full
 @functions(UNUSUAL | WITHOUT_EPS)
 def test_fuses_as_inductor_decomposes_it(function: NormFunction) -> None:
     site = only_site(explained(Model(function), inputs(), inner="inductor"))
