@@ -96,6 +96,7 @@ def test_a_compile_needs_torch_alone(printed_without_packages) -> None:
     assert [head.split(": ")[1] for head in heads] == kinds
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("message, extra", MISSED.values())
 def test_what_is_missing_is_named_with_its_extra(
     message: str, extra: str, printed_without_packages
@@ -104,6 +105,7 @@ def test_what_is_missing_is_named_with_its_extra(
     assert said in printed_without_packages
 
 
+@pytest.mark.full
 def test_the_command_line_says_so_in_one_line(printed_without_packages) -> None:
     assert printed_without_packages[-2:] == [
         "python -m mxnorm_pass explain: error: a model's config needs transformers, which is not "

@@ -102,6 +102,7 @@ def _described_outputs(graph: fx.Graph) -> list[object]:
     return [(v.shape, v.stride(), v.dtype, v.device) for v in values]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("file", [f for f in sorted(INDEX.graphs) if not f.startswith("sm100")])
 def test_exact_estimator_changes_no_bit_of_a_recorded_graph(file: str) -> None:
     case, kind, *_ = file.split(".")

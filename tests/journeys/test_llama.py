@@ -172,7 +172,7 @@ def test_formats_of_inserted_casts(mode, elem_dtype) -> None:
     assert torch.equal(infer(compiled(model, **options)), want)
 
 
-@some(["rceil", "floor"], mode=["rceil", "floor", "ceil", "even"])
+@some(["rceil"], mode=["rceil", "floor", "ceil", "even"])
 def test_torchao_inference(mode) -> None:
     model = build_llama(torch.bfloat16)
     recipe = Recipe(cast={"scale_mode": mode}, gain="activation", every_linear=True)

@@ -93,6 +93,7 @@ def test_artifacts_stand_beside_inductors(
     assert "trace_script.py" in rows[1]["near_miss"]["source"]
 
 
+@pytest.mark.full
 def test_one_set_of_artifacts_per_compile(trace: Trace) -> None:
     names = [(a.compile_id, a.name) for a in trace.artifacts if a.name.startswith("mxnorm")]
     assert names == [(i, name) for i in (COLD, WARM) for name in ARTIFACTS]

@@ -197,6 +197,7 @@ def test_a_warm_cache_knows_its_calibration(tmp_path: Any) -> None:
         assert site.calibration == "block weights" and "block weights" in str(report)
 
 
+@pytest.mark.full
 def test_the_channel_order_is_checked_on_a_warm_cache() -> None:
     """Caches know no values of parameters."""
     order, natural, flipped = torch.arange(63, -1, -1), Block(), Block()

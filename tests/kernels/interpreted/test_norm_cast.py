@@ -201,6 +201,7 @@ def test_residual(x_dtype: torch.dtype, residual_dtype: torch.dtype) -> None:
             assert_same_bits(actual, expected, name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", STACKED_EDGE_CASES, ids=str)
 def test_residual_of_edge_cases(case: EdgeCase) -> None:
     for dtype in (BF16, F32):

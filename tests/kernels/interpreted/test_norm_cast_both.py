@@ -15,6 +15,7 @@ from example_counts import examples
 from formats import spec_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairwise import each_value
 from torch import Tensor
 
 from mxnorm_pass import functional
@@ -95,13 +96,16 @@ def check(
         assert bits_equal(a, b), f"{name}: {describe_difference(a, b)}"
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("case", STACKED_EDGE_CASES, ids=str)
-@pytest.mark.parametrize(
-    ("estimator", "mode", "elem_dtype"),
-    [("mxnorm", "rceil", E4M3), ("exact", "even", E4M3), ("mxnorm", "floor", E5M2)],
-)
-def test_edge_cases(case: EdgeCase, dtype: torch.dtype, estimator, mode, elem_dtype) -> None:
+EDGE_SPECS = {
+    "estimate": ("mxnorm", "rceil", E4M3),
+    "exact": ("exact", "even", E4M3),
+    "e5m2": ("mxnorm", "floor", E5M2),
+}
+
+
+@each_value(options=EDGE_SPECS, case=STACKED_EDGE_CASES, dtype=[F32, BF16])
+def test_edge_cases(case: EdgeCase, dtype: torch.dtype, options) -> None:
+    estimator, mode, elem_dtype = options
     x = case.x(dtype).to(DEVICE)
     spec = spec_with(SPEC, estimator=estimator, scale_mode=mode, elem_dtype=elem_dtype)
     weight = None if elem_dtype == E5M2 else noise(x.shape[1]).to(dtype)

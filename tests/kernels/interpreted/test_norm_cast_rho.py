@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_rows import BF16, E4M3, E5M2, F32, kernel, reference, spec
 from numerics import U, gain, normal
-from pairwise import each_value, pairwise
+from pairwise import each_value
 from torch import Tensor
 
 from mxnorm_pass.kernels.rows import RowTiling
@@ -95,7 +95,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float(((actual.double() - expected) / expected).abs().max())
 
 
-@pairwise(
+@each_value(
     width=[32, 96, 544, 1024],
     config={"whole_rows": RowTiling(8, 1, 4), "chunks": RowTiling(4, 4, 4)},
     estimator=ESTIMATORS,

@@ -327,6 +327,7 @@ AFTER_LINEAR = {
 }
 
 
+@pytest.mark.full
 @in_both_modes
 @pytest.mark.parametrize("bias, gain", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("read", AFTER_LINEAR.values(), ids=list(AFTER_LINEAR))
