@@ -39,11 +39,11 @@ def load(path: Path) -> Any:
 @pytest.mark.parametrize(
     "inner, train",
     [
-        ("aot_eager", False),
+        pytest.param("aot_eager", False, marks=pytest.mark.full),
         ("aot_eager", True),
-        ("eager", False),
-        ("eager", True),
-        ("inductor", False),
+        pytest.param("eager", False, marks=pytest.mark.full),
+        pytest.param("eager", True, marks=pytest.mark.full),
+        pytest.param("inductor", False, marks=pytest.mark.full),
     ],
 )
 def test_save_and_load(inner: str, train: bool, tmp_path: Path) -> None:

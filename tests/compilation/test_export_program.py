@@ -159,6 +159,7 @@ def test_tied_weights_stay_tied() -> None:
     assert torch.equal(logits(program.module()), logits(reference_of(model, Recipe())))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "surroundings",
     [lambda: torch.autocast("cpu", dtype=BF16), torch.no_grad, torch.inference_mode],

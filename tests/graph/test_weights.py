@@ -65,7 +65,9 @@ def run(model: Any, *args: Any, train: bool = False, **options: Any) -> tuple[Re
     return report, [message for message in messages if "pattern" in message]
 
 
-@pairwise(name=list(PRODUCTS), prefix=["", "block."], train={"inference": False, "training": True})
+@each_value(
+    name=list(PRODUCTS), prefix=["", "block."], train={"inference": False, "training": True}
+)
 def test_a_product_is_named_after_its_weight(name: str, prefix: str, train: bool) -> None:
     model = (Within if prefix else Product)(PRODUCTS[name])
     full = prefix + name

@@ -162,8 +162,10 @@ def test_quantize_existing_leaves_a_plain_model_alone() -> None:
     assert torch.equal(got, infer(model))
 
 
-@each_value(
-    mode=["rceil", "floor", "ceil", "even"], elem_dtype=[torch.float8_e4m3fn, torch.float8_e5m2]
+@some(
+    ["even-torch.float8_e5m2"],
+    mode=["rceil", "floor", "ceil", "even"],
+    elem_dtype=[torch.float8_e4m3fn, torch.float8_e5m2],
 )
 def test_formats_of_inserted_casts(mode, elem_dtype) -> None:
     model = build_llama(torch.bfloat16)

@@ -88,6 +88,7 @@ DEFAULTS = [
 ]
 
 
+@pytest.mark.full
 @each_value(
     default=DEFAULTS,
     options={

@@ -99,6 +99,7 @@ def test_one_set_of_artifacts_per_compile(trace: Trace) -> None:
     assert names == [(i, name) for i in (COLD, WARM) for name in ARTIFACTS]
 
 
+@pytest.mark.full
 def test_tlparse_lists_the_artifacts(trace: Trace, tmp_path: Path) -> None:
     program = Path(sys.executable).with_name("tlparse")
     arguments = ["--strict", "--no-browser", "-o", tmp_path / "out"]

@@ -189,7 +189,7 @@ def test_saturation() -> None:
     assert_cast_equals(x, None, spec(scale_mode="floor", eps=0.0))
 
 
-@pairwise(residual_dtype=DTYPES, x_dtype=DTYPES)
+@each_value(residual_dtype=DTYPES, x_dtype=DTYPES)
 def test_residual(x_dtype: torch.dtype, residual_dtype: torch.dtype) -> None:
     x, residual = normal(5, WIDTH, dtype=x_dtype), normal(5, WIDTH, seed=1, dtype=residual_dtype)
     for estimator, config in (("mxnorm", RowTiling(8, 1, 4)), ("exact", RowTiling(8, 4, 4))):

@@ -170,6 +170,7 @@ def test_results_do_not_depend_on_the_lag() -> None:
         assert all(bits_equal(a, b) for a, b in zip(first, results, strict=True))
 
 
+@pytest.mark.full
 def test_dequantised_rows() -> None:
     x, residual, weight = (noise(160, 96, seed=i).to(BF16) for i in range(3))
     weight = weight[0]

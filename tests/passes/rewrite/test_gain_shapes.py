@@ -68,6 +68,7 @@ def test_training_as_with_a_flat_gain(spelling: str, mode: str) -> None:
     assert_same_bits([g.flatten() for g in grads[0]], [g.flatten() for g in grads[1]])
 
 
+@pytest.mark.full
 @pairwise(dtype=[F32, BF16], shape=[(1, WIDTH), (1, 1, WIDTH)], options=MODES)
 def test_inference(shape: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype) -> None:
     model, x = Model(gain_shape=shape, dtype=dtype), inputs(dtype=dtype)

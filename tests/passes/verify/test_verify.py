@@ -161,6 +161,7 @@ def test_every_gradient_passes(gradient: str, p: int) -> None:
     assert len(report.fused) == 2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("program", FUSED)
 def test_models_with_gradients_of_their_own_pass(program: type[Program]) -> None:
     report = verified(program(), inputs(1, 32).requires_grad_(), modules={"off": False})

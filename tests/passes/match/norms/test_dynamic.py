@@ -213,6 +213,7 @@ def test_every_norm_gives_one_site(layers: list[tuple[str, bool]], train: bool) 
     assert all((s.reason is None) == (s.status == "fused") for s in report.sites)
 
 
+@pytest.mark.full
 @in_both_modes
 def test_explain_with_everything_off(train: bool) -> None:
     model = nn.Sequential(*[Layer(kind, True) for kind in LAYER_KINDS])

@@ -60,6 +60,7 @@ def test_fuses_as_inductor_decomposes_it(function: NormFunction) -> None:
     assert (site.norm, site.status) == ("norm", "fused")
 
 
+@pytest.mark.full
 @functions(UNUSUAL | WITHOUT_EPS)
 def test_exact_refuses_the_rounding_of_other_ops(function: NormFunction) -> None:
     model, x = Model(function), inputs()
