@@ -15,6 +15,7 @@ from mxnorm_pass.numerics.layout import blocked_scales
 from mxnorm_pass.numerics.linear import mx_linear
 from mxnorm_pass.numerics.norm import inverse_rms, inverse_rms_vjp, mxnorm, mxnorm_vjp, normalize
 from mxnorm_pass.numerics.norm_cast import mxnorm_cast, mxnorm_cast_both
+from mxnorm_pass.numerics.nvfp4 import nvfp4_tensor_scale
 from mxnorm_pass.numerics.rms import rms_constant, rms_estimate
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "mxnorm_cast_both",
     "mxnorm_vjp",
     "normalize",
+    "nvfp4_tensor_scale",
     "rms_constant",
     "rms_estimate",
 ]

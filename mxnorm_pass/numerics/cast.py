@@ -1,4 +1,4 @@
-"""MX casts of high-precision tensors, and back."""
+"""Casts of high-precision tensors to block formats, and back."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxnorm_pass.numerics import nvfp4
 from mxnorm_pass.numerics.e8m0 import e8m0_exponent, e8m0_to_float, rceil_reciprocal
+from mxnorm_pass.numerics.elements import element_values, round_to_elements
 from mxnorm_pass.numerics.formats import (
+    ELEMENT_DTYPES,
     F32_MANTISSA_BITS,
     F32_SMALLEST_NORMAL,
-    MX_BLOCK_SIZE,
     BlockFormat,
     block_format,
 )
@@ -21,43 +23,61 @@ from mxnorm_pass.numerics.rms import blocks
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A tensor in a block format.
+    """A tensor [..., D] in a block format.
 
     Attributes:
-        values: [..., D], the elements.
+        values: [..., D], or [..., D / 2] where two elements share a byte.
         scales: [..., K], row-major, or in another layout where a function says so.
-        tensor_scale: [] float32, of formats with two levels of scaling; None of others.
+        format: of both.
+        tensor_scale: [] float32, which scales everything besides; None for 1.
     """
 
     values: Tensor
     scales: Tensor
+    format: BlockFormat
     tensor_scale: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """values * scales in ``dtype``, of scales that are known to be row-major."""
-        block_size = block_size_of(self.values.shape, self.scales.shape)
-        in_blocks = self.values.to(dtype).reshape(*self.scales.shape, block_size)
-        scale = e8m0_to_float(self.scales).to(dtype).unsqueeze(-1)
-        return (in_blocks * scale).reshape(self.values.shape)
+        """Elements times scales in ``dtype``, of scales that are known to be row-major."""
+        if self.format.has_e8m0_scales:
+            return self._times(e8m0_to_float(self.scales).to(dtype))
+        scales = self.scales.to(torch.float32)
+        if self.tensor_scale is not None:
+            scales = self.tensor_scale * scales
+        return self._times(scales).to(dtype)
+
+    def _times(self, scales: Tensor) -> Tensor:
+        """[..., D], elements in the scales' dtype times the scale of their block."""
+        elements = element_values(self.values, self.format.element, scales.dtype)
+        size = block_size_of(elements.shape, scales.shape)
+        in_blocks = elements.reshape(*scales.shape, size)
+        return (in_blocks * scales.unsqueeze(-1)).reshape(elements.shape)
 
 
 @torch.no_grad()
-def quantize(x: Tensor, fmt: BlockFormat) -> Quantized:
+def quantize(x: Tensor, fmt: BlockFormat, tensor_scale: Tensor | None = None) -> Quantized:
     """Cast [..., D], float32, bfloat16 or float16, along the last dimension."""
     in_blocks = blocks(x, fmt.block_size)
     absmax = in_blocks.abs().amax(-1, keepdim=True).to(torch.float32)
-    return cast_blocks(in_blocks.to(torch.float32), absmax, fmt)
+    return cast_blocks(in_blocks.to(torch.float32), absmax, fmt, tensor_scale)
 
 
-def cast_blocks(in_blocks: Tensor, absmax: Tensor, fmt: BlockFormat) -> Quantized:
+def cast_blocks(
+    in_blocks: Tensor, absmax: Tensor, fmt: BlockFormat, tensor_scale: Tensor | None = None
+) -> Quantized:
     """Cast blocks [..., K, B] in float32 under the scales that their absmaxes [..., K, 1] give."""
-    exponent = e8m0_exponent(absmax, fmt)
-    values = cast_elements(in_blocks, exponent, fmt).flatten(-2)
-    return Quantized(values, exponent.squeeze(-1).view(fmt.scale_dtype))
+    if fmt.has_e8m0_scales:
+        exponent = e8m0_exponent(absmax, fmt)
+        scales, scaled = exponent.view(fmt.scale_dtype), divide(in_blocks, exponent, fmt)
+    else:
+        scales = nvfp4.block_scales(absmax, tensor_scale)
+        scaled = in_blocks * nvfp4.reciprocals(scales, tensor_scale)
+    values = round_to_elements(scaled, fmt.element).flatten(-2)
+    return Quantized(values, scales.squeeze(-1), fmt, tensor_scale)
 
 
-def cast_elements(x: Tensor, exponent: Tensor, fmt: BlockFormat) -> Tensor:
-    """Divide by the shared scale, saturate, and round to the element type.
+def divide(x: Tensor, exponent: Tensor, fmt: BlockFormat) -> Tensor:
+    """Divide by the shared scale.
 
     Args:
         x: float32, blocks along the last dimension.
@@ -66,35 +86,53 @@ def cast_elements(x: Tensor, exponent: Tensor, fmt: BlockFormat) -> Tensor:
             which float32 cannot divide by exactly, are treated).
 
     Returns:
-        Elements of ``x``'s shape. Finite values saturate; NaN stays NaN.
+        float32 of ``x``'s shape, not yet in the element's range.
     """
-    limit = fmt.element.max
     if fmt.scale_mode in ("rceil", "rceil-log2"):
-        scaled = x * rceil_reciprocal(exponent)
-    else:
-        scale = (exponent.to(torch.int32) << F32_MANTISSA_BITS).view(torch.float32)
-        scaled = x / scale.clamp(min=F32_SMALLEST_NORMAL)
-    # Clamp first: float32 -> float8_e4m3fn overflows to NaN on CPU before torch 2.13.
-    return scaled.clamp(-limit, limit).to(fmt.elem_dtype)
+        return x * rceil_reciprocal(exponent)
+    scale = (exponent.to(torch.int32) << F32_MANTISSA_BITS).view(torch.float32)
+    return x / scale.clamp(min=F32_SMALLEST_NORMAL)
 
 
-def mx_cast(x: Tensor, format: BlockFormat | str = "mxfp8") -> tuple[Tensor, Tensor]:
-    """Cast to an MX format along the last dimension.
+def mx_cast(
+    x: Tensor, format: BlockFormat | str = "mxfp8", *, tensor_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cast to a block format along the last dimension.
 
     Args:
         x: [..., D], float32, bfloat16 or float16.
         format: a :class:`BlockFormat` or the name of one, see :func:`block_format`.
+        tensor_scale: [] float32, of NVFP4 alone: what all block scales are divided by, such as
+            :func:`nvfp4_tensor_scale` of ``x``; None for 1.
 
     Returns:
-        values [..., D] of the format's ``elem_dtype`` and scales [..., K] of its ``scale_dtype``.
-        Equal to torchao's ``to_mx`` bit for bit, but for the sign of NaN; its RCEIL of float32
-        is "rceil-log2" (see :func:`mxnorm_pass.numerics.e8m0.e8m0_exponent`).
+        values [..., D] of the format's ``elem_dtype``, [..., D / 2] where two elements share a
+        byte, and scales [..., K] of its ``scale_dtype``. Equal to torchao's ``to_mx`` and
+        ``nvfp4_quantize`` bit for bit, but for the sign of NaN and, where elements have no NaN,
+        those of blocks whose scale is NaN; its RCEIL of float32 is "rceil-log2" (see
+        :func:`mxnorm_pass.numerics.e8m0.e8m0_exponent`).
 
     Raises:
-        ValueError: no such format, or D is not divisible by its block size.
+        ValueError: no such format, D is not divisible by its block size, or it takes no
+            ``tensor_scale``.
     """
-    quantized = quantize(x, block_format(format))
+    fmt = block_format(format)
+    check_tensor_scale(tensor_scale, fmt)
+    quantized = quantize(x, fmt, tensor_scale)
     return quantized.values, quantized.scales
+
+
+def check_tensor_scale(tensor_scale: Tensor | None, fmt: BlockFormat) -> None:
+    """Raises a ValueError unless the format takes it."""
+    if tensor_scale is None:
+        return
+    if fmt.has_e8m0_scales:
+        raise ValueError(f"tensor_scale belongs to NVFP4; the format is {fmt.name!r}")
+    if tensor_scale.shape != () or tensor_scale.dtype is not torch.float32:
+        raise ValueError(
+            f"tensor_scale has shape {tuple(tensor_scale.shape)} and dtype {tensor_scale.dtype}; "
+            "it must be one float32 number, of shape ()"
+        )
 
 
 @torch.no_grad()
@@ -104,31 +142,57 @@ def mx_dequantize(
     dtype: torch.dtype = torch.float32,
     *,
     block_size: int | None = None,
+    format: BlockFormat | str | None = None,
+    tensor_scale: Tensor | None = None,
 ) -> Tensor:
-    """values * scales in ``dtype``.
+    """Elements times scales in ``dtype``.
 
     Args:
-        values: [..., D], float8.
-        scales: [..., K], row-major, ``torch.float8_e8m0fnu``.
-        dtype: bfloat16 holds every e4m3 value times a power of two exactly, within its range.
+        values: what :func:`mx_cast` returns, of a tensor [..., D].
+        scales: [..., K], row-major.
+        dtype: bfloat16 holds every element times a power of two exactly, within its range.
         block_size: None for D / K.
+        format: None where dtypes say it; 6-bit elements, which bytes hold, need it.
+        tensor_scale: what :func:`mx_cast` was given.
 
     Returns:
         [..., D] of ``dtype``; blocks whose scale is NaN are NaN.
 
     Raises:
-        ValueError: the shapes do not belong together, or not to ``block_size``; or that is None
-            and ``scales`` may as well be in the 128x4 layout, for blocks of 32.
+        ValueError: the shapes do not belong together, or not to ``block_size`` or ``format``; or
+            neither is given and ``scales`` may as well be in the 128x4 layout, for blocks of 32.
+        TypeError: ``values`` or ``scales`` are not of the format's dtypes.
     """
-    inferred = block_size_of(values.shape, scales.shape)
-    if block_size is None and inferred != MX_BLOCK_SIZE:
-        in_mx_blocks = (*values.shape[:-1], values.shape[-1] // MX_BLOCK_SIZE)
-        if scales.shape == blocked_scales_shape(in_mx_blocks):
+    fmt = _format_of(values, scales) if format is None else block_format(format)
+    check_tensor_scale(tensor_scale, fmt)
+    if (values.dtype, scales.dtype) != (fmt.elem_dtype, fmt.scale_dtype):
+        raise TypeError(
+            f"values and scales are of {values.dtype} and {scales.dtype}; the format {fmt.name!r} "
+            f"has {fmt.elem_dtype} and {fmt.scale_dtype}"
+        )
+    shape = fmt.shape_of(values.shape)
+    inferred = block_size_of(shape, scales.shape)
+    if block_size is None and format is not None:
+        block_size = fmt.block_size
+    if block_size is None and inferred != fmt.block_size:
+        if scales.shape == blocked_scales_shape(fmt.scales_shape(shape)):
             raise ValueError(
                 f"scales of shape {tuple(scales.shape)} are row-major for blocks of {inferred}, or "
-                f"in the 128x4 layout for blocks of {MX_BLOCK_SIZE}, which cannot be read here; "
+                f"in the 128x4 layout for blocks of {fmt.block_size}, which cannot be read here; "
                 f"block_size={inferred} says that they are the first"
             )
     if block_size is not None and inferred != block_size:
         raise ValueError(f"block_size is {block_size}, but scales has one per {inferred} values")
-    return Quantized(values, scales).dequantize(dtype)
+    return Quantized(values, scales, fmt, tensor_scale).dequantize(dtype)
+
+
+def _format_of(values: Tensor, scales: Tensor) -> BlockFormat:
+    """The format that dtypes say, with its own block size."""
+    if values.dtype in ELEMENT_DTYPES:
+        return BlockFormat.of(values.dtype)
+    if values.dtype is block_format("nvfp4").elem_dtype:
+        return block_format("mxfp4" if scales.dtype is torch.float8_e8m0fnu else "nvfp4")
+    raise ValueError(
+        f"values are of {values.dtype}, which does not say what elements they are; give format=, "
+        "such as 'mxfp6 e2m3'"
+    )

@@ -68,7 +68,7 @@ def mx_linear(
     source = weight.detach()
     if gain is not None:
         source = source.to(torch.float32) * gain.detach().to(torch.float32)
-    activation = quantize(x, fmt) if quantized is None else Quantized(*quantized)
+    activation = quantize(x, fmt) if quantized is None else Quantized(*quantized, fmt)
     quantized_weight = quantize(source, fmt)
     y: Tensor = _MXLinear.apply(x, weight, bias, activation, quantized_weight)  # type: ignore[no-untyped-call]
     return y

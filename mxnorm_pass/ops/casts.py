@@ -30,17 +30,19 @@ def _checked(x: Tensor, format: str) -> BlockFormat:
 def empty_cast(x: Tensor, fmt: BlockFormat) -> tuple[Tensor, Tensor]:
     """Values and scales of the cast of [..., D], contiguous and uninitialised."""
     scales = x.new_empty(fmt.scales_shape(x.shape), dtype=fmt.scale_dtype)
-    return x.new_empty(x.shape, dtype=fmt.elem_dtype), scales
+    return x.new_empty(fmt.values_shape(x.shape), dtype=fmt.elem_dtype), scales
 
 
 def _dequantize(values: Tensor, scales: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    check_quantized(values, scales, block_format(format), dtype)
-    return Quantized(values.contiguous(), scales).dequantize(dtype)
+    fmt = block_format(format)
+    check_quantized(values, scales, fmt, dtype)
+    return Quantized(values.contiguous(), scales, fmt).dequantize(dtype)
 
 
 def _fake_dequantize(values: Tensor, scales: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    check_quantized(values, scales, block_format(format), dtype)
-    return values.new_empty(values.shape, dtype=dtype)
+    fmt = block_format(format)
+    check_quantized(values, scales, fmt, dtype)
+    return values.new_empty(fmt.shape_of(values.shape), dtype=dtype)
 
 
 cast = define(Op("cast(Tensor x, str format) -> (Tensor values, Tensor scales)", _cast, _fake_cast))

@@ -148,7 +148,7 @@ def check_quantized(values: Tensor, scales: Tensor, fmt: BlockFormat, dtype: tor
     _check_dense("values", values, (fmt.elem_dtype,))
     _check_dense("scales", scales, (fmt.scale_dtype,))
     check_choice("dtype", dtype, _WIDE_FLOATS)
-    block_size = block_size_of(values.shape, scales.shape)
+    block_size = block_size_of(fmt.shape_of(values.shape), scales.shape)
     if block_size != fmt.block_size:
         raise ValueError(f"scales has one per {block_size} values; the format is {fmt.name!r}")
     if values.device != scales.device:

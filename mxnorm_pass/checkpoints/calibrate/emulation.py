@@ -189,7 +189,7 @@ class _Fed:
             block_weights=estimate.block_weights.to(self.x.device),
             format=fmt,
         )
-        return Quantized(values, scales)
+        return Quantized(values, scales, fmt)
 
 
 @contextmanager

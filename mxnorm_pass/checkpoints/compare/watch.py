@@ -64,7 +64,7 @@ def _dequantized(call: NormCastCall, x: Tensor, results: Mapping[str, Tensor]) -
         options = {**call.spec.keywords(), "scale_layout": "row-major"}
         weight = call.weight if call.gain_in_rows is not False else None
         values, scales, _ = mxnorm_cast(x, weight, block_weights=call.block_weights, **options)
-    return mx_dequantize(values, scales, block_size=call.spec.format.block_size)
+    return mx_dequantize(values, scales, format=call.spec.format)
 
 
 class WatchedModel:

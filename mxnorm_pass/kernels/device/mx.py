@@ -60,7 +60,7 @@ def e8m0_exponent(
 
 @triton.jit
 def e8m0_reciprocal(exponent, mode: tl.constexpr):
-    """What elements are multiplied by, float32: ``cast.cast_elements`` bit for bit."""
+    """What elements are multiplied by, float32: ``cast.divide`` bit for bit."""
     if mode == "rceil":
         bits = (254 << 23) - exponent * (1 << 23)
         bits = tl.where(exponent == 0, 127 << 23, bits)

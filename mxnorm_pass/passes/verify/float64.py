@@ -213,7 +213,7 @@ def _dequantize(values: Tensor, scales: Tensor, format: str, dtype: torch.dtype)
     """Values that the graph was given are float8; those of a cast are what was cast."""
     if values.itemsize > 1:
         return values
-    return mx_dequantize(values, scales).double()
+    return mx_dequantize(values, scales, format=format).double()
 
 
 _OWN: dict[Any, Callable[..., Any]] = {

@@ -1,0 +1,79 @@
+"""Elements of formats: rounding to them, and their values.
+
+Of float8 torch's conversions are right; those of 6 and 4 bits are spelled out here, with two of 4
+bits packed into a byte in the order of ``torch.float4_e2m1fn_x2``, the first in the lower half.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mxnorm_pass.numerics.formats import F32_MANTISSA_BITS, ElementFormat
+
+_F32_BIAS = 127
+_HALF_BYTE = 4
+
+
+def round_to_elements(x: Tensor, element: ElementFormat) -> Tensor:
+    """Round [..., D] to nearest, ties to even; finite values saturate.
+
+    Args:
+        x: float32.
+
+    Returns:
+        Of the element's dtype, [..., D], or [..., D / 2] where two share a byte. NaN stays NaN in
+        float8; elements of 6 and 4 bits have none, and take 0.
+    """
+    # Clamp first: float32 -> float8_e4m3fn overflows to NaN on CPU before torch 2.13.
+    clamped = x.clamp(-element.max, element.max)
+    if element.bits == 8:
+        return clamped.to(element.dtype)
+    codes = _encode(clamped, element)
+    return codes if element.bits == 6 else _pack(codes).view(element.dtype)
+
+
+def element_values(values: Tensor, element: ElementFormat, dtype: torch.dtype) -> Tensor:
+    """What :func:`round_to_elements` has made, [..., D] in ``dtype``."""
+    if element.bits == 8:
+        return values.to(dtype)
+    codes = values.view(torch.uint8)
+    return _decode(codes if element.bits == 6 else _unpack(codes), element).to(dtype)
+
+
+def _encode(x: Tensor, element: ElementFormat) -> Tensor:
+    """uint8 codes of float32 that is in the element's range, or NaN."""
+    magnitude = x.abs().nan_to_num(0.0)
+    exponent = (magnitude.view(torch.int32) >> F32_MANTISSA_BITS) - _F32_BIAS
+    exponent = exponent.clamp(min=element.min_exponent)
+    # In units of the last place, of subnormals the same as of the smallest normal values.
+    units = torch.round(magnitude * _power_of_two(element.mantissa_bits - exponent))
+    # A mantissa that was rounded up to 2 carries over into the exponent's bits.
+    code = ((exponent - element.min_exponent) << element.mantissa_bits) + units.to(torch.int32)
+    sign = torch.signbit(x).to(torch.int32) << (element.bits - 1)
+    return (code | sign).to(torch.uint8)
+
+
+def _decode(codes: Tensor, element: ElementFormat) -> Tensor:
+    bits = codes.to(torch.int32)
+    field = (bits & ((1 << (element.bits - 1)) - 1)) >> element.mantissa_bits
+    mantissa = bits & ((1 << element.mantissa_bits) - 1)
+    units = mantissa + ((field > 0).to(torch.int32) << element.mantissa_bits)
+    exponent = field.clamp(min=1) - 1 + element.min_exponent - element.mantissa_bits
+    magnitude = units.to(torch.float32) * _power_of_two(exponent)
+    return torch.where(bits >> (element.bits - 1) > 0, -magnitude, magnitude)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    # From its bits: exact on every backend, unlike exp2.
+    return ((exponent + _F32_BIAS) << F32_MANTISSA_BITS).view(torch.float32)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    pairs = codes.unflatten(-1, (-1, 2))
+    return pairs[..., 0] | (pairs[..., 1] << _HALF_BYTE)
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    halves = (packed & ((1 << _HALF_BYTE) - 1), packed >> _HALF_BYTE)
+    return torch.stack(halves, -1).flatten(-2)
