@@ -152,7 +152,7 @@ def mx_dequantize(
         scales: [..., K], row-major.
         dtype: bfloat16 holds every element times a power of two exactly, within its range.
         block_size: None for D / K.
-        format: None where dtypes say it; 6-bit elements, which bytes hold, need it.
+        format: None where the dtype of values says it; elements of 6 and 4 bits need it.
         tensor_scale: what :func:`mx_cast` was given.
 
     Returns:
@@ -163,7 +163,7 @@ def mx_dequantize(
             neither is given and ``scales`` may as well be in the 128x4 layout, for blocks of 32.
         TypeError: ``values`` or ``scales`` are not of the format's dtypes.
     """
-    fmt = _format_of(values, scales) if format is None else block_format(format)
+    fmt = _format_of(values) if format is None else block_format(format)
     check_tensor_scale(tensor_scale, fmt)
     if (values.dtype, scales.dtype) != (fmt.elem_dtype, fmt.scale_dtype):
         raise TypeError(
@@ -186,12 +186,10 @@ def mx_dequantize(
     return Quantized(values, scales, fmt, tensor_scale).dequantize(dtype)
 
 
-def _format_of(values: Tensor, scales: Tensor) -> BlockFormat:
-    """The format that dtypes say, with its own block size."""
+def _format_of(values: Tensor) -> BlockFormat:
+    """The format that the dtype says, with its own block size."""
     if values.dtype in ELEMENT_DTYPES:
         return BlockFormat.of(values.dtype)
-    if values.dtype is block_format("nvfp4").elem_dtype:
-        return block_format("mxfp4" if scales.dtype is torch.float8_e8m0fnu else "nvfp4")
     raise ValueError(
         f"values are of {values.dtype}, which does not say what elements they are; give format=, "
         "such as 'mxfp6 e2m3'"

@@ -1,7 +1,6 @@
 """Elements of formats: rounding to them, and their values.
 
-Of float8 torch's conversions are right; those of 6 and 4 bits are spelled out here, with two of 4
-bits packed into a byte in the order of ``torch.float4_e2m1fn_x2``, the first in the lower half.
+Of float8 torch's conversions are right; those of 6 and 4 bits are spelled out here.
 """
 
 from __future__ import annotations
@@ -30,15 +29,14 @@ def round_to_elements(x: Tensor, element: ElementFormat) -> Tensor:
     if element.bits == 8:
         return clamped.to(element.dtype)
     codes = _encode(clamped, element)
-    return codes if element.bits == 6 else _pack(codes).view(element.dtype)
+    return codes if element.per_byte == 1 else _pack(codes)
 
 
 def element_values(values: Tensor, element: ElementFormat, dtype: torch.dtype) -> Tensor:
     """What :func:`round_to_elements` has made, [..., D] in ``dtype``."""
     if element.bits == 8:
         return values.to(dtype)
-    codes = values.view(torch.uint8)
-    return _decode(codes if element.bits == 6 else _unpack(codes), element).to(dtype)
+    return _decode(values if element.per_byte == 1 else _unpack(values), element).to(dtype)
 
 
 def _encode(x: Tensor, element: ElementFormat) -> Tensor:
@@ -61,7 +59,8 @@ def _decode(codes: Tensor, element: ElementFormat) -> Tensor:
     units = mantissa + ((field > 0).to(torch.int32) << element.mantissa_bits)
     exponent = field.clamp(min=1) - 1 + element.min_exponent - element.mantissa_bits
     magnitude = units.to(torch.float32) * _power_of_two(exponent)
-    return torch.where(bits >> (element.bits - 1) > 0, -magnitude, magnitude)
+    negative = bits >> (element.bits - 1) > 0
+    return torch.where(negative, -magnitude, magnitude)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

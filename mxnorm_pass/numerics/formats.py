@@ -35,8 +35,8 @@ class ElementFormat:
     Attributes:
         name: "e4m3fn".
         bits: of an element.
-        dtype: of the tensor that holds elements: two of 4 bits in a byte, the first in its lower
-            half; one of 6 bits in the lower bits of a byte.
+        dtype: of the tensor that holds elements. Bytes hold two of 4 bits, the first in the lower
+            half, as ``torch.float4_e2m1fn_x2`` does, which few ops take; or one of 6 bits.
         max: largest finite value.
         max_exponent: exponent of the largest finite value, floor(log2(max)).
         min_exponent: exponent of the smallest normal value.
@@ -69,7 +69,7 @@ ELEMENTS: Final = {
         ElementFormat("e5m2", 8, torch.float8_e5m2, 57344.0, 15, -14, 2),
         ElementFormat("e2m3", 6, torch.uint8, 7.5, 2, 0, 3),
         ElementFormat("e3m2", 6, torch.uint8, 28.0, 4, -2, 2),
-        ElementFormat("e2m1", 4, torch.float4_e2m1fn_x2, 6.0, 2, 0, 1),
+        ElementFormat("e2m1", 4, torch.uint8, 6.0, 2, 0, 1),
     )
 }
 # dtypes to which a conversion is a rounding to elements, as in casts that libraries write.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass.names import HEAD_NAMES, UnmatchedPattern, compile_pattern, nearest_names
-from mxnorm_pass.numerics.formats import BlockFormat, ScaleMode
+from mxnorm_pass.numerics.formats import BlockFormat, ScaleMode, block_format
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.rms import Estimator
 from mxnorm_pass.options.calibration import Calibration
@@ -68,12 +68,14 @@ class MXNormConfig:
         gradient: "true", "orthogonal" or "paper".
         quantize: "norm-fed" (plain linears fed by a norm), "existing" (only casts already in the
             graph) or "all" (every linear).
-        elem_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``, for casts that the backend
-            inserts.
+        format: "mxfp8", "mxfp6" (elements e2m3, or "mxfp6 e3m2") or "mxfp4", of casts that the
+            backend inserts.
+        elem_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``, elements of "mxfp8".
         scale_mode: "rceil", "floor", "ceil" or "even", for casts that the backend inserts.
         modules: name pattern to False, True or a dict of overrides of estimator, p, gain,
-            gradient, elem_dtype and scale_mode. A pattern is a glob, or a regular expression
-            after "re:"; see ``resolve``. Copied, so later changes to the caller's dict are unseen.
+            gradient, format, elem_dtype and scale_mode. A pattern is a glob, or a regular
+            expression after "re:"; see ``resolve``. Copied, so later changes to the caller's dict
+            are unseen.
         calibration: a :class:`mxnorm_pass.Calibration`, or the path of one, which is read here.
             Norms that it does not know stay exact. A rule that sets ``estimator`` overrules it.
         verify: check at compile time, on random data, that the gradients of what was rewritten
@@ -93,6 +95,7 @@ class MXNormConfig:
     gain: Gain = "auto"
     gradient: Gradient = "true"
     quantize: Quantize = "norm-fed"
+    format: str = "mxfp8"
     elem_dtype: torch.dtype = torch.float8_e4m3fn
     scale_mode: ScaleMode = "rceil"
     modules: Mapping[str, bool | Mapping[str, Any]] = field(default_factory=dict)
@@ -110,9 +113,11 @@ class MXNormConfig:
             object.__setattr__(self, "p", self.calibration.p)
 
     @property
-    def format(self) -> BlockFormat:
+    def cast_format(self) -> BlockFormat:
         """Of the casts that the backend inserts."""
-        return BlockFormat.of(self.elem_dtype, self.scale_mode)
+        if self.format == "mxfp8":
+            return BlockFormat.of(self.elem_dtype, self.scale_mode)
+        return replace(block_format(self.format), scale_mode=self.scale_mode)
 
     def resolve(self, name: str, opt_in: bool = False) -> ModuleConfig:
         """Return what applies to the module of that full dotted name.

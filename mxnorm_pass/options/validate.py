@@ -25,7 +25,9 @@ Inner = Literal["inductor", "aot_eager", "eager"]
 _Validator = Callable[[str, object], Any]
 
 _ELEM_DTYPES = tuple(ELEMENT_DTYPES)
-OVERRIDABLE = ("estimator", "p", "gain", "gradient", "elem_dtype", "scale_mode")
+OVERRIDABLE = ("estimator", "p", "gain", "gradient", "format", "elem_dtype", "scale_mode")
+# NVFP4 wants a scale of the whole tensor, which no cast that the backend inserts has.
+Format = Literal["mxfp8", "mxfp6", "mxfp6 e2m3", "mxfp6 e3m2", "mxfp4"]
 
 
 def _choice(alias: Any) -> _Validator:
@@ -120,6 +122,7 @@ VALIDATORS: dict[str, _Validator] = {
     "gain": _choice(Gain),
     "gradient": _choice(Gradient),
     "quantize": _choice(Quantize),
+    "format": _choice(Format),
     "elem_dtype": _validate_elem_dtype,
     "scale_mode": _choice(ScaleMode),
     "modules": _validate_modules,

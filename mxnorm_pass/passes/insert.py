@@ -40,7 +40,7 @@ def insert_casts(graph: fx.Graph, norms: Iterable[Norm], config: MXNormConfig) -
     for linear in linears:
         if obstacle(linear, config) is not None:
             continue
-        _quantize(graph, linear, config.resolve(linear.name).config.format)
+        _quantize(graph, linear, config.resolve(linear.name).config.cast_format)
         inserted += 1
     return inserted
 

@@ -15,6 +15,8 @@ _WORDS = ("elem_dtype", "scale_mode", "block_size")
 def in_a_format(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with element type, scale mode and block size as one format."""
     words = {name: options[name] for name in _WORDS if name in options}
+    if not words and "format" in options:
+        return dict(options)
     others = {name: value for name, value in options.items() if name not in _WORDS}
     return others | {"format": BlockFormat.of(**words)}
 

@@ -28,7 +28,7 @@ def assert_equals_torchao(x: Tensor, tensor_scale: Tensor | None) -> None:
     want_scales, want = nvfp4_quantize(x, per_tensor_scale=tensor_scale)
     want_scales = want_scales.reshape(scales.shape)
     assert bits_equal(scales, want_scales), describe_difference(scales, want_scales)
-    back = functional.mx_dequantize(values, scales, tensor_scale=tensor_scale)
+    back = functional.mx_dequantize(values, scales, format="nvfp4", tensor_scale=tensor_scale)
     elements = f4_unpacked_to_f32(unpack_uint4(want)).unflatten(-1, (-1, 16))
     outer = 1.0 if tensor_scale is None else tensor_scale
     want_back = (elements * (outer * want_scales.float()).unsqueeze(-1)).flatten(-2)
@@ -70,7 +70,7 @@ def test_a_tensor_of_nearly_nothing_gives_no_nan(value: float) -> None:
     x = torch.full((2, 32), value)
     scale = functional.nvfp4_tensor_scale(x)
     values, scales = functional.mx_cast(x, "nvfp4", tensor_scale=scale)
-    back = functional.mx_dequantize(values, scales, tensor_scale=scale)
+    back = functional.mx_dequantize(values, scales, format="nvfp4", tensor_scale=scale)
     assert torch.isfinite(back).all() and (back - x).abs().max() <= value
 
 
@@ -87,7 +87,9 @@ def test_error_is_half_a_unit_of_the_element(scaled: bool) -> None:
     assert scales.float().ge(SMALLEST).all() and scales.float().le(LARGEST).all()
     in_range = scales.float() > SMALLEST
     assert in_range.float().mean() > 0.95
-    back = functional.mx_dequantize(values, scales, torch.float64, tensor_scale=tensor_scale)
+    back = functional.mx_dequantize(
+        values, scales, torch.float64, format="nvfp4", tensor_scale=tensor_scale
+    )
     error = (back - x.double()).abs().unflatten(-1, (-1, 16)).amax(-1)
     absmax = x.double().abs().unflatten(-1, (-1, 16)).amax(-1)
     assert (error <= absmax * (1 + 2**-4) / 6).logical_or(~in_range).all()

@@ -122,7 +122,7 @@ def _linear(name: str, module: nn.Module, config: MXNormConfig) -> Linear:
     if not is_plain:
         return Linear(name, module, None)
     resolved = config.resolve(name).config
-    return Linear(name, module, resolved.format)
+    return Linear(name, module, resolved.cast_format)
 
 
 def _warn_exact(name: str, why: str) -> None:

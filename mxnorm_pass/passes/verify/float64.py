@@ -22,7 +22,7 @@ from mxnorm_pass.errors import VerificationError
 from mxnorm_pass.graph.modules import module_path
 from mxnorm_pass.graph.nodes import aten, is_backward, prims
 from mxnorm_pass.numerics.cast import mx_dequantize
-from mxnorm_pass.numerics.formats import block_format
+from mxnorm_pass.numerics.formats import BlockFormat, block_format
 from mxnorm_pass.numerics.norm import Gradient, inverse_rms
 from mxnorm_pass.numerics.rms import Estimator, mean_square
 from mxnorm_pass.options.config import MXNormConfig
@@ -78,11 +78,11 @@ class Float64Interpreter:
 
     def _cast_result(self, node: fx.Node, env: Env) -> Tensor:
         """Values and scales of a cast, which alone are read outside of it, maybe reshaped."""
-        like = node.meta["val"]
-        if like.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        like, cast = node.meta["val"], self._casts[node]
+        if like.dtype in (torch.uint8, torch.float8_e8m0fnu) and node is not cast.values:
             return _ones(like)
-        source: Tensor = _read(node, env[self._casts[node].source])
-        return source.reshape(_shape(like))
+        source: Tensor = _read(node, env[cast.source])
+        return _held(source, cast.format).reshape(_shape(like))
 
     def _call(self, node: fx.Node, env: Env) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _read(node, env[n]))
@@ -179,16 +179,26 @@ def _norm_cast(
     residual, weight = given.get("residual"), given["weight"]
     x = given["x"] if residual is None else given["x"] + residual
     names = ("eps", "estimator", "p", "block_weights")
-    block_size = block_format(given["format"]).block_size
-    rho = _rho(x, gradient, block_size=block_size, **{name: given[name] for name in names})
+    fmt = block_format(given["format"])
+    rho = _rho(x, gradient, block_size=fmt.block_size, **{name: given[name] for name in names})
     y = x * rho if weight is None else x * rho * weight
     in_rows = y if given.get("gain_in_rows", True) else x * rho
     results: dict[str, Any] = {
-        "total": x, "values": in_rows, "rho": rho, "values_t": y.reshape(-1, y.shape[-1]).t()
-    }  # fmt: skip
+        "total": x,
+        "values": _held(in_rows, fmt),
+        "rho": rho,
+        "values_t": _held(y.reshape(-1, y.shape[-1]).t(), fmt),
+    }
     outputs = (result.name for result in op._schema.returns)
     pairs = zip(outputs, like, strict=True)
     return tuple(results[n] if n in results else _ones(t) for n, t in pairs)
+
+
+def _held(x: Tensor, fmt: BlockFormat) -> Tensor:
+    """What is cast, in the shape of values: two elements that share a byte as a complex number."""
+    if fmt.element.per_byte == 1:
+        return x
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
 
 
 def _inverse_rms(
@@ -210,7 +220,9 @@ def _rho(
 
 
 def _dequantize(values: Tensor, scales: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    """Values that the graph was given are float8; those of a cast are what was cast."""
+    """Values that the graph was given are in bytes; those of a cast are what was cast."""
+    if values.is_complex():
+        return torch.view_as_real(values).flatten(-2)
     if values.itemsize > 1:
         return values
     return mx_dequantize(values, scales, format=format).double()
