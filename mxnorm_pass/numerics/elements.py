@@ -69,8 +69,9 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    pairs = codes.unflatten(-1, (-1, 2))
-    return pairs[..., 0] | (pairs[..., 1] << _HALF_BYTE)
+    first, second = codes.unflatten(-1, (-1, 2)).unbind(-1)
+    packed: Tensor = first | (second << _HALF_BYTE)
+    return packed
 
 
 def _unpack(packed: Tensor) -> Tensor:

@@ -19,7 +19,16 @@ from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.rms import Estimator
 from mxnorm_pass.options.calibration import Calibration
 from mxnorm_pass.options.inductor import invalid
-from mxnorm_pass.options.validate import OVERRIDABLE, VALIDATORS, Gain, Inner, Quantize
+from mxnorm_pass.options.validate import (
+    DEFAULT_ELEM_DTYPE,
+    OVERRIDABLE,
+    VALIDATORS,
+    Format,
+    Gain,
+    Inner,
+    Quantize,
+    check_elements,
+)
 
 # Estimated with block weights, kept exact, or exact since the calibration does not know the norm.
 Calibrated = Literal["block weights", "exact", "unknown"]
@@ -95,8 +104,8 @@ class MXNormConfig:
     gain: Gain = "auto"
     gradient: Gradient = "true"
     quantize: Quantize = "norm-fed"
-    format: str = "mxfp8"
-    elem_dtype: torch.dtype = torch.float8_e4m3fn
+    format: Format = "mxfp8"
+    elem_dtype: torch.dtype = DEFAULT_ELEM_DTYPE
     scale_mode: ScaleMode = "rceil"
     modules: Mapping[str, bool | Mapping[str, Any]] = field(default_factory=dict)
     calibration: Calibration | None = None
@@ -108,6 +117,7 @@ class MXNormConfig:
     def __post_init__(self) -> None:
         for name, validate in VALIDATORS.items():
             object.__setattr__(self, name, validate(name, getattr(self, name)))
+        check_elements("elem_dtype", self.format, self.elem_dtype)
         if self.calibration is not None:
             _check_agreement(self, self.calibration)
             object.__setattr__(self, "p", self.calibration.p)
@@ -295,7 +305,12 @@ def _thaw_modules(
 
 
 def _make_rule(base: MXNormConfig, pattern: str, value: bool | Mapping[str, Any]) -> _Rule:
-    overrides = {} if isinstance(value, bool) else value
+    overrides = {} if isinstance(value, bool) else dict(value)
+    # Either says what elements are, so that one of the base gives way.
+    if "format" in overrides:
+        overrides.setdefault("elem_dtype", DEFAULT_ELEM_DTYPE)
+    elif "elem_dtype" in overrides:
+        overrides["format"] = "mxfp8"
     config = replace(base, calibration=None, **overrides) if overrides else base
     sets_estimator = "estimator" in overrides
     return _Rule(pattern, compile_pattern(pattern), value is not False, config, sets_estimator)

@@ -25,6 +25,7 @@ Inner = Literal["inductor", "aot_eager", "eager"]
 _Validator = Callable[[str, object], Any]
 
 _ELEM_DTYPES = tuple(ELEMENT_DTYPES)
+DEFAULT_ELEM_DTYPE = torch.float8_e4m3fn
 OVERRIDABLE = ("estimator", "p", "gain", "gradient", "format", "elem_dtype", "scale_mode")
 # NVFP4 wants a scale of the whole tensor, which no cast that the backend inserts has.
 Format = Literal["mxfp8", "mxfp6", "mxfp6 e2m3", "mxfp6 e3m2", "mxfp4"]
@@ -102,9 +103,16 @@ def _validate_rule(label: str, rule: object) -> bool | Mapping[str, Any]:
     if not isinstance(rule, Mapping):
         allowed = f"True, False or a dict of overrides, with keys {one_of(OVERRIDABLE)}"
         raise invalid(label, rule, allowed)
-    return types.MappingProxyType(
-        {name: _validate_override(label, name, value) for name, value in rule.items()}
-    )
+    given = {name: _validate_override(label, name, value) for name, value in rule.items()}
+    elem_dtype = given.get("elem_dtype", DEFAULT_ELEM_DTYPE)
+    check_elements(f"{label}['elem_dtype']", given.get("format", "mxfp8"), elem_dtype)
+    return types.MappingProxyType(given)
+
+
+def check_elements(label: str, format: str, elem_dtype: torch.dtype) -> None:
+    """Raises a ValueError where both say what elements are, and do not agree."""
+    if format != "mxfp8" and elem_dtype != DEFAULT_ELEM_DTYPE:
+        raise invalid(label, elem_dtype, f"none beside format={format!r}: it is of 'mxfp8' alone")
 
 
 def _validate_override(label: str, name: object, value: object) -> Any:

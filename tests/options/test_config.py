@@ -29,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "gain": "auto",
     "gradient": "true",
     "quantize": "norm-fed",
+    "format": "mxfp8",
     "elem_dtype": E4M3,
     "scale_mode": "rceil",
     "modules": {},
@@ -43,10 +44,11 @@ ALLOWED = {
     "gain": ("auto", "fold", "activation"),
     "gradient": ("true", "orthogonal", "paper"),
     "quantize": ("norm-fed", "existing", "all"),
+    "format": ("mxfp8", "mxfp6", "mxfp6 e2m3", "mxfp6 e3m2", "mxfp4"),
     "scale_mode": ("rceil", "floor", "ceil", "even"),
     "inner": ("inductor", "aot_eager", "eager"),
 }
-OVERRIDABLE = ("estimator", "p", "gain", "gradient", "elem_dtype", "scale_mode")
+OVERRIDABLE = ("estimator", "p", "gain", "gradient", "format", "elem_dtype", "scale_mode")
 
 
 def config(**values: Any) -> MXNormConfig:
@@ -104,6 +106,30 @@ def test_elem_dtype() -> None:
         assert str(E4M3) in message and str(E5M2) in message
 
 
+def test_format_of_inserted_casts() -> None:
+    assert config().cast_format.name == "mxfp8 e4m3fn rceil block 32"
+    assert config(elem_dtype=E5M2).cast_format.name == "mxfp8 e5m2 rceil block 32"
+    assert config(format="mxfp4", scale_mode="even").cast_format.name == "mxfp4 e2m1 even block 32"
+    assert config(format="mxfp6 e3m2").cast_format.name == "mxfp6 e3m2 rceil block 32"
+
+
+def test_format_and_elem_dtype_must_agree() -> None:
+    expected = "is not valid: expected none beside format='mxfp4': it is of 'mxfp8' alone"
+    assert error_of(format="mxfp4", elem_dtype=E5M2) == f"elem_dtype={E5M2!r} {expected}"
+    rule = {"format": "mxfp4", "elem_dtype": E5M2}
+    message = error_of(modules={"a": rule})
+    assert message == f"modules['a']['elem_dtype']={E5M2!r} {expected}"
+
+
+def test_of_format_and_elem_dtype_a_rule_replaces_either() -> None:
+    base = config(elem_dtype=E5M2, modules={"a": {"format": "mxfp6"}, "b": {"p": 1}})
+    assert base.resolve("a").config.cast_format.name == "mxfp6 e2m3 rceil block 32"
+    assert base.resolve("b").config.cast_format.name == "mxfp8 e5m2 rceil block 32"
+    base = config(format="mxfp4", modules={"a": {"elem_dtype": E5M2}, "b": {"p": 1}})
+    assert base.resolve("a").config.cast_format.name == "mxfp8 e5m2 rceil block 32"
+    assert base.resolve("b").config.cast_format.name == "mxfp4 e2m1 rceil block 32"
+
+
 @pytest.mark.parametrize("bad", [0, 1, None, "False"])
 def test_freezing_rejects_what_is_not_a_bool(bad: Any) -> None:
     assert error_of(freezing=bad) == f"freezing={bad!r} is not valid: expected True or False"
@@ -156,6 +182,7 @@ def test_module_rule_overrides_only_what_is_overridable(name: Any) -> None:
         ("p", -1, "greater than 0"),
         ("gain", 1, "'fold'"),
         ("gradient", "fake", "'orthogonal'"),
+        ("format", "nvfp4", "'mxfp6 e3m2'"),
         ("elem_dtype", torch.float16, "torch.float8_e5m2"),
         ("scale_mode", "round", "'even'"),
         ("scale_mode", "rceil-log2", "'rceil'"),
@@ -172,6 +199,7 @@ def test_overrides_apply_to_the_base_config() -> None:
         "p": 1,
         "gain": "fold",
         "gradient": "paper",
+        "format": "mxfp8",
         "elem_dtype": E5M2,
         "scale_mode": "even",
     }
