@@ -153,7 +153,7 @@ class BlockFormat:
 
     def shape_of(self, values: Sequence[int]) -> tuple[int, ...]:
         """[..., D] of the tensor whose values have that shape."""
-        return (*values[:-1], values[-1] * self.element.per_byte)
+        return (*values[:-1], *(n * self.element.per_byte for n in values[-1:]))
 
     def __str__(self) -> str:
         return self.name

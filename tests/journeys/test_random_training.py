@@ -9,7 +9,7 @@ from random_training_specs import random_spec
 
 pytestmark = expected_warnings
 # More of them: python tests/lib/random_training.py COUNT FIRST
-PROGRAMS, CHUNK = 40, 5
+PROGRAMS, CHUNK = 40, 10
 
 
 @some(["0"], first=range(0, PROGRAMS, CHUNK))
