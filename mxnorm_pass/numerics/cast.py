@@ -172,17 +172,16 @@ def mx_dequantize(
         )
     shape = fmt.shape_of(values.shape)
     inferred = block_size_of(shape, scales.shape)
-    if block_size is None and format is not None:
-        block_size = fmt.block_size
-    if block_size is None and inferred != fmt.block_size:
-        if scales.shape == blocked_scales_shape(fmt.scales_shape(shape)):
-            raise ValueError(
-                f"scales of shape {tuple(scales.shape)} are row-major for blocks of {inferred}, or "
-                f"in the 128x4 layout for blocks of {fmt.block_size}, which cannot be read here; "
-                f"block_size={inferred} says that they are the first"
-            )
-    if block_size is not None and inferred != block_size:
-        raise ValueError(f"block_size is {block_size}, but scales has one per {inferred} values")
+    wanted = fmt.block_size if block_size is None and format is not None else block_size
+    if wanted is not None and inferred != wanted:
+        raise ValueError(f"block_size is {wanted}, but scales has one per {inferred} values")
+    blocked = blocked_scales_shape(fmt.scales_shape(shape))
+    if wanted is None and inferred != fmt.block_size and scales.shape == blocked:
+        raise ValueError(
+            f"scales of shape {tuple(scales.shape)} are row-major for blocks of {inferred}, or in "
+            f"the 128x4 layout for blocks of {fmt.block_size}, which cannot be read here; "
+            f"block_size={inferred} says that they are the first"
+        )
     return Quantized(values, scales, fmt, tensor_scale).dequantize(dtype)
 
 
