@@ -60,6 +60,8 @@ def mx_linear(
         gain: [D], the norm's gain to fold into the weight before its cast (paper, section 3:
             H = MXNorm(X) MXCast(W diag gain)^T). ``x`` must then include the gain and
             ``quantized`` must not.
+        format: of both operands, a :class:`BlockFormat` or the name of one. NVFP4's tensor scales
+            are 1, too large for most weights.
 
     Returns:
         [..., N] of ``x``'s dtype; differentiable once in x, weight and bias.

@@ -81,7 +81,7 @@ def mxnorm_cast(
     Args:
         x: [..., D], float32, bfloat16 or float16.
         weight: [D] or None.
-        format: a :class:`BlockFormat` or the name of one.
+        format: a :class:`BlockFormat` or the name of one; NVFP4's tensor scale is 1.
         block_weights: see :func:`rms_estimate`.
         scale_layout: "row-major", or "blocked" as in :func:`blocked_scales`.
 
