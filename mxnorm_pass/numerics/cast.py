@@ -68,12 +68,15 @@ def cast_blocks(
     """Cast blocks [..., K, B] in float32 under the scales that their absmaxes [..., K, 1] give."""
     if fmt.has_e8m0_scales:
         exponent = e8m0_exponent(absmax, fmt)
-        scales, scaled = exponent.view(fmt.scale_dtype), divide(in_blocks, exponent, fmt)
+        scaled = divide(in_blocks, exponent, fmt)
+        # In this order Inductor, which has no e8m0 in C++, drops the view of those who dequantize.
+        scales = exponent.squeeze(-1).view(fmt.scale_dtype)
     else:
-        scales = nvfp4.block_scales(absmax, tensor_scale)
-        scaled = in_blocks * nvfp4.reciprocals(scales, tensor_scale)
+        block_scales = nvfp4.block_scales(absmax, tensor_scale)
+        scaled = in_blocks * nvfp4.reciprocals(block_scales, tensor_scale)
+        scales = block_scales.squeeze(-1)
     values = round_to_elements(scaled, fmt.element).flatten(-2)
-    return Quantized(values, scales.squeeze(-1), fmt, tensor_scale)
+    return Quantized(values, scales, fmt, tensor_scale)
 
 
 def divide(x: Tensor, exponent: Tensor, fmt: BlockFormat) -> Tensor:
