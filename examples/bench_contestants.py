@@ -166,7 +166,7 @@ def ours(name: str, variant: Variant) -> Call:
     """Our custom op; "mxnorm-fold" leaves the gain to the weights, as the paper does."""
     estimator = "mxnorm" if name.startswith("mxnorm") else "exact"
     gain = name != "mxnorm-fold"
-    options = (None, EPS, estimator, 2.0, FORMAT, HIGH, HIGH, "row-major")
+    options = (None, None, EPS, estimator, 2.0, FORMAT, HIGH, HIGH, "row-major")
     op = torch.ops.mxnorm_pass
 
     def call(inputs: Inputs) -> Outputs:

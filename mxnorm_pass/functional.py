@@ -15,13 +15,14 @@ from mxnorm_pass.numerics.layout import blocked_scales
 from mxnorm_pass.numerics.linear import mx_linear
 from mxnorm_pass.numerics.norm import inverse_rms, inverse_rms_vjp, mxnorm, mxnorm_vjp, normalize
 from mxnorm_pass.numerics.norm_cast import mxnorm_cast, mxnorm_cast_both
-from mxnorm_pass.numerics.nvfp4 import nvfp4_tensor_scale
-from mxnorm_pass.numerics.rms import rms_constant, rms_estimate
+from mxnorm_pass.numerics.nvfp4 import nvfp4_norm_tensor_scale, nvfp4_tensor_scale
+from mxnorm_pass.numerics.rms import bound_of_normalized, rms_constant, rms_estimate
 
 __all__ = [
     "BlockFormat",
     "block_format",
     "blocked_scales",
+    "bound_of_normalized",
     "inverse_rms",
     "inverse_rms_vjp",
     "mx_cast",
@@ -32,6 +33,7 @@ __all__ = [
     "mxnorm_cast_both",
     "mxnorm_vjp",
     "normalize",
+    "nvfp4_norm_tensor_scale",
     "nvfp4_tensor_scale",
     "rms_constant",
     "rms_estimate",

@@ -31,6 +31,18 @@ def pytest_configure(config: pytest.Config) -> None:
         draw_fewer()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A row that is left out of a test that is itself left out waits for a run that names it."""
+    for item in items:
+        if len(list(item.iter_markers("full"))) > 1:
+            item.add_marker("exhaustive")
+    if "exhaustive" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+
+
 def pytest_collection_finish() -> None:
     """Garbage collections leave out what was imported, and come less often."""
     gc.collect()

@@ -42,7 +42,7 @@ class FunctionTracer:
             origin: the node from which the copies say they come; None: ``before``.
         """
         like = origin or before
-        traced = self._trace(function, args)
+        traced = self._trace(function, args, like)
         inputs = iter([a for a in args if isinstance(a, fx.Node)])
         env: dict[fx.Node, fx.Node] = {}
         mode = fake_mode(like, *[a for a in args if isinstance(a, fx.Node)])
@@ -62,7 +62,9 @@ class FunctionTracer:
                     env[node] = copy
         raise AssertionError("a traced graph ends in an output node")
 
-    def _trace(self, function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
+    def _trace(
+        self, function: Callable[..., Any], args: Sequence[Any], like: fx.Node
+    ) -> fx.GraphModule:
         key = (function, signature(args))
         if key not in self._traced:
             nodes = [a for a in args if isinstance(a, fx.Node)]
@@ -73,7 +75,7 @@ class FunctionTracer:
 
             values = [n.meta["val"] for n in nodes]
             # Some ops take symbolic sizes in their Python implementation only.
-            with fake_mode(*nodes), _undisturbed(values), enable_python_dispatcher():
+            with fake_mode(like, *nodes), _undisturbed(values), enable_python_dispatcher():
                 traced = make_fx(on_tensors, decomposition_table=self._decompositions)(*values)
             _drop_detaches(traced.graph)
             traced.graph.eliminate_dead_code()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mxnorm_pass.numerics.cast import Quantized, quantize
 from mxnorm_pass.numerics.formats import BlockFormat, block_format
+from mxnorm_pass.numerics.nvfp4 import nvfp4_tensor_scale
 
 
 class _MXLinear(torch.autograd.Function):
@@ -45,7 +46,7 @@ def mx_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    quantized: tuple[Tensor, Tensor] | None = None,
+    quantized: tuple[Tensor, ...] | None = None,
     gain: Tensor | None = None,
     format: BlockFormat | str = "mxfp8",
 ) -> Tensor:
@@ -56,12 +57,12 @@ def mx_linear(
         weight: [N, D], the high-precision weight.
         bias: [N] or None.
         quantized: (values, scales) of the activation where they come from somewhere else than
-            ``x``, above all from :func:`mxnorm_cast`.
+            ``x``, above all from :func:`mxnorm_cast`; of NVFP4 a tensor scale may follow.
         gain: [D], the norm's gain to fold into the weight before its cast (paper, section 3:
             H = MXNorm(X) MXCast(W diag gain)^T). ``x`` must then include the gain and
             ``quantized`` must not.
-        format: of both operands, a :class:`BlockFormat` or the name of one. NVFP4's tensor scales
-            are 1, too large for most weights.
+        format: of both operands, a :class:`BlockFormat` or the name of one. Casts to NVFP4 that
+            are made here have the tensor scale of :func:`nvfp4_tensor_scale`.
 
     Returns:
         [..., N] of ``x``'s dtype; differentiable once in x, weight and bias.
@@ -70,7 +71,15 @@ def mx_linear(
     source = weight.detach()
     if gain is not None:
         source = source.to(torch.float32) * gain.detach().to(torch.float32)
-    activation = quantize(x, fmt) if quantized is None else Quantized(*quantized, fmt)
-    quantized_weight = quantize(source, fmt)
+    if quantized is None:
+        activation = _quantize(x, fmt)
+    else:
+        values, scales, *tensor_scale = quantized
+        activation = Quantized(values, scales, fmt, *tensor_scale)
+    quantized_weight = _quantize(source, fmt)
     y: Tensor = _MXLinear.apply(x, weight, bias, activation, quantized_weight)  # type: ignore[no-untyped-call]
     return y
+
+
+def _quantize(x: Tensor, fmt: BlockFormat) -> Quantized:
+    return quantize(x, fmt, None if fmt.has_e8m0_scales else nvfp4_tensor_scale(x))

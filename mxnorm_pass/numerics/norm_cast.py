@@ -8,7 +8,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mxnorm_pass.numerics.cast import Quantized, cast_blocks, mx_cast, quantize
+from mxnorm_pass.numerics.cast import (
+    Quantized,
+    cast_blocks,
+    check_tensor_scale,
+    mx_cast,
+    quantize,
+)
 from mxnorm_pass.numerics.checks import check_choice
 from mxnorm_pass.numerics.formats import BlockFormat, block_format
 from mxnorm_pass.numerics.layout import ScaleLayout, blocked_scales
@@ -65,6 +71,7 @@ def mxnorm_cast(
     p: float = 2.0,
     format: BlockFormat | str = "mxfp8",
     block_weights: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
     estimator: Estimator = "mxnorm",
     norm_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
@@ -81,8 +88,10 @@ def mxnorm_cast(
     Args:
         x: [..., D], float32, bfloat16 or float16.
         weight: [D] or None.
-        format: a :class:`BlockFormat` or the name of one; NVFP4's tensor scale is 1.
+        format: a :class:`BlockFormat` or the name of one.
         block_weights: see :func:`rms_estimate`.
+        tensor_scale: [] float32, of NVFP4 alone, such as :func:`nvfp4_norm_tensor_scale`, which
+            needs no pass over ``x``; None for 1.
         scale_layout: "row-major", or "blocked" as in :func:`blocked_scales`.
 
     Returns:
@@ -92,21 +101,26 @@ def mxnorm_cast(
     check_choice("estimator", estimator, get_args(Estimator))
     check_choice("scale_layout", scale_layout, get_args(ScaleLayout))
     fmt = block_format(format)
+    check_tensor_scale(tensor_scale, fmt)
     x32 = x.to(torch.float32)
     if estimator == "exact":
         rho = torch.rsqrt(mean_square(x32, estimator, p, fmt.block_size, block_weights) + eps)
         y = normalize(x32, rho, weight, norm_dtype, out_dtype or x.dtype)
-        quantized = quantize(y, fmt)
+        quantized = quantize(y, fmt, tensor_scale)
     else:
         absmax = block_absmax(x32, fmt.block_size)
         square = mean_square_from_absmax(absmax, p, fmt.block_size, block_weights)
         rho = torch.rsqrt(square + eps)
-        quantized = _cast_normalized(x32 * rho, absmax * rho, weight, fmt)
+        quantized = _cast_normalized(x32 * rho, absmax * rho, weight, fmt, tensor_scale)
     return quantized.values, _lay_out(quantized.scales, scale_layout), rho
 
 
 def _cast_normalized(
-    y: Tensor, absmax: Tensor, weight: Tensor | None, fmt: BlockFormat
+    y: Tensor,
+    absmax: Tensor,
+    weight: Tensor | None,
+    fmt: BlockFormat,
+    tensor_scale: Tensor | None,
 ) -> Quantized:
     """Cast rows [..., D] times the gain, given the blocks' maxima without it.
 
@@ -115,7 +129,7 @@ def _cast_normalized(
     if weight is not None:
         y = y * weight.to(torch.float32)
         absmax = block_absmax(y, fmt.block_size)
-    return cast_blocks(blocks(y, fmt.block_size), absmax.unsqueeze(-1), fmt)
+    return cast_blocks(blocks(y, fmt.block_size), absmax.unsqueeze(-1), fmt, tensor_scale)
 
 
 @torch.no_grad()
@@ -125,6 +139,7 @@ def mxnorm_cast_both(
     *,
     gain_in_rows: bool = True,
     format: BlockFormat | str = "mxfp8",
+    tensor_scale: Tensor | None = None,
     norm_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
     **options: Any,
@@ -136,6 +151,7 @@ def mxnorm_cast_both(
     Args:
         x: [..., D]; T, the product of the leading dimensions, divisible by the block size.
         gain_in_rows: does the cast along D include the gain? A folded gain does not belong there.
+        tensor_scale: of both casts, so that it has to bound the output with its gain.
         options: the other keywords of :func:`mxnorm_cast`.
 
     Returns:
@@ -146,12 +162,14 @@ def mxnorm_cast_both(
         x,
         weight if gain_in_rows else None,
         format=format,
+        tensor_scale=tensor_scale,
         norm_dtype=norm_dtype,
         out_dtype=out_dtype,
         **options,
     )
     y = normalize(x, in_rows[2], weight, norm_dtype, out_dtype or x.dtype)
-    return *in_rows, *mx_cast(y.reshape(-1, x.shape[-1]).t().contiguous(), format)
+    along_t = y.reshape(-1, x.shape[-1]).t().contiguous()
+    return *in_rows, *mx_cast(along_t, format, tensor_scale=tensor_scale)
 
 
 def _lay_out(scales: Tensor, layout: ScaleLayout) -> Tensor:

@@ -28,7 +28,31 @@ def nvfp4_tensor_scale(x: Tensor) -> Tensor:
     Returns:
         [] float32: max|x| / (448 * 6), at least 2**-120; 0 would make NaN of a tensor of zeros.
     """
-    largest = x.detach().abs().amax().to(torch.float32)
+    return _scale_for(x.detach().abs().amax().to(torch.float32))
+
+
+def nvfp4_norm_tensor_scale(
+    bound: float, weight: Tensor | None = None, device: torch.device | None = None
+) -> Tensor:
+    """The tensor scale of a norm's output, from what bounds it rather than from its elements.
+
+    A normalised row is bounded, see :func:`mxnorm_pass.numerics.rms.bound_of_normalized`, and so
+    is what the gain makes of it. So no pass over the tensor has to end before it is cast.
+
+    Args:
+        bound: of |x| / rms.
+        weight: the norm's gain [D], if the cast includes it.
+        device: of the result where there is no ``weight``.
+
+    Returns:
+        [] float32: bound * max|weight| / (448 * 6), at least 2**-120.
+    """
+    if weight is None:
+        return _scale_for(torch.full((), bound, dtype=torch.float32, device=device))
+    return _scale_for(bound * weight.detach().abs().amax().to(torch.float32))
+
+
+def _scale_for(largest: Tensor) -> Tensor:
     scale = largest / (_LARGEST_SCALE * ELEMENTS["e2m1"].max)
     return scale.clamp(min=_SMALLEST_TENSOR_SCALE)
 

@@ -148,6 +148,26 @@ def rms_estimate(
     return _power_mean(absmax, p) / rms_constant(p, block_size)
 
 
+def bound_of_normalized(
+    estimator: Estimator,
+    p: float,
+    width: int,
+    block_size: int,
+    block_weights: Tensor | None = None,
+) -> float:
+    """The largest |x| / rms that a row of ``width`` elements can have.
+
+    sqrt(D) of the exact RMS; c K^(1/p) of the estimate, reached by a row with one block that is
+    not 0; w^(-1/p) of the smallest weight with ``block_weights``, infinite where one is 0.
+    """
+    if estimator == "exact":
+        return math.sqrt(width)
+    if block_weights is not None:
+        smallest = float(block_weights.min())
+        return math.pow(smallest, -1 / p) if smallest > 0 else math.inf
+    return rms_constant(p, block_size) * math.pow(width // block_size, 1 / p)
+
+
 def mean_square(
     x: Tensor,
     estimator: Estimator,

@@ -6,6 +6,7 @@
 ``mxnorm_pass::add_norm_cast``       residual add first; its sum is a result, too
 ``mxnorm_pass::add_norm_cast_both``  both
 ``mxnorm_pass::cast``                MX cast (``functional.mx_cast``)
+``mxnorm_pass::tensor_scale``        NVFP4's scale of a tensor (``functional.nvfp4_tensor_scale``)
 ``mxnorm_pass::dequantize``          back to high precision (``functional.mx_dequantize``)
 ``mxnorm_pass::inverse_rms``         the estimate alone, differentiable (``functional.inverse_rms``)
 ``mxnorm_pass::inverse_rms_backward``  its derivative (``functional.inverse_rms_vjp``)
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mxnorm_pass.ops.casts import cast, dequantize
+from mxnorm_pass.ops.casts import cast, dequantize, tensor_scale
 from mxnorm_pass.ops.define import NAMESPACE, OPS, Op
 from mxnorm_pass.ops.estimates import inverse_rms, inverse_rms_backward
 from mxnorm_pass.ops.marks import mark
@@ -48,4 +49,5 @@ __all__ = [
     "norm_cast",
     "norm_cast_both",
     "normalizes",
+    "tensor_scale",
 ]

@@ -26,6 +26,7 @@ class NormCastCall:
     residual: Tensor | None
     weight: Tensor | None
     block_weights: Tensor | None
+    tensor_scale: Tensor | None
     spec: NormCastSpec
     gain_in_rows: bool | None
 
@@ -38,6 +39,7 @@ class NormCastCall:
             residual=given.get("residual"),
             weight=given["weight"],
             block_weights=given["block_weights"],
+            tensor_scale=given["tensor_scale"],
             spec=NormCastSpec.of_arguments(*(given[f.name] for f in fields(NormCastSpec))),
             gain_in_rows=given.get("gain_in_rows"),
         )
@@ -58,7 +60,9 @@ class NormCastCall:
             dequantize: in the place of values and scales along D return what they make
                 dequantised to this dtype.
         """
-        check_norm_cast(self.x, self.weight, self.block_weights, self.spec, self.residual)
+        check_norm_cast(
+            self.x, self.weight, self.block_weights, self.tensor_scale, self.spec, self.residual
+        )
         inputs = (self.x, self.weight, self.block_weights, self.spec)
         if self.gain_in_rows is None:
             from mxnorm_pass.kernels.norm_cast import norm_cast

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from mxnorm_pass.numerics.cast import check_tensor_scale
 from mxnorm_pass.numerics.checks import check_choice
 from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.layout import ScaleLayout, block_size_of
@@ -79,6 +80,7 @@ def check_norm_cast(
     x: Tensor,
     weight: Tensor | None,
     block_weights: Tensor | None,
+    tensor_scale: Tensor | None,
     spec: NormCastSpec,
     residual: Tensor | None = None,
 ) -> None:
@@ -89,6 +91,7 @@ def check_norm_cast(
         ValueError: a wrong shape, device or option.
     """
     check_spec(spec)
+    check_tensor_scale(tensor_scale, spec.format)
     check_rows("x", x)
     check_blocks("x", x, spec.format.block_size)
     if residual is not None:
@@ -137,14 +140,21 @@ def _check_like(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...]) ->
         raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; they must be on one")
 
 
-def check_quantized(values: Tensor, scales: Tensor, fmt: BlockFormat, dtype: torch.dtype) -> None:
+def check_quantized(
+    values: Tensor,
+    scales: Tensor,
+    fmt: BlockFormat,
+    dtype: torch.dtype,
+    tensor_scale: Tensor | None = None,
+) -> None:
     """Arguments of ``dequantize``.
 
     Raises:
         TypeError: ``values`` or ``scales`` have another dtype than the format's.
-        ValueError: their shapes do not belong together, their devices differ, or ``dtype`` is no
-            high-precision one.
+        ValueError: their shapes do not belong together, their devices differ, ``dtype`` is no
+            high-precision one, or the format takes no ``tensor_scale``.
     """
+    check_tensor_scale(tensor_scale, fmt)
     _check_dense("values", values, (fmt.elem_dtype,))
     _check_dense("scales", scales, (fmt.scale_dtype,))
     check_choice("dtype", dtype, _WIDE_FLOATS)

@@ -18,24 +18,39 @@ from mxnorm_pass.ops.define import Op, define
 
 
 def _norm_cast(
-    x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
+    x: Tensor,
+    weight: Tensor | None,
+    block_weights: Tensor | None,
+    tensor_scale: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = NormCastSpec.of_arguments(*options)
-    check_norm_cast(x, weight, block_weights, spec)
-    return mxnorm_cast(x.contiguous(), weight, block_weights=block_weights, **spec.keywords())
+    check_norm_cast(x, weight, block_weights, tensor_scale, spec)
+    return mxnorm_cast(
+        x.contiguous(),
+        weight,
+        block_weights=block_weights,
+        tensor_scale=tensor_scale,
+        **spec.keywords(),
+    )
 
 
 def _norm_cast_both(
-    x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
+    x: Tensor,
+    weight: Tensor | None,
+    block_weights: Tensor | None,
+    tensor_scale: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *of_rows, gain_in_rows = options
     spec = NormCastSpec.of_arguments(*of_rows)
-    check_norm_cast(x, weight, block_weights, spec)
+    check_norm_cast(x, weight, block_weights, tensor_scale, spec)
     check_rows_in_blocks("x", x, spec.format.block_size)
     return mxnorm_cast_both(
         x.contiguous(),
         weight,
         block_weights=block_weights,
+        tensor_scale=tensor_scale,
         gain_in_rows=gain_in_rows,
         **spec.keywords(),
     )
@@ -52,21 +67,26 @@ def _after_add(function: Callable[..., Any]) -> Callable[..., Any]:
         residual: Tensor,
         weight: Tensor | None,
         block_weights: Tensor | None,
+        tensor_scale: Tensor | None,
         *options: Any,
     ) -> tuple[Tensor, ...]:
         spec = NormCastSpec.of_arguments(*options[:_OPTIONS])
-        check_norm_cast(x, weight, block_weights, spec, residual)
+        check_norm_cast(x, weight, block_weights, tensor_scale, spec, residual)
         total = (x + residual).contiguous()
-        return total, *function(total, weight, block_weights, *options)
+        return total, *function(total, weight, block_weights, tensor_scale, *options)
 
     return add_first
 
 
 def _fake_norm_cast(
-    x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
+    x: Tensor,
+    weight: Tensor | None,
+    block_weights: Tensor | None,
+    tensor_scale: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = NormCastSpec.of_arguments(*options)
-    check_norm_cast(x, weight, block_weights, spec)
+    check_norm_cast(x, weight, block_weights, tensor_scale, spec)
     values, scales = empty_cast(x, spec.format)
     if spec.scale_layout == "blocked":
         scales = scales.new_empty(blocked_scales_shape(scales.shape))
@@ -74,18 +94,22 @@ def _fake_norm_cast(
 
 
 def _fake_norm_cast_both(
-    x: Tensor, weight: Tensor | None, block_weights: Tensor | None, *options: Any
+    x: Tensor,
+    weight: Tensor | None,
+    block_weights: Tensor | None,
+    tensor_scale: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *of_rows, _ = options
-    along_rows = _fake_norm_cast(x, weight, block_weights, *of_rows)
+    along_rows = _fake_norm_cast(x, weight, block_weights, tensor_scale, *of_rows)
     fmt = NormCastSpec.of_arguments(*of_rows).format
     check_rows_in_blocks("x", x, fmt.block_size)
     return *along_rows, *empty_cast(x.reshape(-1, x.shape[-1]).t(), fmt)
 
 
 _NORM = (
-    "Tensor? weight, Tensor? block_weights, float eps, str estimator, float p, str format, "
-    "ScalarType? norm_dtype, ScalarType out_dtype, str scale_layout"
+    "Tensor? weight, Tensor? block_weights, Tensor? tensor_scale, float eps, str estimator, "
+    "float p, str format, ScalarType? norm_dtype, ScalarType out_dtype, str scale_layout"
 )
 _ALONG_ROWS = "Tensor values, Tensor scales, Tensor rho"
 _BOTH = f"{_ALONG_ROWS}, Tensor values_t, Tensor scales_t"

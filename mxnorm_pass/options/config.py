@@ -21,13 +21,15 @@ from mxnorm_pass.options.calibration import Calibration
 from mxnorm_pass.options.inductor import invalid
 from mxnorm_pass.options.validate import (
     DEFAULT_ELEM_DTYPE,
+    DEFAULT_SCALE_MODE,
     OVERRIDABLE,
     VALIDATORS,
     Format,
     Gain,
     Inner,
     Quantize,
-    check_elements,
+    TensorScale,
+    check_agreement,
 )
 
 # Estimated with block weights, kept exact, or exact since the calibration does not know the norm.
@@ -77,14 +79,17 @@ class MXNormConfig:
         gradient: "true", "orthogonal" or "paper".
         quantize: "norm-fed" (plain linears fed by a norm), "existing" (only casts already in the
             graph) or "all" (every linear).
-        format: "mxfp8", "mxfp6" (elements e2m3, or "mxfp6 e3m2") or "mxfp4", of casts that the
-            backend inserts.
+        format: "mxfp8", "mxfp6" (elements e2m3, or "mxfp6 e3m2"), "mxfp4" or "nvfp4", of casts that
+            the backend inserts.
         elem_dtype: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``, elements of "mxfp8".
-        scale_mode: "rceil", "floor", "ceil" or "even", for casts that the backend inserts.
+        scale_mode: "rceil", "floor", "ceil" or "even", for casts to MX formats that the backend
+            inserts.
+        tensor_scale: "bound" or "amax": NVFP4's scale of the tensor that a norm has normalised,
+            from what bounds it, or from its largest element, which takes another pass over it.
         modules: name pattern to False, True or a dict of overrides of estimator, p, gain,
-            gradient, format, elem_dtype and scale_mode. A pattern is a glob, or a regular
-            expression after "re:"; see ``resolve``. Copied, so later changes to the caller's dict
-            are unseen.
+            gradient, format, elem_dtype, scale_mode and tensor_scale. A pattern is a glob, or a
+            regular expression after "re:"; see ``resolve``. Copied, so later changes to the
+            caller's dict are unseen.
         calibration: a :class:`mxnorm_pass.Calibration`, or the path of one, which is read here.
             Norms that it does not know stay exact. A rule that sets ``estimator`` overrules it.
         verify: check at compile time, on random data, that the gradients of what was rewritten
@@ -106,7 +111,8 @@ class MXNormConfig:
     quantize: Quantize = "norm-fed"
     format: Format = "mxfp8"
     elem_dtype: torch.dtype = DEFAULT_ELEM_DTYPE
-    scale_mode: ScaleMode = "rceil"
+    scale_mode: ScaleMode = DEFAULT_SCALE_MODE
+    tensor_scale: TensorScale = "bound"
     modules: Mapping[str, bool | Mapping[str, Any]] = field(default_factory=dict)
     calibration: Calibration | None = None
     inner: Inner = "inductor"
@@ -117,7 +123,7 @@ class MXNormConfig:
     def __post_init__(self) -> None:
         for name, validate in VALIDATORS.items():
             object.__setattr__(self, name, validate(name, getattr(self, name)))
-        check_elements("elem_dtype", self.format, self.elem_dtype)
+        check_agreement(self.format, self.elem_dtype, self.scale_mode)
         if self.calibration is not None:
             _check_agreement(self, self.calibration)
             object.__setattr__(self, "p", self.calibration.p)
@@ -127,7 +133,8 @@ class MXNormConfig:
         """Of the casts that the backend inserts."""
         if self.format == "mxfp8":
             return BlockFormat.of(self.elem_dtype, self.scale_mode)
-        return replace(block_format(self.format), scale_mode=self.scale_mode)
+        fmt = block_format(self.format)
+        return replace(fmt, scale_mode=self.scale_mode) if fmt.has_e8m0_scales else fmt
 
     def resolve(self, name: str, opt_in: bool = False) -> ModuleConfig:
         """Return what applies to the module of that full dotted name.
@@ -309,6 +316,8 @@ def _make_rule(base: MXNormConfig, pattern: str, value: bool | Mapping[str, Any]
     # Either says what elements are, so that one of the base gives way.
     if "format" in overrides:
         overrides.setdefault("elem_dtype", DEFAULT_ELEM_DTYPE)
+        if overrides["format"] == "nvfp4":
+            overrides.setdefault("scale_mode", DEFAULT_SCALE_MODE)
     elif "elem_dtype" in overrides:
         overrides["format"] = "mxfp8"
     config = replace(base, calibration=None, **overrides) if overrides else base

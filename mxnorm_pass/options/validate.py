@@ -26,9 +26,19 @@ _Validator = Callable[[str, object], Any]
 
 _ELEM_DTYPES = tuple(ELEMENT_DTYPES)
 DEFAULT_ELEM_DTYPE = torch.float8_e4m3fn
-OVERRIDABLE = ("estimator", "p", "gain", "gradient", "format", "elem_dtype", "scale_mode")
-# NVFP4 wants a scale of the whole tensor, which no cast that the backend inserts has.
-Format = Literal["mxfp8", "mxfp6", "mxfp6 e2m3", "mxfp6 e3m2", "mxfp4"]
+DEFAULT_SCALE_MODE: ScaleMode = "rceil"
+OVERRIDABLE = (
+    "estimator",
+    "p",
+    "gain",
+    "gradient",
+    "format",
+    "elem_dtype",
+    "scale_mode",
+    "tensor_scale",
+)
+Format = Literal["mxfp8", "mxfp6", "mxfp6 e2m3", "mxfp6 e3m2", "mxfp4", "nvfp4"]
+TensorScale = Literal["bound", "amax"]
 
 
 def _choice(alias: Any) -> _Validator:
@@ -104,15 +114,28 @@ def _validate_rule(label: str, rule: object) -> bool | Mapping[str, Any]:
         allowed = f"True, False or a dict of overrides, with keys {one_of(OVERRIDABLE)}"
         raise invalid(label, rule, allowed)
     given = {name: _validate_override(label, name, value) for name, value in rule.items()}
-    elem_dtype = given.get("elem_dtype", DEFAULT_ELEM_DTYPE)
-    check_elements(f"{label}['elem_dtype']", given.get("format", "mxfp8"), elem_dtype)
+    check_agreement(
+        given.get("format", "mxfp8"),
+        given.get("elem_dtype", DEFAULT_ELEM_DTYPE),
+        given.get("scale_mode", DEFAULT_SCALE_MODE),
+        lambda name: f"{label}[{name!r}]",
+    )
     return types.MappingProxyType(given)
 
 
-def check_elements(label: str, format: str, elem_dtype: torch.dtype) -> None:
-    """Raises a ValueError where both say what elements are, and do not agree."""
+def check_agreement(
+    format: str,
+    elem_dtype: torch.dtype,
+    scale_mode: str,
+    label_of: Callable[[str], str] = str,
+) -> None:
+    """Raises a ValueError where an option says of elements or scales what the format does not."""
     if format != "mxfp8" and elem_dtype != DEFAULT_ELEM_DTYPE:
-        raise invalid(label, elem_dtype, f"none beside format={format!r}: it is of 'mxfp8' alone")
+        allowed = f"none beside format={format!r}: it is of 'mxfp8' alone"
+        raise invalid(label_of("elem_dtype"), elem_dtype, allowed)
+    if format == "nvfp4" and scale_mode != DEFAULT_SCALE_MODE:
+        allowed = "none beside format='nvfp4', whose scales are no powers of two"
+        raise invalid(label_of("scale_mode"), scale_mode, allowed)
 
 
 def _validate_override(label: str, name: object, value: object) -> Any:
@@ -133,6 +156,7 @@ VALIDATORS: dict[str, _Validator] = {
     "format": _choice(Format),
     "elem_dtype": _validate_elem_dtype,
     "scale_mode": _choice(ScaleMode),
+    "tensor_scale": _choice(TensorScale),
     "modules": _validate_modules,
     "calibration": _validate_calibration,
     "verify": _validate_bool,

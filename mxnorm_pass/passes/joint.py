@@ -86,7 +86,12 @@ class GraphFacts:
 
 
 @collector_paused()
-def analyze(graph: fx.Graph, config: MXNormConfig, facts: GraphFacts) -> Analysis:
+def analyze(
+    graph: fx.Graph,
+    config: MXNormConfig,
+    facts: GraphFacts,
+    decompositions: Mapping[Any, Any] | None = None,
+) -> Analysis:
     """Insert the casts that ``config`` asks for and decide on every norm."""
     before = Snapshot(graph)
     original = copied_graph(graph) if config.verify else None
@@ -95,7 +100,9 @@ def analyze(graph: fx.Graph, config: MXNormConfig, facts: GraphFacts) -> Analysi
     modules = _matmul_modules(graph)
     norms = find_norms(graph)
     untouched = facts.tensor_subclass is not None or facts.obstacle is not None
-    inserted = 0 if untouched else insert_casts(graph, norms, config)
+    inserted = (
+        0 if untouched else insert_casts(graph, norms, config, FunctionTracer(decompositions))
+    )
     decisions = decide(
         graph,
         norms,
@@ -128,7 +135,7 @@ def run_pass(
             on every norm, and is what is reported.
     """
     start = time.perf_counter()
-    analysis = analyze(graph, config, facts or GraphFacts())
+    analysis = analyze(graph, config, facts or GraphFacts(), decompositions)
     shown = original or analysis
     drawing = _Drawing(shown)
     if original is not None:

@@ -19,7 +19,6 @@ from golden.cases import CASES, Fused
 from golden.index import GRAPHS, Index, Recording, installed
 from golden.record import DECOMPOSITIONS
 from golden.text import MissingOp, rebuild
-from pairwise import some
 from paths import LIB
 from torch import Tensor, fx
 
@@ -152,15 +151,7 @@ def traced_now(
 
 
 @pytest.mark.full
-@some(
-    [
-        "plain-llama-inference.aten",
-        "plain-llama-inference.inductor",
-        "inference-rceil-e4m3fn.aten",
-        "training-rceil.inductor",
-    ],
-    name=[f"{case}.{kind}" for case in CASES for kind in DECOMPOSITIONS],
-)
+@pytest.mark.parametrize("name", [f"{case}.{kind}" for case in CASES for kind in DECOMPOSITIONS])
 def test_installed_versions_trace_what_is_recorded(
     name: str, traced_now: dict[str, Recording]
 ) -> None:

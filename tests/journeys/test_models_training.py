@@ -19,7 +19,7 @@ from architectures import (
     same_bits,
 )
 from functional_mode import FunctionalMode
-from pairwise import some
+from pairwise import each_value, some
 from torch import Tensor, nn
 
 import mxnorm_pass
@@ -37,18 +37,7 @@ GRADIENTS = get_args(Gradient)
 
 
 @pytest.mark.full
-@some(
-    [
-        "Llama-true",
-        "Gemma-2-paper",
-        "SmolLM3-orthogonal",
-        "Mixtral-paper",
-        "Qwen3-MoE-orthogonal",
-        "GPT-OSS-true",
-    ],
-    name=list(models.ARCHITECTURES),
-    gradient=GRADIENTS,
-)
+@each_value(name=list(models.ARCHITECTURES), gradient=GRADIENTS)
 def test_gradients_are_those_of_functional(name, gradient) -> None:
     """The true gradient is that of the forward, too, as ``verify`` finds it."""
     check(name, F32, gradient, verify=gradient == "true")

@@ -18,8 +18,6 @@ from paths import PACKAGE, ROOT, TESTS
 
 INTERPRETED = TESTS / "kernels" / "interpreted"
 FILES = sorted(INTERPRETED.glob("test_*.py"))
-# Those of which the default run takes a part.
-WITH_MORE = [p for p in FILES if re.search("from pairwise import|mark.full", p.read_text())]
 
 
 def test_in_the_interpreter() -> None:
@@ -27,9 +25,8 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("path", WITH_MORE, ids=lambda path: path.stem)
-def test_in_the_interpreter_what_only_the_full_run_takes(path: Path) -> None:
-    interpret(path, "full")
+def test_in_the_interpreter_what_only_the_full_run_takes() -> None:
+    interpret(INTERPRETED, "full")
 
 
 def interpret(path: Path, marked: str) -> None:

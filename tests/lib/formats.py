@@ -13,12 +13,10 @@ _WORDS = ("elem_dtype", "scale_mode", "block_size")
 
 
 def in_a_format(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with element type, scale mode and block size as one format."""
+    """The options with element type, scale mode and block size as one format, if none is named."""
     words = {name: options[name] for name in _WORDS if name in options}
-    if not words and "format" in options:
-        return dict(options)
     others = {name: value for name, value in options.items() if name not in _WORDS}
-    return others | {"format": BlockFormat.of(**words)}
+    return {"format": BlockFormat.of(**words), **others}
 
 
 def spec_with(spec: NormCastSpec, **changes: Any) -> NormCastSpec:
@@ -26,4 +24,4 @@ def spec_with(spec: NormCastSpec, **changes: Any) -> NormCastSpec:
     fmt = spec.format
     words = {"elem_dtype": fmt.elem_dtype, "scale_mode": fmt.scale_mode}
     words |= {"block_size": fmt.block_size}
-    return replace(spec, **in_a_format(words | changes))
+    return replace(spec, **in_a_format({**words, **changes}))

@@ -1,7 +1,9 @@
 """Products of parameters of which the default run takes a part, and the full run everything.
 
-A row that the default run leaves out carries the marker ``full``. What costs is compiles, and a
-mistake shows where two values meet, seldom only where three do: so the parts are pairwise.
+A row that the default run leaves out carries the marker ``full``. Where the test itself is of the
+full run alone, these rows wait for the exhaustive one (``tests/conftest.py``). What costs is
+compiles, and a mistake shows where two values meet, seldom only where three do: so the parts are
+pairwise.
 """
 
 from __future__ import annotations

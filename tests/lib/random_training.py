@@ -132,9 +132,9 @@ def recorded_casts() -> Iterator[set[str]]:
     found: set[str] = set()
     original = insert._quantize
 
-    def quantize(graph: Any, linear: Any, fmt: Any) -> None:
-        found.add(linear.name)
-        original(graph, linear, fmt)
+    def quantize(graph: Any, quantized: Any, *args: Any) -> None:
+        found.add(quantized.linear.name)
+        original(graph, quantized, *args)
 
     with mock.patch.object(insert, "_quantize", quantize):
         yield found

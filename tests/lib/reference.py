@@ -121,6 +121,7 @@ class Recipe:
         also: those of further linears that read the fused norm.
         head: the last norm is fused into ``lm_head``.
         sites: other recipes for single norms, by name.
+        tensor_scale: "bound" or "amax", of what norms make of NVFP4.
         backward: "high-precision", or "mx": torchao's MXFP8 training backward, or "mx-hp-wgrad".
     """
 
@@ -134,6 +135,7 @@ class Recipe:
     head: bool = False
     sites: dict[str, Recipe] = field(default_factory=dict)
     backward: str = "high-precision"
+    tensor_scale: str = "bound"
 
     @property
     def kept_cast(self) -> dict[str, Any]:
@@ -191,17 +193,37 @@ class _Norm(nn.Module):
         y = functional.mxnorm(x, self.weight, eps=self.eps, **self.recipe.norm, **rounding)
         in_cast = self.weight if self.recipe.gain == "activation" else None
         options = in_a_format({**forward, **self.recipe.cast, **rounding})
-        values, scales, _ = functional.mxnorm_cast(x, in_cast, eps=self.eps, **options)
+        scale = self._tensor_scale(x, in_cast, options)
+        values, scales, _ = functional.mxnorm_cast(
+            x, in_cast, eps=self.eps, tensor_scale=scale, **options
+        )
         gain = self.weight if self.recipe.gain == "fold" else None
         exact = functional.mxnorm(x, self.weight, eps=self.eps, estimator="exact", **rounding)
-        exact.fused = _Fused(y, (values, scales), gain)
+        exact.fused = _Fused(y, (values, scales, scale), gain)
         return exact
+
+    def _tensor_scale(
+        self, x: Tensor, gain: nn.Parameter | None, options: dict[str, Any]
+    ) -> Tensor | None:
+        if options.get("format") != "nvfp4":
+            return None
+        estimator, p = options.get("estimator", "mxnorm"), options.get("p", 2.0)
+        if self.recipe.tensor_scale == "bound":
+            bound = functional.bound_of_normalized(estimator, p, x.shape[-1], 16)
+            return functional.nvfp4_norm_tensor_scale(bound, gain)
+        kept = {
+            n: options[n] for n in ("estimator", "p", "norm_dtype", "out_dtype") if n in options
+        }
+        if estimator == "mxnorm":
+            kept["norm_dtype"], kept["out_dtype"] = None, torch.float32
+        y = functional.mxnorm(x, gain, eps=self.eps, block_size=16, **kept)
+        return functional.nvfp4_tensor_scale(y)
 
 
 @dataclass(frozen=True)
 class _Fused:
     output: Tensor
-    quantized: tuple[Tensor, Tensor]
+    quantized: tuple[Tensor, Tensor, Tensor | None]
     gain: Tensor | None
 
 

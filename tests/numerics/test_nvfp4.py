@@ -143,10 +143,10 @@ def test_norm_and_cast_in_one(format: str, estimator: str) -> None:
     assert torch.equal(values, want)
     name = fmt.name
     spec = (1e-5, estimator, 2.0, name, torch.float32, torch.bfloat16, "row-major")
-    results = ops.norm_cast(x, gain, None, *spec)
+    results = ops.norm_cast(x, gain, None, None, *spec)
     assert torch.equal(results[0], values)
     torch.library.opcheck(
         ops.norm_cast,
-        (x, gain, None, *spec),
+        (x, gain, None, None, *spec),
         test_utils=("test_autograd_registration", "test_faketensor"),
     )

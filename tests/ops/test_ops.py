@@ -51,7 +51,7 @@ class NormOp:
         added = (residual,) if self.adds else ()
         names = (field.name for field in fields(SPEC))
         spec = (dict(zip(names, SPEC.arguments(), strict=True)) | options).values()
-        return (x, *added, weight, block_weights, *spec, *((True,) if self.both else ()))
+        return (x, *added, weight, block_weights, None, *spec, *((True,) if self.both else ()))
 
     def __call__(self, **arguments: Any) -> tuple[Tensor, ...]:
         return self.op(*self.arguments(**arguments))

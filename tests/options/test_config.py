@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "format": "mxfp8",
     "elem_dtype": E4M3,
     "scale_mode": "rceil",
+    "tensor_scale": "bound",
     "modules": {},
     "calibration": None,
     "inner": "inductor",
@@ -46,9 +47,19 @@ ALLOWED = {
     "quantize": ("norm-fed", "existing", "all"),
     "format": ("mxfp8", "mxfp6", "mxfp6 e2m3", "mxfp6 e3m2", "mxfp4"),
     "scale_mode": ("rceil", "floor", "ceil", "even"),
+    "tensor_scale": ("bound", "amax"),
     "inner": ("inductor", "aot_eager", "eager"),
 }
-OVERRIDABLE = ("estimator", "p", "gain", "gradient", "format", "elem_dtype", "scale_mode")
+OVERRIDABLE = (
+    "estimator",
+    "p",
+    "gain",
+    "gradient",
+    "format",
+    "elem_dtype",
+    "scale_mode",
+    "tensor_scale",
+)
 
 
 def config(**values: Any) -> MXNormConfig:
@@ -111,6 +122,13 @@ def test_format_of_inserted_casts() -> None:
     assert config(elem_dtype=E5M2).cast_format.name == "mxfp8 e5m2 rceil block 32"
     assert config(format="mxfp4", scale_mode="even").cast_format.name == "mxfp4 e2m1 even block 32"
     assert config(format="mxfp6 e3m2").cast_format.name == "mxfp6 e3m2 rceil block 32"
+    assert config(format="nvfp4").cast_format.name == "nvfp4 e2m1 nearest block 16"
+    message = error_of(format="nvfp4", scale_mode="even")
+    assert "scale_mode='even'" in message and "no powers of two" in message
+    message = error_of(modules={"m": {"format": "nvfp4", "scale_mode": "even"}})
+    assert "modules['m']['scale_mode']='even'" in message
+    floors = config(scale_mode="floor", modules={"m": {"format": "nvfp4"}})
+    assert floors.resolve("m").config.cast_format.name == "nvfp4 e2m1 nearest block 16"
 
 
 def test_format_and_elem_dtype_must_agree() -> None:
@@ -182,7 +200,7 @@ def test_module_rule_overrides_only_what_is_overridable(name: Any) -> None:
         ("p", -1, "greater than 0"),
         ("gain", 1, "'fold'"),
         ("gradient", "fake", "'orthogonal'"),
-        ("format", "nvfp4", "'mxfp6 e3m2'"),
+        ("format", "mxfp5", "'mxfp6 e3m2'"),
         ("elem_dtype", torch.float16, "torch.float8_e5m2"),
         ("scale_mode", "round", "'even'"),
         ("scale_mode", "rceil-log2", "'rceil'"),
@@ -202,6 +220,7 @@ def test_overrides_apply_to_the_base_config() -> None:
         "format": "mxfp8",
         "elem_dtype": E5M2,
         "scale_mode": "even",
+        "tensor_scale": "amax",
     }
     base = config(quantize="all", modules={"m.*": overrides})
     resolved = base.resolve("m.norm")

@@ -78,7 +78,7 @@ def forward(arg0_1, arg1_1, arg2_1):
     # arg0_1: bf16[4, 64]
     # arg1_1: bf16[64]
     # arg2_1: bf16[32, 64]
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, None, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, None, None, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     # linear
@@ -104,7 +104,7 @@ def forward(arg0_1, arg1_1, arg2_1):
     # arg0_1: bf16[4, 64]
     # arg1_1: bf16[64]
     # arg2_1: bf16[32, 64]
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, arg1_1, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, arg1_1, None, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     # linear
@@ -127,7 +127,7 @@ def forward(arg0_1, arg1_1, arg2_1):
     # arg0_1: bf16[4, 64]
     # arg1_1: bf16[64]
     # arg2_1: bf16[32, 64]
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, arg1_1, None, 1e-06, 'exact', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(arg0_1, arg1_1, None, None, 1e-06, 'exact', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     # linear
@@ -155,7 +155,7 @@ def forward(arg0_1, arg1_1, arg2_1):
     # arg1_1: bf16[64]
     # arg2_1: bf16[32, 64]
     sigmoid: "bf16[4, 64]" = torch.ops.aten.sigmoid.default(arg0_1)
-    add_norm_cast_default = torch.ops.mxnorm_pass.add_norm_cast.default(arg0_1, sigmoid, arg1_1, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
+    add_norm_cast_default = torch.ops.mxnorm_pass.add_norm_cast.default(arg0_1, sigmoid, arg1_1, None, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
     add: "bf16[4, 64]" = getitem(add_norm_cast_default, 0)
     getitem_4: "f8e4m3fn[4, 64]" = getitem(add_norm_cast_default, 1)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(add_norm_cast_default, 2)
@@ -233,7 +233,7 @@ def forward(primals_1, primals_2, primals_3, tangents_1):
     # primals_3: bf16[32, 64]
     # tangents_1: bf16[4, 32]
     _to_copy: "f32[4, 64]" = torch.ops.aten._to_copy.default(primals_1, dtype=torch.float32)
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(primals_1, None, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(primals_1, None, None, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     getitem_6: "f32[4, 1]" = getitem(norm_cast_default, 2)
@@ -310,7 +310,7 @@ def forward(primals_1, primals_2, primals_3, tangents_1):
     # primals_3: bf16[32, 64]
     # tangents_1: bf16[4, 32]
     _to_copy: "f32[4, 64]" = torch.ops.aten._to_copy.default(primals_1, dtype=torch.float32)
-    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(primals_1, None, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
+    norm_cast_default = torch.ops.mxnorm_pass.norm_cast.default(primals_1, None, None, None, 1e-06, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major')
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     getitem_6: "f32[4, 1]" = getitem(norm_cast_default, 2)

@@ -48,13 +48,13 @@ def options(**changes: Any) -> list[Any]:
 def norm_cast(
     x: Tensor, weight: Any = None, block_weights: Any = None, **changes: Any
 ) -> tuple[Tensor, ...]:
-    return ops.norm_cast(x, weight, block_weights, *options(**changes))
+    return ops.norm_cast(x, weight, block_weights, None, *options(**changes))
 
 
 def add_norm_cast(
     x: Tensor, residual: Tensor, weight: Any = None, block_weights: Any = None, **changes: Any
 ) -> tuple[Tensor, ...]:
-    return ops.add_norm_cast(x, residual, weight, block_weights, *options(**changes))
+    return ops.add_norm_cast(x, residual, weight, block_weights, None, *options(**changes))
 
 
 def tensor(mode: FakeTensorMode, *shape: Any, dtype: Any = BF16, device: str = "cuda") -> Tensor:

@@ -59,12 +59,18 @@ class Observation:
 
 
 def _dequantized(call: NormCastCall, x: Tensor, results: Mapping[str, Tensor]) -> Tensor:
-    values, scales = results["values"], results["scales"]
+    values, scales, tensor_scale = results["values"], results["scales"], call.tensor_scale
     if call.spec.scale_layout != "row-major":
         options = {**call.spec.keywords(), "scale_layout": "row-major"}
         weight = call.weight if call.gain_in_rows is not False else None
-        values, scales, _ = mxnorm_cast(x, weight, block_weights=call.block_weights, **options)
-    return mx_dequantize(values, scales, format=call.spec.format)
+        values, scales, _ = mxnorm_cast(
+            x,
+            weight,
+            block_weights=call.block_weights,
+            tensor_scale=tensor_scale,
+            **options,
+        )
+    return mx_dequantize(values, scales, format=call.spec.format, tensor_scale=tensor_scale)
 
 
 class WatchedModel:

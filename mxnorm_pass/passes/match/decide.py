@@ -89,8 +89,7 @@ def _with_residual_adds(decisions: Iterable[Decision]) -> Iterator[Decision]:
     taken: set[fx.Node] = set()
     for decision in decisions:
         if isinstance(decision, Fusion):
-            gain = decision.norm.gain
-            add = residual_add(decision.norm, [gain] if gain is not None else [], taken)
+            add = residual_add(decision.norm, decision.op_inputs, taken)
             if add is not None:
                 taken.add(add)
                 decision = replace(decision, residual=add)

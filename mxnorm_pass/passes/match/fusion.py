@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -10,7 +12,7 @@ from mxnorm_pass.graph.nodes import tensor_of
 from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
-from mxnorm_pass.numerics.rms import Estimator
+from mxnorm_pass.numerics.rms import Estimator, bound_of_normalized
 from mxnorm_pass.options.config import Calibrated, MXNormConfig
 from mxnorm_pass.passes.match.casts.find import Cast
 from mxnorm_pass.passes.match.linears.consumer import Consumer
@@ -78,6 +80,34 @@ class Fusion:
             # Its values differ from the matched graph's anyhow: no log2 has to be emulated.
             return cast.format.without_log2
         return cast.format
+
+    def tensor_scale_of(self, spec: NormCastSpec) -> fx.Node | None:
+        """That of the matched cast; None where it has none."""
+        return next(c.cast.tensor_scale for c in self.consumers if self.spec_of(c) == spec)
+
+    def bound_of(self, spec: NormCastSpec) -> float | None:
+        """What bounds |x| / rms, to scale the tensor by; None if the elements are to say it."""
+        if self.config.tensor_scale != "bound":
+            return None
+        size = spec.format.block_size
+        bound = bound_of_normalized(
+            spec.estimator, spec.p, self.norm.width, size, self.block_weights
+        )
+        return bound if math.isfinite(bound) else None
+
+    @property
+    def op_inputs(self) -> Iterator[fx.Node]:
+        """What the fused op reads beside x, or what that is computed from."""
+        if self.norm.gain is not None:
+            yield self.norm.gain
+        for spec in self.specs:
+            tensor_scale = self.tensor_scale_of(spec)
+            if tensor_scale is None:
+                continue
+            if self.estimator == "exact":
+                yield tensor_scale
+            elif self.bound_of(spec) is None:
+                yield self.norm.output
 
     def transposed_with(self, spec: NormCastSpec) -> tuple[Cast, ...]:
         """The backward's casts along T that the op of ``spec`` makes."""

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
+from torch._inductor.pattern_matcher import stable_topological_sort
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import call, outputs_of
 from mxnorm_pass.graph.nodes import dtype_of, partition_of, tensor_of
+from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 from mxnorm_pass.passes.match.casts.find import Cast
@@ -17,6 +19,7 @@ from mxnorm_pass.passes.match.fusion import Fusion
 from mxnorm_pass.passes.match.linears.consumer import Consumer
 from mxnorm_pass.passes.match.linears.products import cast_use
 from mxnorm_pass.passes.rewrite.shapes import byte_view
+from mxnorm_pass.passes.rewrite.tensor_scale import tensor_scale_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class _Results:
 
     values: fx.Node
     scales: fx.Node
+    tensor_scale: fx.Node | None
     format: BlockFormat
 
 
@@ -34,22 +38,28 @@ def fuse_casts(
     spec: NormCastSpec,
     block_weights: fx.Node | None,
     at: fx.Node,
+    tracer: FunctionTracer,
 ) -> fx.Node:
     """Insert the fused op before ``at``, hand its results to the consumers; returns rho."""
     norm = fusion.norm
     consumers = [c for c in fusion.consumers if fusion.spec_of(c) == spec]
     transposed = fusion.transposed_with(spec)
     origin = norm.output
-    options = (block_weights, *spec.arguments())
     in_rows = fusion.gain == "activation"
+    gain = norm.gain if in_rows or transposed else None
+    tensor_scale = tensor_scale_of(graph, fusion, spec, gain, block_weights, at, tracer)
+    options = (block_weights, tensor_scale, *spec.arguments())
     with graph.inserting_before(at):
         if transposed:
-            op = call(graph, origin, ops.norm_cast_both, norm.x, norm.gain, *options, in_rows)
+            op = call(graph, origin, ops.norm_cast_both, norm.x, gain, *options, in_rows)
         else:
-            gain = norm.gain if in_rows else None
             op = call(graph, origin, ops.norm_cast, norm.x, gain, *options)
         values, scales, rho, *along_rows = outputs_of(graph, origin, op)
-        _redirect_casts(graph, origin, consumers, _Results(values, scales, spec.format))
+        _redirect_casts(
+            graph, origin, consumers, _Results(values, scales, tensor_scale, spec.format)
+        )
+    if tensor_scale is not None and tensor_scale > op:
+        stable_topological_sort(graph)
     for backward_cast in transposed:
         _redirect_transposed(graph, backward_cast, *along_rows)
     return rho
@@ -113,9 +123,9 @@ def _shared_dequantization(
     """Values times scales in the dtype of ``like``, made once for each part of the graph."""
     key = (new.values, dtype_of(like), *partition_of(like))
     if key not in made:
-        made[key] = call(
-            graph, like, ops.dequantize, new.values, new.scales, new.format.name, dtype_of(like)
-        )
+        args = (new.values, new.scales, new.format.name, dtype_of(like))
+        tensor_scale = () if new.tensor_scale is None else (new.tensor_scale,)
+        made[key] = call(graph, like, ops.dequantize, *args, *tensor_scale)
     return made[key]
 
 

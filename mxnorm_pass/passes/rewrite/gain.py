@@ -44,10 +44,7 @@ def fold_gain(graph: fx.Graph, fusion: Fusion) -> None:
         at = weight.cast.values
         comes_late = gain > at
         with graph.inserting_before(at):
-            values, scales = _cast_scaled_weight(graph, at, weight, gain)
-            new_values = byte_view(graph, at, values, weight.cast.values)
-            new_scales = byte_view(graph, at, scales, weight.cast.scales)
-        replaced = {weight.cast.values: new_values, weight.cast.scales: new_scales}
+            replaced = _cast_scaled_weight(graph, at, weight, gain)
         _redirect_weight(graph, weight.cast, consumer.linear.matmul, replaced)
         if comes_late:
             # The weight was cast before the gain was known: all that reads the cast moves down.
@@ -59,7 +56,8 @@ def _redirect_weight(
 ) -> None:
     """Let one matmul read another cast of its weight; others may share the old one."""
     use = cast_use(cast)
-    if all(m.matmul is matmul for m in use.matmuls):
+    # A tensor's scale may be read beside the cast.
+    if cast.tensor_scale is None and all(m.matmul is matmul for m in use.matmuls):
         replace_cast(cast, replaced)
         return
     for other in use.matmuls:
@@ -69,10 +67,18 @@ def _redirect_weight(
 
 def _cast_scaled_weight(
     graph: fx.Graph, at: fx.Node, weight: WeightCast, gain: fx.Node
-) -> tuple[fx.Node, ...]:
+) -> dict[fx.Node, fx.Node]:
+    """What to read in the place of values, scales and the tensor's scale."""
+    old = weight.cast
     # As in the activation's cast: the product with the gain has no bits in the matched graph.
-    fmt = weight.cast.format.without_log2
+    fmt = old.format.without_log2
     weight32 = to_dtype(graph, at, weight.weight, torch.float32)
     scaled = call(graph, at, aten.mul.Tensor, weight32, to_dtype(graph, at, gain, torch.float32))
-    cast = call(graph, at, ops.cast, scaled, fmt.name)
-    return outputs_of(graph, at, cast)
+    replaced = {}
+    if old.tensor_scale is not None:
+        replaced[old.tensor_scale] = call(graph, at, ops.tensor_scale, scaled)
+    cast = call(graph, at, ops.cast, scaled, fmt.name, *replaced.values())
+    values, scales = outputs_of(graph, at, cast)
+    replaced[old.values] = byte_view(graph, at, values, old.values)
+    replaced[old.scales] = byte_view(graph, at, scales, old.scales)
+    return replaced

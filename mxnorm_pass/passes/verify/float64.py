@@ -29,7 +29,7 @@ from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.match.casts.find import Cast, find_casts
 
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
-_ONE = 127  # the byte of E8M0's 1.0
+_ONE = {torch.uint8: 127, torch.float8_e8m0fnu: 127, torch.float8_e4m3fn: 0x38}  # bytes of 1.0
 # Of these the dtype says how bits are read, or what the input's was, not what is computed.
 _KEEP_DTYPE = frozenset({aten.view.dtype})
 _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
@@ -79,7 +79,8 @@ class Float64Interpreter:
     def _cast_result(self, node: fx.Node, env: Env) -> Tensor:
         """Values and scales of a cast, which alone are read outside of it, maybe reshaped."""
         like, cast = node.meta["val"], self._casts[node]
-        if like.dtype in (torch.uint8, torch.float8_e8m0fnu) and node is not cast.values:
+        e8m0 = like.dtype in (torch.uint8, torch.float8_e8m0fnu)
+        if node is cast.scales or (e8m0 and node is not cast.values):
             return _ones(like)
         source: Tensor = _read(node, env[cast.source])
         return _held(source, cast.format).reshape(_shape(like))
@@ -137,7 +138,8 @@ def _shape(like: Tensor) -> list[int]:
 
 
 def _ones(like: Tensor) -> Tensor:
-    ones = torch.full(_shape(like), _ONE, dtype=torch.uint8, device=like.device)
+    one = _ONE[like.dtype]
+    ones = torch.full(_shape(like), one, dtype=torch.uint8, device=like.device)
     return ones.view(like.dtype)
 
 
@@ -219,13 +221,21 @@ def _rho(
     return inverse_rms(x, eps=eps, estimator=estimator, gradient=gradient, **options)
 
 
-def _dequantize(values: Tensor, scales: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+def _dequantize(
+    values: Tensor,
+    scales: Tensor,
+    format: str,
+    dtype: torch.dtype,
+    tensor_scale: Tensor | None = None,
+) -> Tensor:
     """Values that the graph was given are in bytes; those of a cast are what was cast."""
     if values.is_complex():
         return torch.view_as_real(values).flatten(-2)
     if values.itemsize > 1:
         return values
-    return mx_dequantize(values, scales, format=format).double()
+    if tensor_scale is not None:
+        tensor_scale = tensor_scale.float()
+    return mx_dequantize(values, scales, format=format, tensor_scale=tensor_scale).double()
 
 
 _OWN: dict[Any, Callable[..., Any]] = {
@@ -234,6 +244,8 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.copy.default: lambda into, source, *_: source.expand_as(into),
     ops.inverse_rms: _inverse_rms,
     ops.dequantize: _dequantize,
+    # What it scales is taken as it is.
+    ops.tensor_scale: lambda x: x.new_ones(()),
 }
 
 

@@ -259,7 +259,7 @@ def test_checkpointing_recomputes_both_casts(estimator: str, monkeypatch: Any) -
 def test_cast_that_nobody_reads_is_dropped(add: bool, gain_in_rows: bool, read: int) -> None:
     """As in the forward of a checkpointed region."""
     op = ops.add_norm_cast_both if add else ops.norm_cast_both
-    options = (None, EPS, "mxnorm", 2.0, "mxfp8", BF16, BF16, "row-major", gain_in_rows)
+    options = (None, None, EPS, "mxnorm", 2.0, "mxfp8", BF16, BF16, "row-major", gain_in_rows)
 
     def function(x: Tensor, gain: Tensor) -> tuple[Tensor, ...]:
         results = op(*([x, x] if add else [x]), gain, *options)

@@ -156,7 +156,7 @@ def forward(primals_1, primals_2, primals_3, tangents_1):
     # primals_3: bf16[64, 128]
     # tangents_1: bf16[64, 64]
     _to_copy: "f32[64, 128]" = torch.ops.aten._to_copy.default(primals_2, dtype=torch.float32)
-    norm_cast_both_default = torch.ops.mxnorm_pass.norm_cast_both.default(primals_2, primals_1, None, 1e-05, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major', False)
+    norm_cast_both_default = torch.ops.mxnorm_pass.norm_cast_both.default(primals_2, primals_1, None, None, 1e-05, 'mxnorm', 2.0, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16, torch.bfloat16, 'row-major', False)
     getitem_6: "f8e4m3fn[64, 128]" = getitem(norm_cast_both_default, 0)
     getitem_7: "f8e8m0fnu[64, 4]" = getitem(norm_cast_both_default, 1)
     getitem_8: "f32[64, 1]" = getitem(norm_cast_both_default, 2)

@@ -110,7 +110,7 @@ def exact_in_the_forward(patch: pytest.MonkeyPatch) -> None:
 
     def fuse(graph: Any, *args: Any) -> Any:
         rho = right(graph, *args)
-        rho.args[0].update_arg(4, "exact")
+        rho.args[0].update_arg(5, "exact")
         return rho
 
     patch.setattr(fusion, "fuse_casts", fuse)
@@ -238,7 +238,7 @@ def another_eps(patch: pytest.MonkeyPatch) -> None:
 
     def fuse(graph: Any, *args: Any) -> Any:
         rho = right(graph, *args)
-        rho.args[0].update_arg(3, 0.5)
+        rho.args[0].update_arg(4, 0.5)
         return rho
 
     patch.setattr(fusion, "fuse_casts", fuse)

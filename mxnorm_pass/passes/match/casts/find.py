@@ -46,6 +46,7 @@ class Cast:
         scales: node of one E8M0 scale (or its byte) per block, row-major.
         format: what it computes.
         nodes: everything from ``source`` (excluded) to values and scales.
+        tensor_scale: node of the scale of the tensor, in formats that have one; None for 1.
     """
 
     source: fx.Node
@@ -53,6 +54,7 @@ class Cast:
     scales: fx.Node
     format: BlockFormat
     nodes: frozenset[fx.Node]
+    tensor_scale: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def _has_size_of(node: fx.Node, other: fx.Node) -> bool:
 
 
 def _own_cast(node: fx.Node) -> Cast:
-    source, name = node.args
+    source, name, *tensor_scale = node.args
     outputs = {user.args[1]: user for user in node.users}
     return Cast(
         source=source,  # type: ignore[arg-type]
@@ -131,6 +133,7 @@ def _own_cast(node: fx.Node) -> Cast:
         scales=outputs[1],
         format=block_format(name),  # type: ignore[arg-type]
         nodes=frozenset((node, *node.users)),
+        tensor_scale=next(iter(tensor_scale), None),  # type: ignore[arg-type]
     )
 
 

@@ -6,7 +6,6 @@ import torch
 
 from mxnorm_pass.graph.code import type_name
 from mxnorm_pass.graph.nodes import tensor_of
-from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.match.linears.plain import PlainLinear
 from mxnorm_pass.passes.match.linears.router import is_router
@@ -17,8 +16,8 @@ _LINEAR_DTYPES = (torch.bfloat16, torch.float32)
 def obstacle(linear: PlainLinear, config: MXNormConfig) -> str | None:
     """What keeps the backend from casting a plain linear, None where it casts it.
 
-    The words follow "a linear in bf16". MX matmuls want both sides of the weight in whole blocks;
-    that leaves out small adapters.
+    The words follow "a linear in bf16". Block-scaled matmuls want both sides of the weight
+    in whole blocks; that leaves out small adapters.
     """
     if config.quantize == "existing":
         return "that quantize='existing' leaves without a cast"
@@ -29,8 +28,9 @@ def obstacle(linear: PlainLinear, config: MXNormConfig) -> str | None:
     activation, weight = tensor_of(linear.activation), tensor_of(linear.weight)
     if activation is None or weight is None or activation.dtype != weight.dtype:
         return f"whose weight is {type_name(linear.weight)}"
-    if not all(isinstance(n, int) and n % MX_BLOCK_SIZE == 0 for n in weight.shape):
-        return f"whose weight {list(weight.shape)} is not in whole blocks of {MX_BLOCK_SIZE}"
+    block_size = config.resolve(linear.name).config.cast_format.block_size
+    if not all(isinstance(n, int) and n % block_size == 0 for n in weight.shape):
+        return f"whose weight {list(weight.shape)} is not in whole blocks of {block_size}"
     if activation.dtype not in _LINEAR_DTYPES:
         return "where only bf16 and f32 get casts"
     return None

@@ -44,7 +44,9 @@ def dequantization(cast: Cast, linear: QuantizedMatmul) -> fx.Node | None:
         return None
     (product,) = products
     if product.target is ops.dequantize:
-        known = product.args[:3] == (cast.values, cast.scales, cast.format.name)
+        values, scales, name, _, *tensor_scale = product.args
+        own = (values, scales, name, next(iter(tensor_scale), None))
+        known = own == (cast.values, cast.scales, cast.format.name, cast.tensor_scale)
     else:
         known = _multiplies_blocks(product, cast, linear) and _is_exact(product, cast)
     end = last_view(product)

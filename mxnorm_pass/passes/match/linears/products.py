@@ -68,7 +68,7 @@ def cast_use(cast: Cast) -> CastUse:
     while queue:
         node = heappop(queue)
         if node not in holds:
-            held = _hold(node, holds)
+            held = _hold(node, holds, cast.tensor_scale)
             if held is None:
                 return CastUse(escape=node)
             holds[node] = held
@@ -106,10 +106,13 @@ class _Holds(Enum):
     PRODUCT = auto()
 
 
-def _hold(node: fx.Node, holds: Mapping[fx.Node, _Holds]) -> _Holds | None:
+def _hold(
+    node: fx.Node, holds: Mapping[fx.Node, _Holds], tensor_scale: fx.Node | None
+) -> _Holds | None:
     """What ``node`` is made of, None if it is no step of a dequantisation."""
     # Symbolic sizes are inputs too.
-    inputs = [n for n in node.all_input_nodes if tensor_of(n) is not None]
+    tensors = [n for n in node.all_input_nodes if tensor_of(n) is not None]
+    inputs = [n for n in tensors if n is not tensor_scale or node.target is not ops.dequantize]
     known = {holds.get(n) for n in inputs if n in holds or not is_constant(n)}
     if known == {_Holds.VALUES, _Holds.SCALES}:
         return _Holds.PRODUCT if is_call(node, PRODUCTS) else None

@@ -1,0 +1,82 @@
+"""The scale of the tensor, in formats that have one, of what a fused op casts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from mxnorm_pass.graph.nodes import tensor_of
+from mxnorm_pass.graph.trace import FunctionTracer
+from mxnorm_pass.numerics.norm import mxnorm
+from mxnorm_pass.numerics.norm_cast import NormCastSpec
+from mxnorm_pass.numerics.nvfp4 import nvfp4_norm_tensor_scale, nvfp4_tensor_scale
+from mxnorm_pass.passes.match.fusion import Fusion
+
+
+def tensor_scale_of(
+    graph: fx.Graph,
+    fusion: Fusion,
+    spec: NormCastSpec,
+    gain: fx.Node | None,
+    block_weights: fx.Node | None,
+    at: fx.Node,
+    tracer: FunctionTracer,
+) -> fx.Node | None:
+    """The node that computes it, before ``at``; None where the matched cast has none.
+
+    "exact" keeps that of the matched cast, so that no bit changes. An estimate may be below the
+    RMS, so that what it normalises wants a scale of its own.
+
+    Args:
+        gain: the norm's, if the cast includes it.
+    """
+    given = fusion.tensor_scale_of(spec)
+    if given is None or fusion.estimator == "exact":
+        return given
+    norm, bound = fusion.norm, fusion.bound_of(spec)
+    if bound is not None:
+        return norm_tensor_scale(graph, bound, gain, at, norm.output, tracer)
+    options = (spec.eps, spec.p, spec.format.block_size)
+    args = (norm.x, gain, block_weights, *options)
+    node: fx.Node = tracer.graft(graph, at, _from_elements, args, norm.output)
+    return node
+
+
+def norm_tensor_scale(
+    graph: fx.Graph,
+    bound: float,
+    gain: fx.Node | None,
+    at: fx.Node,
+    origin: fx.Node,
+    tracer: FunctionTracer,
+) -> fx.Node:
+    """``nvfp4_norm_tensor_scale`` before ``at``, on the device of the node ``origin``."""
+    value = tensor_of(origin)
+    assert value is not None
+    args = (bound, gain, str(value.device))
+    node: fx.Node = tracer.graft(graph, at, _from_bound, args, origin)
+    return node
+
+
+def _from_bound(bound: float, gain: Tensor | None, device: str) -> Tensor:
+    return nvfp4_norm_tensor_scale(bound, gain, torch.device(device))
+
+
+def _from_elements(
+    x: Tensor,
+    gain: Tensor | None,
+    block_weights: Tensor | None,
+    eps: float,
+    p: float,
+    block_size: int,
+) -> Tensor:
+    y = mxnorm(
+        x,
+        gain,
+        eps=eps,
+        p=p,
+        block_size=block_size,
+        block_weights=block_weights,
+        out_dtype=torch.float32,
+    )
+    return nvfp4_tensor_scale(y)
