@@ -118,6 +118,21 @@ def is_expand(node: fx.Node) -> bool:
     return is_call(node, (aten.expand.default,))
 
 
+def is_every_other(node: fx.Node) -> bool:
+    """A slice of every other element along the last dimension, from the first or the second."""
+    if not is_call(node, (aten.slice.Tensor,)) or len(node.args) != 5:
+        return False
+    source, dim, start, end, step = node.args
+    value = tensor_of(source)  # type: ignore[arg-type]
+    if value is None or not isinstance(dim, int) or dim % value.ndim != value.ndim - 1:
+        return False
+    size = value.shape[-1]
+    reaches_end = isinstance(end, int) and (end == 2**63 - 1 or same_size(end, size))
+    # Of one dimension, all of a tensor, the number may be symbolic: whoever asks must know.
+    even = value.ndim == 1 or (isinstance(size, int) and size % 2 == 0)
+    return bool(start in (0, 1) and step == 2 and reaches_end and even)
+
+
 def is_transpose(node: fx.Node) -> bool:
     """Does the node swap the dimensions of a matrix?"""
     value = tensor_of(node)

@@ -6,16 +6,25 @@ import contextlib
 import ctypes
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_function
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import cpp_extension
 from torchao.prototype.mx_formats import inference_workflow, mx_tensor
+from torchao.prototype.mx_formats.utils import from_blocked
+
+from mxnorm_pass import functional
+from mxnorm_pass.functional import block_format
+from mxnorm_pass.numerics.e8m0 import round_up_to_e8m0
+
+aten = torch.ops.aten
 
 # Views and autograd ask for the device guard of a tensor's device. FakeTensorMode installs one
 # that does nothing where a CUDA build finds no GPU; a CPU build has none at all.
@@ -67,3 +76,46 @@ def to_fake_cuda(module: nn.Module) -> nn.Module:
 
 def _fake(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")
+
+
+class Emulated(fx.Interpreter):
+    """A CUDA graph on CPU tensors: known PTX and ``_scaled_mm`` are emulated."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        kwargs = {k: "cpu" if k == "device" else v for k, v in kwargs.items()}
+        if "asm_str" in kwargs:
+            return round_up_to_e8m0(args[0]).to(torch.uint16)
+        if target is aten._scaled_mm.default:
+            a, b, scale_a, scale_b = args[:4]
+            return dequantized(a, scale_a) @ dequantized(b.t(), scale_b).t()
+        if target is aten._scaled_mm_v2.default:
+            a, b, (scale_a,), _, _, (scale_b,) = args[:6]
+            return dequantized(a, scale_a) @ dequantized(b.t(), scale_b).t()
+        return super().call_function(target, args, kwargs)
+
+
+def dequantized(values: Tensor, blocked: Tensor) -> Tensor:
+    """What a matmul makes of values and blocked scales: MXFP8, MXFP4 or NVFP4, which both say."""
+    fmt = block_format("mxfp8" if values.dtype == torch.float8_e4m3fn else "mxfp4")
+    if blocked.dtype == torch.float8_e4m3fn:
+        fmt = block_format("nvfp4")
+    values = values.contiguous().view(fmt.elem_dtype)
+    rows, columns = fmt.scales_shape(fmt.shape_of(values.shape))
+    padded = 512 * -(-rows // 128) * -(-columns // 4)
+    in_order = from_blocked(
+        blocked.contiguous().view(torch.uint8).flatten()[:padded], rows, columns
+    )
+    scales = in_order.contiguous().view(fmt.scale_dtype)
+    return functional.mx_dequantize(values, scales, torch.bfloat16, format=fmt)
+
+
+def functional_graph(function: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, _: Any) -> fx.GraphModule:
+        graphs.append(gm)
+        return gm
+
+    with torch.no_grad():
+        aot_function(function, fw_compiler=keep)(*args)
+    return graphs[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from pairwise import pairwise
 from reference import build_llama, token_ids
-from sm100 import sm100, to_fake_cuda
+from sm100 import Emulated, functional_graph, sm100, to_fake_cuda
 from torch import Tensor, fx, nn
-from torch._functorch.aot_autograd import aot_function
 from torchao.prototype.moe_training.mxfp8_linear import MXFP8Linear
 from torchao.prototype.mx_formats import kernels, mx_tensor
 from torchao.prototype.mx_formats.config import ScaleCalculationMode
@@ -152,42 +151,6 @@ def test_llama_inference(estimator: str, length: int, mode: str) -> None:
 def hf_norm(x: Tensor, gain: Tensor) -> Tensor:
     h = x.float()
     return gain * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
-
-
-class Emulated(fx.Interpreter):
-    """A CUDA graph on CPU tensors: known PTX and ``_scaled_mm`` are emulated."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        kwargs = {k: "cpu" if k == "device" else v for k, v in kwargs.items()}
-        if "asm_str" in kwargs:
-            return round_up_to_e8m0(args[0]).to(torch.uint16)
-        if target is aten._scaled_mm.default:
-            a, b, scale_a, scale_b = args[:4]
-            return self._dequantized(a, scale_a) @ self._dequantized(b.t(), scale_b).t()
-        if target is aten._scaled_mm_v2.default:
-            a, b, (scale_a,), _, _, (scale_b,) = args[:6]
-            return self._dequantized(a, scale_a) @ self._dequantized(b.t(), scale_b).t()
-        return super().call_function(target, args, kwargs)
-
-    @staticmethod
-    def _dequantized(values: Tensor, scales: Tensor) -> Tensor:
-        rows, columns = values.shape[0], values.shape[1] // 32
-        padded = 512 * -(-rows // 128) * -(-columns // 4)
-        blocked = scales.contiguous().view(torch.uint8).flatten()[:padded]
-        row_major = from_blocked(blocked, rows, columns).contiguous().view(E8M0)
-        return functional.mx_dequantize(values.contiguous(), row_major, BF16)
-
-
-def functional_graph(function: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
-    graphs: list[fx.GraphModule] = []
-
-    def keep(gm: fx.GraphModule, _: Any) -> fx.GraphModule:
-        graphs.append(gm)
-        return gm
-
-    with torch.no_grad():
-        aot_function(function, fw_compiler=keep)(*args)
-    return graphs[0]
 
 
 @dataclass(frozen=True)

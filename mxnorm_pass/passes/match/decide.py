@@ -8,6 +8,7 @@ from itertools import chain
 
 from torch import fx
 
+from mxnorm_pass import ops
 from mxnorm_pass.graph.code import call_text
 from mxnorm_pass.graph.nodes import is_backward, same_size, tensor_of
 from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
@@ -26,6 +27,7 @@ from mxnorm_pass.passes.match.linears.no_cast import no_cast
 from mxnorm_pass.passes.match.linears.plain import is_opt_in, plain_linear
 from mxnorm_pass.passes.match.linears.products import cast_use
 from mxnorm_pass.passes.match.linears.readers import CastIndex, Reader, narrowest_dtype, readers
+from mxnorm_pass.passes.match.linears.tensor_scale import other_reader, readers_beside
 from mxnorm_pass.passes.match.norms.find import Norm
 from mxnorm_pass.passes.match.norms.layer_norm import LayerNorm, find_layer_norms
 from mxnorm_pass.passes.match.norms.tail import rounding_skip
@@ -131,9 +133,26 @@ def _decide(norm: Norm, context: _Context) -> Decision:
         calibration=resolved.calibration,
         block_weights=resolved.block_weights,
     )
+    escape = _tensor_scale_escape(fusion)
+    if escape is not None:
+        return fusion.refused(escape)
     paths = chain.from_iterable(reader.path for reader in read_by)
     reads = _backward_reads(dict.fromkeys((norm.output, *paths)))
     return _with_transposed_casts(fusion, reads)
+
+
+def _tensor_scale_escape(fusion: Fusion) -> Skip | None:
+    """The refusal where something reads a tensor's scale that another would have to replace."""
+    matmuls = [c.linear.matmul for c in fusion.consumers]
+    for consumer in fusion.consumers:
+        if fusion.keeps_tensor_scale(fusion.spec_of(consumer)):
+            continue
+        reader = other_reader(consumer.cast, matmuls)
+        if reader is not None:
+            detail = f"{consumer.cast.tensor_scale} is read by {reader.name} ({call_text(reader)})"
+            expected = "products of the linears' results with the tensor's scale"
+            return Skip(SkipReason.CAST_ESCAPES, detail, reader, expected)
+    return None
 
 
 def _backward_reads(nodes: Iterable[fx.Node]) -> list[Read]:
@@ -280,6 +299,11 @@ def _can_fold(consumer: Consumer, norm: Norm) -> bool:
     """
     if consumer.weight is None or _backward_reads(consumer.quantized):
         return False
+    if consumer.weight.cast.tensor_scale is not None:
+        # What scales a matmul's result would have to be told of the folded weight's scale.
+        beside = readers_beside(consumer.weight.cast)
+        if any(reader.target is not ops.dequantize for reader in beside):
+            return False
     weight = tensor_of(consumer.weight.weight)
     return weight is not None and same_size(weight.shape[-1], norm.width)
 

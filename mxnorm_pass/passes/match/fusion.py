@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from mxnorm_pass.graph.nodes import tensor_of
+from mxnorm_pass import ops
+from mxnorm_pass.graph.nodes import ancestors_after, tensor_of
 from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
@@ -85,6 +86,17 @@ class Fusion:
         """That of the matched cast; None where it has none."""
         return next(c.cast.tensor_scale for c in self.consumers if self.spec_of(c) == spec)
 
+    def keeps_tensor_scale(self, spec: NormCastSpec) -> bool:
+        """Does the fused op have that of the matched cast?
+
+        "exact" changes no bit, and a number that is none of the norm's was chosen for other rows.
+        """
+        given = self.tensor_scale_of(spec)
+        if given is None or self.estimator == "exact":
+            return True
+        is_own = any(n.target is ops.cast for c in self.consumers for n in c.cast.nodes)
+        return not is_own and self.norm.output not in ancestors_after(given, self.norm.output)
+
     def bound_of(self, spec: NormCastSpec) -> float | None:
         """What bounds |x| / rms, to scale the tensor by; None if the elements are to say it."""
         if self.config.tensor_scale != "bound":
@@ -104,7 +116,7 @@ class Fusion:
             tensor_scale = self.tensor_scale_of(spec)
             if tensor_scale is None:
                 continue
-            if self.estimator == "exact":
+            if self.keeps_tensor_scale(spec):
                 yield tensor_scale
             elif self.bound_of(spec) is None:
                 yield self.norm.output

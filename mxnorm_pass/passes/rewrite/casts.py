@@ -60,9 +60,18 @@ def fuse_casts(
         )
     if tensor_scale is not None and tensor_scale > op:
         stable_topological_sort(graph)
+    for consumer in consumers:
+        _redirect_tensor_scale(consumer.cast, tensor_scale)
     for backward_cast in transposed:
         _redirect_transposed(graph, backward_cast, *along_rows)
     return rho
+
+
+def _redirect_tensor_scale(cast: Cast, new: fx.Node | None) -> None:
+    """Let what scales the matmuls' results read the scale with which there was cast."""
+    old = cast.tensor_scale
+    if old is not None and new is not None and new is not old:
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in cast.nodes)
 
 
 def _redirect_transposed(graph: fx.Graph, cast: Cast, values: fx.Node, scales: fx.Node) -> None:

@@ -24,15 +24,13 @@ def tensor_scale_of(
 ) -> fx.Node | None:
     """The node that computes it, before ``at``; None where the matched cast has none.
 
-    "exact" keeps that of the matched cast, so that no bit changes. An estimate may be below the
-    RMS, so that what it normalises wants a scale of its own.
+    An estimate may be below the RMS, so that what it normalises wants a scale of its own.
 
     Args:
         gain: the norm's, if the cast includes it.
     """
-    given = fusion.tensor_scale_of(spec)
-    if given is None or fusion.estimator == "exact":
-        return given
+    if fusion.keeps_tensor_scale(spec):
+        return fusion.tensor_scale_of(spec)
     norm, bound = fusion.norm, fusion.bound_of(spec)
     if bound is not None:
         return norm_tensor_scale(graph, bound, gain, at, norm.output, tracer)

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from mxnorm_pass import ops
 from mxnorm_pass.graph.fake import real_tensors
 from mxnorm_pass.graph.nodes import (
+    aten,
     dtype_of,
     is_backward,
     is_call,
@@ -27,7 +28,8 @@ from mxnorm_pass.graph.nodes import (
     same_shape,
     tensor_of,
 )
-from mxnorm_pass.numerics.cast import mx_dequantize
+from mxnorm_pass.numerics.cast import Quantized
+from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.passes.match.casts.find import Cast, last_view
 from mxnorm_pass.passes.match.casts.program import Program
 from mxnorm_pass.passes.match.linears.products import PRODUCTS, QuantizedMatmul
@@ -69,7 +71,8 @@ def _multiplies_blocks(product: fx.Node, cast: Cast, linear: QuantizedMatmul) ->
     inside = {*linear.slice, cast.values, cast.scales}
     for node in linear.slice:
         # Nothing is broadcast on the way, so that values and scales are as many as in the cast.
-        if node < product and not is_view(node) and not _keeps_shape(node, inside):
+        keeps_elements = is_view(node) or is_call(node, (aten.stack.default,))
+        if node < product and not keeps_elements and not _keeps_shape(node, inside):
             return False
     operands = product.args
     if not all(isinstance(n, fx.Node) and n in inside for n in operands):
@@ -97,9 +100,9 @@ def _keeps_shape(node: fx.Node, inside: set[fx.Node]) -> bool:
 def _is_exact(product: fx.Node, cast: Cast) -> bool:
     sources = (cast.values, cast.scales)
     program = Program.of(sources, _computation(product, sources), [product])
-    if program is None:
+    if program is None or cast.tensor_scale is not None:
         return False
-    return _dequantizes(program, *map(dtype_of, (*sources, product)))
+    return _dequantizes(program, cast.format, dtype_of(cast.scales), dtype_of(product))
 
 
 def _computation(result: fx.Node, sources: Sequence[fx.Node]) -> list[fx.Node]:
@@ -116,18 +119,19 @@ def _computation(result: fx.Node, sources: Sequence[fx.Node]) -> list[fx.Node]:
 
 @lru_cache(maxsize=256)
 def _dequantizes(
-    program: Program, elem: torch.dtype, scale: torch.dtype, result: torch.dtype
+    program: Program, fmt: BlockFormat, scale: torch.dtype, result: torch.dtype
 ) -> bool:
     """Does the program give the bits of ``functional.mx_dequantize`` on whatever it is given?"""
     with real_tensors():
         every_byte = torch.arange(256, dtype=torch.uint8)
-        values = every_byte.repeat(256, 1).view(elem)
+        codes = every_byte[: 2 ** (fmt.element.bits * fmt.element.per_byte)]
+        values = codes.repeat(256, 1).view(fmt.elem_dtype)
         scales = every_byte.view(256, 1)
         try:
             (got,) = program(values, scales.view(scale))
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
             return False
-        want = mx_dequantize(values, scales.view(torch.float8_e8m0fnu), result)
+        want = Quantized(values, scales.view(fmt.scale_dtype), fmt).dequantize(result)
         return _same_bits(got, want)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from heapq import heappop, heappush
@@ -12,7 +12,16 @@ from torch import fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.matmul import is_matmul
-from mxnorm_pass.graph.nodes import aten, forward_users, is_call, is_view, prims, strip, tensor_of
+from mxnorm_pass.graph.nodes import (
+    aten,
+    dtype_of,
+    forward_users,
+    is_call,
+    is_view,
+    prims,
+    strip,
+    tensor_of,
+)
 from mxnorm_pass.passes.match.casts.find import Cast
 from mxnorm_pass.passes.match.casts.scale_layout import is_blocked, moves_bytes
 from mxnorm_pass.passes.match.linears.plain import linear_name
@@ -20,6 +29,7 @@ from mxnorm_pass.passes.match.linears.plain import linear_name
 LAYOUT = frozenset({aten.permute.default, aten.t.default, aten.transpose.int, aten.slice.Tensor})
 # What turns scales into numbers, beside pointwise ops.
 _DECODING = frozenset({aten.view.dtype, aten.where.self, aten.full_like.default, aten.full.default})
+_UNPACKING = frozenset({aten.stack.default, aten.index_put.default})
 _CONSTANTS = frozenset({aten.full.default, aten.scalar_tensor.default, aten.zeros.default})
 PRODUCTS = frozenset({aten.mul.Tensor, ops.dequantize})
 
@@ -121,9 +131,20 @@ def _hold(
     held = known.pop()
     if is_view(node) or is_call(node, LAYOUT) or _is_conversion(node):
         return held
+    if held is _Holds.VALUES and _decodes_bytes(node, inputs):
+        return held
     tags = getattr(node.target, "tags", ())
     decodes = torch.Tag.pointwise in tags or is_call(node, _DECODING) or moves_bytes(node)
     return held if held is _Holds.SCALES and decodes else None
+
+
+def _decodes_bytes(node: fx.Node, inputs: Sequence[fx.Node]) -> bool:
+    """A step from bytes that hold elements of fewer bits to numbers: no arithmetic of numbers."""
+    dtypes = {dtype_of(n) for n in inputs if not is_constant(n)}
+    if any(dtype.is_floating_point for dtype in dtypes):
+        return False
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return pointwise or is_call(node, _DECODING | _UNPACKING)
 
 
 def is_constant(node: fx.Node) -> bool:
