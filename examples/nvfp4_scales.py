@@ -104,7 +104,7 @@ class Result:
         at_largest: share of blocks whose scale is 448.
         smallest: scale before it is clamped.
         exponents: blocks for each binary exponent of the scale, before it is clamped.
-        errors: of each input by its name.
+        worst: name of the input whose error is largest, ``worst_error``.
     """
 
     case: str
@@ -118,7 +118,8 @@ class Result:
     smallest: float
     largest: float
     exponents: dict[int, int]
-    errors: dict[str, float]
+    worst: str
+    worst_error: float
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -245,6 +246,7 @@ def summary(case: Case, norm: Norm, kind: str, casts: dict[str, OneCast]) -> Res
     scales = torch.cat([cast.scales for cast in casts.values()])
     block_errors = torch.cat([cast.block_errors for cast in casts.values()])
     errors = {name: cast.error for name, cast in casts.items()}
+    worst = max(errors, key=lambda name: errors[name])
     exponents = Counter((torch.frexp(scales).exponent - 1).tolist())
     rounded = scales.clamp(max=LARGEST_SCALE).to(FORMAT.scale_dtype).float()
     return Result(
@@ -259,7 +261,8 @@ def summary(case: Case, norm: Norm, kind: str, casts: dict[str, OneCast]) -> Res
         smallest=float(scales.min()),
         largest=float(scales.max()),
         exponents=dict(sorted(exponents.items())),
-        errors=errors,
+        worst=worst,
+        worst_error=errors[worst],
     )
 
 
@@ -287,7 +290,7 @@ def scale_table(results: Sequence[Result]) -> Table:
     columns += [f"{what}\n{kind}" for what in ("at 448", "range") for kind in known]
     _add_columns(shown, columns)
     for line in lines(results):
-        cells = [f"{line[kind].below:.2%}" for kind in ("1", *known)]
+        cells = [f"{line[kind].below:.1%}" for kind in ("1", *known)]
         cells += [f"{line[kind].at_largest:.2%}" for kind in known]
         cells += [f"{line[kind].smallest:.3g} to {line[kind].largest:.3g}" for kind in known]
         shown.add_row(*_labels(line), *cells)
@@ -375,7 +378,7 @@ def panel(axis: Any, line: dict[str, Result]) -> None:
     axis.axvline(math.log2(LARGEST_SCALE), color="tab:red", linewidth=1, label="448, the largest")
     axis.set_xlim(first, last + 0.5)
     axis.set_ylim(0, 100)
-    axis.set_xticks(range(first, last + 1, 3))
+    axis.set_xticks(range(first + 3, last + 1, 3))
     axis.grid(alpha=0.3)
 
 
@@ -389,7 +392,7 @@ def main(argv: list[str]) -> int:
         return 2
     cases = [*random_cases(args.widths, args.rows), *of_model]
     results = [result for case in cases for norm in norms for result in measure(case, norm)]
-    console = Console(width=130)
+    console = Console(width=140)
     console.print(error_table(results))
     console.print(scale_table(results))
     if args.json is not None:

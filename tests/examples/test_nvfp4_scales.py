@@ -84,10 +84,14 @@ def test_an_element_of_half_a_step_is_lost() -> None:
 def test_errors_of_several_inputs() -> None:
     rows = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     inputs = [Input("one", rows), Input("other", rows.flip(0) * torch.linspace(0.1, 10, 64))]
-    for result in measure(Case("both", inputs), Norm("mxnorm", 2.0)):
-        one, other = result.errors["one"], result.errors["other"]
-        assert one != other
-        assert result.error == pytest.approx(((one**2 + other**2) / 2) ** 0.5)
+    norm = Norm("mxnorm", 2.0)
+    alone = [measure(Case(given.name, [given]), norm) for given in inputs]
+    for one, other, both in zip(*alone, measure(Case("both", inputs), norm), strict=True):
+        assert one.error != other.error
+        assert both.error == pytest.approx(((one.error**2 + other.error**2) / 2) ** 0.5)
+        worst = max((one, other), key=lambda result: result.error)
+        assert (both.worst, both.worst_error) == (worst.case, worst.error)
+        assert both.smallest == min(one.smallest, other.smallest)
 
 
 def test_inputs_are_those_of_the_models_norms() -> None:
