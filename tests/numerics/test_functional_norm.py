@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -63,6 +64,23 @@ def test_rms_constant_against_the_density_of_the_maximum(p: float, block_size: i
     assert error <= 1e-11 * moment
     # quad's 1e-11 and the B - 1 < 128 roundings in the power of erf (1.4e-14), times 1/p <= 4.
     assert rms_constant(p, block_size) == pytest.approx(moment ** (1 / p), rel=4.1e-11, abs=0)
+
+
+@lru_cache
+def absmaxes(block_size: int) -> Tensor:
+    """Of blocks of Gaussians."""
+    return normal(100_000, block_size, seed=block_size).abs().amax(-1).double()
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("p", [1, 2, 3.5])
+def test_rms_constant_against_samples(p: float, block_size: int) -> None:
+    powers = absmaxes(block_size).pow(p)
+    sampled = float(powers.mean()) ** (1 / p)
+    # The p-th root divides the relative error of the mean by p.
+    standard_error = sampled * float(powers.std() / powers.mean()) / math.sqrt(len(powers)) / p
+    assert standard_error < 1e-3 * sampled
+    assert abs(rms_constant(p, block_size) - sampled) < 4 * standard_error
 
 
 @pytest.mark.parametrize("p", [0.05, 0.2, 0.75, 2.5, 40])
