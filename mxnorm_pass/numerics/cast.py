@@ -62,6 +62,11 @@ def quantize(x: Tensor, fmt: BlockFormat, tensor_scale: Tensor | None = None) ->
     return cast_blocks(in_blocks.to(torch.float32), absmax, fmt, tensor_scale)
 
 
+def quantize_alone(x: Tensor, fmt: BlockFormat) -> Quantized:
+    """:func:`quantize`, with the scale of the tensor that its largest element gives."""
+    return quantize(x, fmt, None if fmt.has_e8m0_scales else nvfp4.nvfp4_tensor_scale(x))
+
+
 def cast_blocks(
     in_blocks: Tensor, absmax: Tensor, fmt: BlockFormat, tensor_scale: Tensor | None = None
 ) -> Quantized:

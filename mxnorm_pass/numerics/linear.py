@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mxnorm_pass.numerics.cast import Quantized, quantize
+from mxnorm_pass.numerics.cast import Quantized, quantize_alone
 from mxnorm_pass.numerics.formats import BlockFormat, block_format
-from mxnorm_pass.numerics.nvfp4 import nvfp4_tensor_scale
 
 
 class _MXLinear(torch.autograd.Function):
@@ -72,14 +71,10 @@ def mx_linear(
     if gain is not None:
         source = source.to(torch.float32) * gain.detach().to(torch.float32)
     if quantized is None:
-        activation = _quantize(x, fmt)
+        activation = quantize_alone(x, fmt)
     else:
         values, scales, *tensor_scale = quantized
         activation = Quantized(values, scales, fmt, *tensor_scale)
-    quantized_weight = _quantize(source, fmt)
+    quantized_weight = quantize_alone(source, fmt)
     y: Tensor = _MXLinear.apply(x, weight, bias, activation, quantized_weight)  # type: ignore[no-untyped-call]
     return y
-
-
-def _quantize(x: Tensor, fmt: BlockFormat) -> Quantized:
-    return quantize(x, fmt, None if fmt.has_e8m0_scales else nvfp4_tensor_scale(x))

@@ -45,8 +45,17 @@ def nvfp4_norm_tensor_scale(
         device: of the result where there is no ``weight``.
 
     Returns:
-        [] float32: bound * max|weight| / (448 * 6), at least 2**-120.
+        [] float32: bound * max|weight| / (448 * 6), at least 2**-120. What is no number in one row
+        stays there, where :func:`nvfp4_tensor_scale` would spread it over the tensor.
+
+    Raises:
+        ValueError: ``bound`` is not a positive finite number of float32's range.
     """
+    if not 0 < bound <= torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"bound is {bound}; it must be a positive finite number of float32's range, or use "
+            "nvfp4_tensor_scale of the normalised tensor"
+        )
     if weight is None:
         return _scale_for(torch.full((), bound, dtype=torch.float32, device=device))
     return _scale_for(bound * weight.detach().abs().amax().to(torch.float32))

@@ -158,14 +158,30 @@ def bound_of_normalized(
     """The largest |x| / rms that a row of ``width`` elements can have.
 
     sqrt(D) of the exact RMS; c K^(1/p) of the estimate, reached by a row with one block that is
-    not 0; w^(-1/p) of the smallest weight with ``block_weights``, infinite where one is 0.
+    not 0; w^(-1/p) of the smallest weight with ``block_weights``. Infinite where a weight is 0 or
+    float64 ends.
     """
     if estimator == "exact":
         return math.sqrt(width)
-    if block_weights is not None:
-        smallest = float(block_weights.min())
-        return math.pow(smallest, -1 / p) if smallest > 0 else math.inf
-    return rms_constant(p, block_size) * math.pow(width // block_size, 1 / p)
+    count = width // block_size
+    if block_weights is None:
+        return rms_constant(p, block_size) * _root(count, p)
+    if block_weights.shape != (count,):
+        raise ValueError(
+            f"block_weights has shape {tuple(block_weights.shape)}; it must be [{count}], one for "
+            f"each of the blocks of {block_size} in {width}"
+        )
+    smallest = float(block_weights.min())
+    if smallest < 0:
+        raise ValueError(f"block_weights has {smallest}; none may be negative")
+    return _root(1 / smallest, p) if smallest > 0 else math.inf
+
+
+def _root(x: float, p: float) -> float:
+    try:
+        return math.pow(x, 1 / p)
+    except OverflowError:
+        return math.inf
 
 
 def mean_square(

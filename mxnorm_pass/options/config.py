@@ -86,6 +86,7 @@ class MXNormConfig:
             inserts.
         tensor_scale: "bound" or "amax": NVFP4's scale of the tensor that a norm has normalised,
             from what bounds it, or from its largest element, which takes another pass over it.
+            Where the bound is far above what rows have (p below 1, weights near 0) it is "amax".
         modules: name pattern to False, True or a dict of overrides of estimator, p, gain,
             gradient, format, elem_dtype, scale_mode and tensor_scale. A pattern is a glob, or a
             regular expression after "re:"; see ``resolve``. Copied, so later changes to the

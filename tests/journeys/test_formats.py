@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from pairwise import some
-from reference import Recipe, build_llama, reference_of
+from reference import Recipe, build_llama, quantize_with_torchao, reference_of
 from torch import nn
+from torchao.prototype.mx_formats.constants import DTYPE_FP6_E2M3, DTYPE_FP6_E3M2
 from training import IDS, assert_gradients_equal, relative_error, train
 
 import mxnorm_pass
@@ -87,6 +89,58 @@ def test_tensor_scales_are_those_of_functional(
     got, gradients = train(compiled(model, format="nvfp4", **options), model)
     assert torch.equal(got, want)
     assert_gradients_equal(gradients, want_gradients)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.05, 0.007])
+@torch.no_grad()
+def test_a_bound_that_is_too_large_is_not_used(p: float) -> None:
+    """It would leave blocks no scale, or is no number in float32, or none in float64."""
+    model = nn.Sequential(nn.RMSNorm(4096, eps=1e-6), nn.Linear(4096, 32, bias=False))
+    x = torch.randn(4, 4096, generator=torch.Generator().manual_seed(0))
+    options = {"format": "nvfp4", "p": p}
+    want = compiled(model, tensor_scale="amax", **options)(x)
+    assert torch.equal(compiled(model, **options)(x), want)
+
+
+@pytest.mark.full
+def test_a_calibration_for_blocks_of_16() -> None:
+    model = build_llama(layers=1)
+    batches = [{"input_ids": IDS, "labels": IDS}, {"input_ids": IDS.flip(0), "labels": IDS.flip(0)}]
+    calibration = mxnorm_pass.calibrate(model, batches, {"format": "nvfp4"}, max_loss_increase=1)
+    assert calibration.block_size == 16 and len(calibration.weights) == 2
+    if calibration.order is not None:
+        mxnorm_pass.permute_channels(model, calibration.order)
+    options = {"format": "nvfp4", "calibration": calibration}
+    comparison = mxnorm_pass.compare(model, batches[0], options)
+    assert all(site.input_error < 0.3 for site in comparison.sites)
+
+
+TORCHAO = {
+    "mxfp4 e2m1": torch.float4_e2m1fn_x2,
+    "mxfp6 e2m3": DTYPE_FP6_E2M3,
+    "mxfp6 e3m2": DTYPE_FP6_E3M2,
+}
+
+
+@some(
+    ["mxfp4 e2m1-rceil-exact", "mxfp6 e3m2-even-mxnorm"],
+    format=list(TORCHAO),
+    mode=["rceil", "floor", "ceil", "even"],
+    estimator=["mxnorm", "exact"],
+)
+@torch.no_grad()
+def test_torchao_inference(format: str, mode: str, estimator: str) -> None:
+    model = build_llama(torch.bfloat16, layers=1)
+    name = f"{format} {mode} block 32"
+    recipe = Recipe(cast={"format": name}, gain="activation", every_linear=True)
+    reference = reference_of(model, recipe)
+    quantize_with_torchao(model, mode, TORCHAO[format])
+    run = model if estimator == "exact" else reference
+    want = run(IDS, use_cache=False).logits
+    with mxnorm_pass.record() as report:
+        got = compiled(model, estimator=estimator)(IDS, use_cache=False).logits
+    assert torch.equal(got, want)
+    assert [site.format for site in report.fused] == 2 * [name]
 
 
 @torch.no_grad()

@@ -64,10 +64,15 @@ def token_ids(batch: int = 2, length: int = 16) -> Tensor:
     return torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def quantize_with_torchao(model: nn.Module, mode: str = "rceil") -> nn.Module:
-    """torchao's MXFP8 inference: weights quantised once, activations cast in the forward."""
+def quantize_with_torchao(
+    model: nn.Module, mode: str = "rceil", elements: Any = torch.float8_e4m3fn
+) -> nn.Module:
+    """torchao's MX inference: weights quantised once, activations cast in the forward."""
     config = MXDynamicActivationMXWeightConfig(
-        kernel_preference=KernelPreference.EMULATED, scaling_mode=ScaleCalculationMode[mode.upper()]
+        activation_dtype=elements,
+        weight_dtype=elements,
+        kernel_preference=KernelPreference.EMULATED,
+        scaling_mode=ScaleCalculationMode[mode.upper()],
     )
     quantize_(model, config, filter_fn=_is_converted)
     return model

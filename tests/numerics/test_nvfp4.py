@@ -104,6 +104,19 @@ def test_wrong_tensor_scales() -> None:
             functional.mx_cast(x, "nvfp4", tensor_scale=wrong)
 
 
+@pytest.mark.parametrize("bound", [0.0, -1.0, float("inf"), float("nan"), 1e39])
+def test_bounds_that_give_no_scale(bound: float) -> None:
+    with pytest.raises(ValueError, match="nvfp4_tensor_scale of the normalised tensor"):
+        functional.nvfp4_norm_tensor_scale(bound)
+
+
+def test_block_weights_that_bound_nothing() -> None:
+    with pytest.raises(ValueError, match="none may be negative"):
+        functional.bound_of_normalized("mxnorm", 2.0, 32, 16, torch.tensor([0.1, -0.1]))
+    with pytest.raises(ValueError, match=r"it must be \[2\]"):
+        functional.bound_of_normalized("mxnorm", 2.0, 32, 16, torch.tensor([0.1]))
+
+
 @pytest.mark.parametrize(
     "name", ["nvfp4 e2m1 rceil block 16", "mxfp4 e2m1 nearest block 32", "nvfp4 e4m3fn", "mxfp5"]
 )

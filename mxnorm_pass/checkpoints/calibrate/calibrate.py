@@ -36,9 +36,9 @@ from mxnorm_pass.checkpoints.calibrate.runner import Runner
 from mxnorm_pass.checkpoints.channels.permute import stream_weights
 from mxnorm_pass.checkpoints.progress import progress_bar
 from mxnorm_pass.errors import MXNormWarning
-from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 from mxnorm_pass.options.calibration import Calibration, architecture_hash
 from mxnorm_pass.options.channel_order import channel_statistics
+from mxnorm_pass.options.config import MXNormConfig
 
 
 def calibrate(
@@ -86,7 +86,7 @@ def calibrate(
     total = 2 * (len(split.fitted) + len(split.held_out))
     with progress_bar("calibrate", total) as bar:
         runner = Runner(model, device, bar)
-        fit = _fit(runner, norms, split, config.p)
+        fit = _fit(runner, norms, split, config)
         emulation = Emulation(norms, fit.orders)
         exact = _fall_back(runner, emulation, fit.estimates, split, max_loss_increase)
     unseen = [norm.name for norm in norms if norm.name not in fit.estimates]
@@ -94,7 +94,7 @@ def calibrate(
         weights={name: estimate.block_weights for name, estimate in fit.estimates.items()},
         exact=(*unseen, *exact),
         p=config.p,
-        block_size=MX_BLOCK_SIZE,
+        block_size=config.cast_format.block_size,
         order=fit.order,
         channels=_channels(model, norms, fit),
         architecture=architecture_hash(model),
@@ -126,15 +126,16 @@ class _Fit:
         return {} if self.order is None else dict.fromkeys(self.stream, self.order)
 
 
-def _fit(runner: Runner, norms: Sequence[FusedNorm], split: Split, p: float) -> _Fit:
+def _fit(runner: Runner, norms: Sequence[FusedNorm], split: Split, config: MXNormConfig) -> _Fit:
+    block_size = config.cast_format.block_size
     emulation = Emulation(norms)
     stream = _stream_norms(runner.model, norms)
     orders: list[Tensor] = []
     if stream:
         power = ChannelPower()
         runner.observe(emulation, power, split.fitted)
-        orders = candidate_orders(power.mean(stream), MX_BLOCK_SIZE)
-    moments = BlockMoments(p, orders, frozenset(stream))
+        orders = candidate_orders(power.mean(stream), block_size)
+    moments = BlockMoments(config.p, block_size, orders, frozenset(stream))
     runner.observe(emulation, moments, split.fitted)
     best = min(range(max(1, len(orders))), key=lambda i: moments.mean_error(stream, i))
     estimates = {}
@@ -143,7 +144,7 @@ def _fit(runner: Runner, norms: Sequence[FusedNorm], split: Split, p: float) -> 
         if found is None:
             _warn_unseen(norm.name)
         else:
-            estimates[norm.name] = Estimate(block_weights(found), p)
+            estimates[norm.name] = Estimate(block_weights(found), config.p)
     # The first candidate is the natural order.
     return _Fit(orders[best] if best else None, stream, estimates)
 

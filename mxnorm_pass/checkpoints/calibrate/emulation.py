@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from mxnorm_pass.checkpoints.calibrate.norms import FusedNorm, Linear
 from mxnorm_pass.checkpoints.calibrate.probe import NormConstants, probe
 from mxnorm_pass.checkpoints.channels.permute import in_eval_mode
-from mxnorm_pass.numerics.cast import Quantized, quantize
+from mxnorm_pass.numerics.cast import Quantized, quantize_alone
 from mxnorm_pass.numerics.formats import BlockFormat
-from mxnorm_pass.numerics.norm import inverse_rms
+from mxnorm_pass.numerics.norm import inverse_rms, mxnorm
 from mxnorm_pass.numerics.norm_cast import mxnorm_cast
+from mxnorm_pass.numerics.nvfp4 import nvfp4_tensor_scale
 
 Observer = Callable[[str, Tensor], None]
 
@@ -134,7 +135,7 @@ class _EmulatedNorm:
             weight = module.weight.detach()
             if folded:
                 weight = weight.float() * self._constants.gain
-            self._weights[key] = quantize(self.ordered(weight), linear.format)
+            self._weights[key] = quantize_alone(self.ordered(weight), linear.format)
         return self._weights[key]
 
     def ordered(self, rows: Tensor) -> Tensor:
@@ -168,7 +169,13 @@ class _Fed:
         assert estimate is not None
         weights = estimate.block_weights.to(x.device)
         eps = self.constants.eps
-        estimated = inverse_rms(self.owner.ordered(x), eps=eps, p=estimate.p, block_weights=weights)
+        estimated = inverse_rms(
+            self.owner.ordered(x),
+            eps=eps,
+            p=estimate.p,
+            block_size=x.shape[-1] // len(weights),
+            block_weights=weights,
+        )
         return estimated / inverse_rms(x, eps=eps, estimator="exact")
 
     def cast(self, fmt: BlockFormat) -> Tensor:
@@ -180,16 +187,16 @@ class _Fed:
     def _quantized(self, fmt: BlockFormat) -> Quantized:
         estimate, ordered = self.estimate, self.owner.ordered
         if estimate is None:
-            return quantize(ordered(self.output), fmt)
-        values, scales, _ = mxnorm_cast(
-            ordered(self.x),
-            None if self.folds else ordered(self.constants.gain),
-            eps=self.constants.eps,
-            p=estimate.p,
-            block_weights=estimate.block_weights.to(self.x.device),
-            format=fmt,
-        )
-        return Quantized(values, scales, fmt)
+            return quantize_alone(ordered(self.output), fmt)
+        x, gain = ordered(self.x), None if self.folds else ordered(self.constants.gain)
+        options: dict[str, Any] = {"eps": self.constants.eps, "p": estimate.p}
+        options["block_weights"] = estimate.block_weights.to(x.device)
+        scale = None
+        if not fmt.has_e8m0_scales:
+            y = mxnorm(x, gain, block_size=fmt.block_size, out_dtype=torch.float32, **options)
+            scale = nvfp4_tensor_scale(y)
+        values, scales, _ = mxnorm_cast(x, gain, format=fmt, tensor_scale=scale, **options)
+        return Quantized(values, scales, fmt, scale)
 
 
 @contextmanager

@@ -40,11 +40,13 @@ class BlockMoments:
 
     Attributes:
         p: exponent of the estimate.
+        block_size: elements per block.
         orders: [D], int64; other norms than those of ``stream`` have the natural order alone.
         stream: names of the norms whose channels the orders are of.
     """
 
     p: float
+    block_size: int = MX_BLOCK_SIZE
     orders: Sequence[Tensor] = ()
     stream: Container[str] = ()
     batch: Batch | None = None
@@ -58,7 +60,7 @@ class BlockMoments:
         orders = self.orders if norm in self.stream else ()
         in_orders = [rows[:, order.to(rows.device)] for order in orders] or [rows]
         for i, ordered in enumerate(in_orders):
-            moments = Moments.of(block_absmax(ordered, MX_BLOCK_SIZE).pow(self.p))
+            moments = Moments.of(block_absmax(ordered, self.block_size).pow(self.p))
             key = (norm, i)
             known = self._moments.get(key)
             self._moments[key] = moments if known is None else known + moments

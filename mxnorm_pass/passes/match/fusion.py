@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
 from mxnorm_pass import ops
+from mxnorm_pass.graph.fake import real_tensors
 from mxnorm_pass.graph.nodes import ancestors_after, tensor_of
 from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.norm import Gradient
@@ -22,6 +22,11 @@ from mxnorm_pass.passes.match.norms.tail import Rounding
 from mxnorm_pass.passes.match.skip import Skip
 from mxnorm_pass.passes.match.transposed_cast import TransposedCast
 from mxnorm_pass.report.site import Site
+
+# A block of 16 Gaussian numbers has its largest at 2.1 RMS, and so a scale of 448 * 2.1 / bound.
+# With this bound it is 2^-2, four binades above the smallest normal number of e4m3; beyond, as with
+# p < 1 in wide rows, weak blocks would be lost.
+_LARGEST_BOUND = 3800.0
 
 
 @dataclass(frozen=True)
@@ -101,11 +106,10 @@ class Fusion:
         """What bounds |x| / rms, to scale the tensor by; None if the elements are to say it."""
         if self.config.tensor_scale != "bound":
             return None
-        size = spec.format.block_size
-        bound = bound_of_normalized(
-            spec.estimator, spec.p, self.norm.width, size, self.block_weights
-        )
-        return bound if math.isfinite(bound) else None
+        args = (self.norm.width, spec.format.block_size, self.block_weights)
+        with real_tensors():
+            bound = bound_of_normalized(spec.estimator, spec.p, *args)
+        return bound if bound <= _LARGEST_BOUND else None
 
     @property
     def op_inputs(self) -> Iterator[fx.Node]:

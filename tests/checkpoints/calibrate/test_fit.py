@@ -123,7 +123,7 @@ def test_an_outlier_alone_in_its_block_is_told_exactly() -> None:
     x[:, [3, 7]] *= 300 * torch.rand(4000, 2, generator=random)
     power = observed(ChannelPower(), x).mean(["norm"])
     orders = candidate_orders(power, BLOCK)
-    moments = observed(BlockMoments(2.0, orders, {"norm"}), x)
+    moments = observed(BlockMoments(2.0, orders=orders, stream={"norm"}), x)
     errors = [moments.mean_error(["norm"], i) for i in range(len(orders))]
     best = orders[min(range(len(orders)), key=errors.__getitem__)]
     blocks_of = {int(c): int(i) // BLOCK for i, c in enumerate(best)}
