@@ -78,8 +78,14 @@ class SkipReason(Enum):
     )
     WIDTH = (
         "the width is not a multiple of the block size",
-        "The rows are not in whole blocks of 32 elements, or their width is symbolic.",
-        "Choose a multiple of 32; keep the last dimension static with `torch._dynamo.mark_static`.",
+        "The rows are not in whole blocks of 32 elements (NVFP4: 16), or their width is symbolic.",
+        "Choose a multiple of it; keep the last dimension static with `torch._dynamo.mark_static`.",
+    )
+    BLOCK_SIZES = (
+        "the linears that read the norm cast it in blocks of several sizes",
+        "Formats of several block sizes, such as MXFP8 and NVFP4, would give one norm as many "
+        "estimates of its RMS.",
+        "Give the linears of a norm one format in `modules`, or use `estimator='exact'`.",
     )
     DTYPE = (
         "the dtype is not supported",

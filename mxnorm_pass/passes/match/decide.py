@@ -11,7 +11,6 @@ from torch import fx
 from mxnorm_pass import ops
 from mxnorm_pass.graph.code import call_text
 from mxnorm_pass.graph.nodes import is_backward, same_size, tensor_of
-from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.match.casts.find import Cast, UnknownCast, find_casts
 from mxnorm_pass.passes.match.fusion import Decision, Fusion, Refusal
@@ -236,12 +235,25 @@ def _legality(
         if norm.width % block_size:
             return _odd_width(norm, block_size)
     exact = context.config.resolve(norm.name).config.estimator == "exact"
+    if not exact and (several := _several_block_sizes(enabled)) is not None:
+        return several
     if context.differentiated and not exact and not norm.estimated:
         detail = "the norm has been differentiated as it is"
         return Skip(SkipReason.BACKWARD, detail, norm.anchor, "a norm that is an estimate already")
     if exact:
         roundings = (norm.rounding, *map(_several_roundings, enabled))
         return next((r for r in roundings if isinstance(r, Skip)), None)
+    return None
+
+
+def _several_block_sizes(consumers: Sequence[Consumer]) -> Skip | None:
+    first = consumers[0].cast.format.block_size
+    for consumer in consumers:
+        size = consumer.cast.format.block_size
+        if size != first:
+            detail = f"{consumer.name} casts blocks of {size}, {consumers[0].name} of {first}"
+            expected = f"blocks of {first}, as for {consumers[0].name}"
+            return Skip(SkipReason.BLOCK_SIZES, detail, consumer.linear.matmul, expected)
     return None
 
 
@@ -262,8 +274,9 @@ def _no_cast(norm: Norm, context: _Context) -> Skip:
     for node in (norm.output, *chain.from_iterable((*r.path, r.node) for r in read_by)):
         if node in context.unknown:
             return context.unknown[node]
-    if norm.width % MX_BLOCK_SIZE:
-        return _odd_width(norm, MX_BLOCK_SIZE)
+    block_size = context.config.resolve(norm.name).config.cast_format.block_size
+    if norm.width % block_size:
+        return _odd_width(norm, block_size)
     return no_cast(norm.output, read_by, context.config)
 
 

@@ -333,6 +333,15 @@ CASES = {
         "rms = torch.sqrt((h * h).sum(-1, keepdim=True) / x.shape[-1] + eps)",
         {"estimator": "exact"},
     ),
+    "two block sizes": Case(
+        model_of(rms_norm),
+        R.BLOCK_SIZES,
+        "aten.mm.default",
+        "blocks of 32, as for first",
+        "second casts blocks of 16, first of 32",
+        "return self.first(y), self.second(y)",
+        {"modules": {"second": {"format": "nvfp4"}}},
+    ),
     "quantised weights": Case(
         lambda: (converted_model(), inputs(dtype=BF16)),
         R.NO_WEIGHT_CAST,

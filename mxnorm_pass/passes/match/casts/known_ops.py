@@ -49,7 +49,7 @@ def cast_op(node: fx.Node) -> CastOp | None:
     if node.target is triton_kernel_wrapper_functional:
         return _kernel(node)
     namespace = getattr(node.target, "namespace", None)
-    if namespace is None or namespace in _OPEN_NAMESPACES or not _returns_mx(node.meta.get("val")):
+    if namespace is None or namespace in _OPEN_NAMESPACES or not _returns_cast(node):
         return None
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
@@ -63,11 +63,15 @@ def cast_op(node: fx.Node) -> CastOp | None:
     return CastOp(name, source, 0, 1, fmt)
 
 
-def _returns_mx(outputs: Any) -> bool:
+def _returns_cast(node: fx.Node) -> bool:
+    """Does it return elements in float8 with scales in E8M0, or packed ones with those of NVFP4?"""
+    outputs = node.meta.get("val")
     if not isinstance(outputs, (list, tuple)):
         return False
     dtypes = {t.dtype for t in outputs if isinstance(t, Tensor)}
-    return torch.float8_e8m0fnu in dtypes and not dtypes.isdisjoint(ELEMENT_DTYPES)
+    if torch.float8_e8m0fnu in dtypes:
+        return not dtypes.isdisjoint(ELEMENT_DTYPES)
+    return {torch.uint8, torch.float8_e4m3fn} <= dtypes
 
 
 def _names(target: Any) -> list[str]:
