@@ -26,7 +26,8 @@ aten = torch.ops.aten
 BF16, EPS, WIDTH = torch.bfloat16, 1e-5, 192
 # Of the activation: of its largest element, calibrated, or none.
 Scaled = Literal["dynamic", "static", "none"]
-STATIC = 0.004
+# Calibrated linear by linear, although one norm feeds both.
+STATIC = (0.004, 0.003)
 # Of e4m3 times of e2m1: by which torchao divides the largest element.
 LARGEST = 448.0 * 6.0
 
@@ -67,15 +68,16 @@ class Block:
         return [per_tensor_amax_to_scale(w.abs().max()) for w in self.weights]
 
     def inputs(self) -> list[Tensor]:
-        found = [self.x, self.gain, torch.tensor(STATIC)]
+        found = [self.x, self.gain, *map(torch.tensor, STATIC)]
         for weight, scale in zip(self.weights, self.weight_scales, strict=True):
             found += [*swizzled(weight, scale), torch.tensor(1.0) if scale is None else scale]
         return found
 
-    def forward(self, x: Tensor, gain: Tensor, static: Tensor, *quantized: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, gain: Tensor, *inputs: Tensor) -> list[Tensor]:
         y = hf_norm(x, gain)
         outputs = []
-        for values, scales, scale in zip(*(quantized[i::3] for i in range(3)), strict=True):
+        columns = (inputs[:2], *(inputs[2 + i :: 3] for i in range(3)))
+        for static, values, scales, scale in zip(*columns, strict=True):
             weight = NVFP4Tensor(
                 values,
                 scales,
@@ -102,14 +104,15 @@ class Block:
     def reference(self, estimator: str, p: float, tensor_scale: str) -> list[Tensor]:
         rounding = {"norm_dtype": BF16, "out_dtype": BF16}
         options = {"eps": EPS, "estimator": estimator, "p": p, **rounding}
-        scale = self._activation_scale(options, tensor_scale)
-        *quantized, _ = functional.mxnorm_cast(
-            self.x, self.gain, format="nvfp4", tensor_scale=scale, **options
-        )
-        # ``_scaled_mm`` gets values and scales of blocks, and its result those of tensors.
-        activation = functional.mx_dequantize(*quantized, BF16, format="nvfp4")
         outputs = []
-        for weight, weight_scale in zip(self.weights, self.weight_scales, strict=True):
+        columns = (self.weights, self.weight_scales, STATIC)
+        for weight, weight_scale, static in zip(*columns, strict=True):
+            scale = self._activation_scale(options, tensor_scale, static)
+            *quantized, _ = functional.mxnorm_cast(
+                self.x, self.gain, format="nvfp4", tensor_scale=scale, **options
+            )
+            # ``_scaled_mm`` gets values and scales of blocks, and its result those of tensors.
+            activation = functional.mx_dequantize(*quantized, BF16, format="nvfp4")
             values, scales = functional.mx_cast(weight, "nvfp4", tensor_scale=weight_scale)
             y = activation @ functional.mx_dequantize(values, scales, BF16, format="nvfp4").t()
             if scale is not None and weight_scale is not None:
@@ -117,11 +120,13 @@ class Block:
             outputs.append(y)
         return outputs
 
-    def _activation_scale(self, options: dict[str, Any], tensor_scale: str) -> Tensor | None:
+    def _activation_scale(
+        self, options: dict[str, Any], tensor_scale: str, static: float
+    ) -> Tensor | None:
         if self.scaled == "none":
             return None
         if self.scaled == "static":
-            return torch.tensor(STATIC)
+            return torch.tensor(static)
         estimator, p = options["estimator"], options["p"]
         if estimator == "mxnorm" and tensor_scale == "bound":
             bound = functional.bound_of_normalized("mxnorm", p, WIDTH, 16)

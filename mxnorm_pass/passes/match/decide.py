@@ -143,9 +143,8 @@ def _decide(norm: Norm, context: _Context) -> Decision:
 def _tensor_scale_escape(fusion: Fusion) -> Skip | None:
     """The refusal where something reads a tensor's scale that another would have to replace."""
     matmuls = [c.linear.matmul for c in fusion.consumers]
-    for consumer in fusion.consumers:
-        if fusion.keeps_tensor_scale(fusion.spec_of(consumer)):
-            continue
+    rescaled = [c for cast in fusion.casts if cast.rescales for c in cast.consumers]
+    for consumer in rescaled:
         reader = other_reader(consumer.cast, matmuls)
         if reader is not None:
             detail = f"{consumer.cast.tensor_scale} is read by {reader.name} ({call_text(reader)})"
@@ -326,4 +325,4 @@ def _with_transposed_casts(fusion: Fusion, reads: Sequence[Read]) -> Fusion:
         # The op would cast along T what was rounded in another way.
         return fusion
     found = transposed_casts(fusion.norm, reads)
-    return replace(fusion, transposed=tuple(t for t in found if fusion.spec_beside(t)))
+    return replace(fusion, transposed=tuple(t for t in found if fusion.cast_beside(t)))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.fake import real_tensors
-from mxnorm_pass.graph.nodes import ancestors_after, tensor_of
+from mxnorm_pass.graph.nodes import ancestors_after, same_value, tensor_of
 from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
@@ -27,6 +27,31 @@ from mxnorm_pass.report.site import Site
 # With this bound it is 2^-2, four binades above the smallest normal number of e4m3; beyond, as with
 # p < 1 in wide rows, weak blocks would be lost.
 _LARGEST_BOUND = 3800.0
+
+
+@dataclass(frozen=True)
+class FusedCast:
+    """One call of a fused op.
+
+    Attributes:
+        consumers: the linears that read its values and scales.
+        rescales: it has a scale of the tensor of its own, in the place of the matched casts'.
+    """
+
+    spec: NormCastSpec
+    consumers: tuple[Consumer, ...]
+    rescales: bool
+
+    @property
+    def tensor_scale(self) -> fx.Node | None:
+        """That of the matched casts; None where they have none."""
+        return self.consumers[0].cast.tensor_scale
+
+    def is_that_of(self, other: FusedCast) -> bool:
+        """Can one call make both?"""
+        if (self.spec, self.rescales) != (other.spec, other.rescales):
+            return False
+        return self.rescales or same_value(self.tensor_scale, other.tensor_scale)
 
 
 @dataclass(frozen=True)
@@ -62,9 +87,22 @@ class Fusion:
         return self.config.gradient
 
     @property
+    def casts(self) -> tuple[FusedCast, ...]:
+        """One for each different cast that consumers read, in order."""
+        found: list[FusedCast] = []
+        for consumer in self.consumers:
+            new = FusedCast(self.spec_of(consumer), (consumer,), self._rescales(consumer))
+            same = next((i for i, cast in enumerate(found) if cast.is_that_of(new)), None)
+            if same is None:
+                found.append(new)
+            else:
+                found[same] = replace(found[same], consumers=(*found[same].consumers, consumer))
+        return tuple(found)
+
+    @property
     def specs(self) -> tuple[NormCastSpec, ...]:
-        """What the fused ops compute: one for each different cast that consumers read, in order."""
-        return tuple(dict.fromkeys(map(self.spec_of, self.consumers)))
+        """What the fused ops compute, in order."""
+        return tuple(dict.fromkeys(cast.spec for cast in self.casts))
 
     def spec_of(self, consumer: Consumer) -> NormCastSpec:
         """What the fused op computes that the consumer reads."""
@@ -87,20 +125,16 @@ class Fusion:
             return cast.format.without_log2
         return cast.format
 
-    def tensor_scale_of(self, spec: NormCastSpec) -> fx.Node | None:
-        """That of the matched cast; None where it has none."""
-        return next(c.cast.tensor_scale for c in self.consumers if self.spec_of(c) == spec)
-
-    def keeps_tensor_scale(self, spec: NormCastSpec) -> bool:
-        """Does the fused op have that of the matched cast?
+    def _rescales(self, consumer: Consumer) -> bool:
+        """Is the tensor scaled by another number than the matched graph's?
 
         "exact" changes no bit, and a number that is none of the norm's was chosen for other rows.
         """
-        given = self.tensor_scale_of(spec)
+        given = consumer.cast.tensor_scale
         if given is None or self.estimator == "exact":
-            return True
-        is_own = any(n.target is ops.cast for c in self.consumers for n in c.cast.nodes)
-        return not is_own and self.norm.output not in ancestors_after(given, self.norm.output)
+            return False
+        is_own = any(node.target is ops.cast for node in consumer.cast.nodes)
+        return is_own or self.norm.output in ancestors_after(given, self.norm.output)
 
     def bound_of(self, spec: NormCastSpec) -> float | None:
         """What bounds |x| / rms, to scale the tensor by; None if the elements are to say it."""
@@ -116,23 +150,20 @@ class Fusion:
         """What the fused op reads beside x, or what that is computed from."""
         if self.norm.gain is not None:
             yield self.norm.gain
-        for spec in self.specs:
-            tensor_scale = self.tensor_scale_of(spec)
-            if tensor_scale is None:
-                continue
-            if self.keeps_tensor_scale(spec):
-                yield tensor_scale
-            elif self.bound_of(spec) is None:
+        for cast in self.casts:
+            if cast.rescales and self.bound_of(cast.spec) is None:
                 yield self.norm.output
+            elif not cast.rescales and cast.tensor_scale is not None:
+                yield cast.tensor_scale
 
-    def transposed_with(self, spec: NormCastSpec) -> tuple[Cast, ...]:
-        """The backward's casts along T that the op of ``spec`` makes."""
-        return tuple(t.cast for t in self.transposed if self.spec_beside(t) == spec)
+    def transposed_with(self, cast: FusedCast) -> tuple[Cast, ...]:
+        """The backward's casts along T that the op of ``cast`` makes."""
+        return tuple(t.cast for t in self.transposed if self.cast_beside(t) == cast)
 
-    def spec_beside(self, transposed: TransposedCast) -> NormCastSpec | None:
-        """The first of the specs that is of the same format and the same rounding."""
+    def cast_beside(self, transposed: TransposedCast) -> FusedCast | None:
+        """The first that is of the same format and the same rounding."""
         wanted = (self._format_of(transposed.cast), transposed.rounds_to)
-        return next((s for s in self.specs if (s.format, s.out_dtype) == wanted), None)
+        return next((c for c in self.casts if (c.spec.format, c.spec.out_dtype) == wanted), None)
 
     def refused(self, skip: Skip) -> Refusal:
         names = tuple(dict.fromkeys(c.name for c in self.consumers))

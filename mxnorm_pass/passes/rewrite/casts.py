@@ -13,9 +13,8 @@ from mxnorm_pass.graph.build import call, outputs_of
 from mxnorm_pass.graph.nodes import dtype_of, partition_of, tensor_of
 from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.numerics.formats import BlockFormat
-from mxnorm_pass.numerics.norm_cast import NormCastSpec
 from mxnorm_pass.passes.match.casts.find import Cast
-from mxnorm_pass.passes.match.fusion import Fusion
+from mxnorm_pass.passes.match.fusion import FusedCast, Fusion
 from mxnorm_pass.passes.match.linears.consumer import Consumer
 from mxnorm_pass.passes.match.linears.products import cast_use
 from mxnorm_pass.passes.rewrite.shapes import byte_view
@@ -35,19 +34,18 @@ class _Results:
 def fuse_casts(
     graph: fx.Graph,
     fusion: Fusion,
-    spec: NormCastSpec,
+    cast: FusedCast,
     block_weights: fx.Node | None,
     at: fx.Node,
     tracer: FunctionTracer,
 ) -> fx.Node:
     """Insert the fused op before ``at``, hand its results to the consumers; returns rho."""
-    norm = fusion.norm
-    consumers = [c for c in fusion.consumers if fusion.spec_of(c) == spec]
-    transposed = fusion.transposed_with(spec)
+    norm, spec, consumers = fusion.norm, cast.spec, cast.consumers
+    transposed = fusion.transposed_with(cast)
     origin = norm.output
     in_rows = fusion.gain == "activation"
     gain = norm.gain if in_rows or transposed else None
-    tensor_scale = tensor_scale_of(graph, fusion, spec, gain, block_weights, at, tracer)
+    tensor_scale = tensor_scale_of(graph, fusion, cast, gain, block_weights, at, tracer)
     options = (block_weights, tensor_scale, *spec.arguments())
     with graph.inserting_before(at):
         if transposed:

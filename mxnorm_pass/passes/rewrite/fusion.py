@@ -40,7 +40,7 @@ def rewrite(graph: fx.Graph, fusion: Fusion, tracer: FunctionTracer) -> None:
     fusion = replace(fusion, norm=with_flat_gain(graph, fusion.norm))
     at = fusion.norm.anchor if fusion.norm.estimated else fusion.norm.output.next
     weights = block_weights(graph, fusion, at)
-    rhos = [fuse_casts(graph, fusion, spec, weights, at, tracer) for spec in fusion.specs]
+    rhos = [fuse_casts(graph, fusion, cast, weights, at, tracer) for cast in fusion.casts]
     merge_equal(sorted({node for c in fusion.consumers for node in c.linear.slice}))
     if fusion.gain == "fold":
         fold_gain(graph, fusion)

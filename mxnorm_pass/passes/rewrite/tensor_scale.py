@@ -8,15 +8,14 @@ from torch import Tensor, fx
 from mxnorm_pass.graph.nodes import tensor_of
 from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.numerics.norm import mxnorm
-from mxnorm_pass.numerics.norm_cast import NormCastSpec
 from mxnorm_pass.numerics.nvfp4 import nvfp4_norm_tensor_scale, nvfp4_tensor_scale
-from mxnorm_pass.passes.match.fusion import Fusion
+from mxnorm_pass.passes.match.fusion import FusedCast, Fusion
 
 
 def tensor_scale_of(
     graph: fx.Graph,
     fusion: Fusion,
-    spec: NormCastSpec,
+    cast: FusedCast,
     gain: fx.Node | None,
     block_weights: fx.Node | None,
     at: fx.Node,
@@ -29,9 +28,9 @@ def tensor_scale_of(
     Args:
         gain: the norm's, if the cast includes it.
     """
-    if fusion.keeps_tensor_scale(spec):
-        return fusion.tensor_scale_of(spec)
-    norm, bound = fusion.norm, fusion.bound_of(spec)
+    if not cast.rescales:
+        return cast.tensor_scale
+    norm, spec, bound = fusion.norm, cast.spec, fusion.bound_of(cast.spec)
     if bound is not None:
         return norm_tensor_scale(graph, bound, gain, at, norm.output, tracer)
     options = (spec.eps, spec.p, spec.format.block_size)
