@@ -243,11 +243,15 @@ WHOLE_ROWS = 4096
 
 
 @cache
-def stored_kernels(path: Path = KERNELS) -> list[NestedKernel]:
-    entries = json.loads(path.read_text())["kernels"]
+def stored() -> Any:
+    return json.loads(KERNELS.read_text())
+
+
+@cache
+def stored_kernels() -> list[NestedKernel]:
     return [
         NestedKernel(**{**e, "arguments": tuple(e["arguments"]), "source": tuple(e["source"])})
-        for e in entries
+        for e in stored()["kernels"]
     ]
 
 
