@@ -47,7 +47,7 @@ def unwritten(outputs: Outputs) -> int:
 
 def poisoned(tensor: Tensor) -> Tensor:
     """Where the poison is left, as a mask."""
-    found = bits(tensor) == -1
+    found: Tensor = bits(tensor) == -1
     if tensor.dtype != torch.uint8:
         return found
     # No code of 4 bits is a NaN, but random inputs give no block whose elements are all -6.

@@ -1,7 +1,8 @@
-"""RMSNorm + MX cast on one GPU: our kernels against a copy, Inductor and Liger.
+"""RMSNorm + block-scaled cast on one GPU: our kernels against a copy, Inductor and Liger.
 
     python examples/bench_kernels.py --precompile 12 --time-limit 540
     python examples/bench_kernels.py --time-limit 540 --resume     # until it says that all is done
+    python examples/bench_kernels.py --format mxfp4 nvfp4 --json fp4.json
     python examples/bench_kernels.py --quick --json quick.json
     python examples/bench_kernels.py --plot-only examples/results/bench_kernels.json
 
@@ -14,13 +15,16 @@ that together have as many bytes as the work must read and write (``rho``, writt
 not counted): by ``Tensor.copy_`` or by an elementwise kernel, whichever is faster.
 "exact-repeat" is "exact" once more: how far the two are apart is noise.
 
-Contestants: "inductor" is HuggingFace's LlamaRMSNorm and torchao's ``to_mx`` as people write them,
+Contestants: "inductor" is HuggingFace's LlamaRMSNorm and torchao's cast as people write them,
 through ``torch.compile``. The tuned ones have the options of max-autotune-no-cudagraphs, which
 include coordinate descent: "tuned-blocks" with the norm written on [T, K, 32] and the reshape last,
 "tuned-flat" as people write it, "tuned-multi" like "tuned-blocks" with multi-kernel (persistent or
 looped row sums, chosen at run time). All have two kernels, the row sum and the rest, which reads x
 again; the last two are not measured unless named. "inductor-tuned", in the tables, is the fastest
-tuned one at each shape. "liger" is Liger's (add and) norm followed by the compiled cast.
+tuned one at each shape. "nested" is the best that options make of Inductor: one kernel, by one that
+is off by default, see ``bench_nested.py``; of kernels stored for a torch without the option each is
+timed in up to ten configurations, and the fastest counts. "liger" is Liger's (add and) norm and
+the compiled cast. With NVFP4 all are given the tensor scale that bounds the norm's output.
 """
 
 from __future__ import annotations
@@ -388,6 +392,8 @@ def measure_all(args: argparse.Namespace, results: dict[str, Any]) -> None:
         print(f"{case}: {shown} us; {time.monotonic() - begun:.0f} s", flush=True)
         for name, failure in measured.failures.items():
             print(f"  {name} failed: {failure}", flush=True)
+        for name, launched in measured.launched.items():
+            print(f"  {name} launched as {launched}", flush=True)
     print("all shapes are done")
 
 
