@@ -278,3 +278,39 @@ def test_inductor_still_writes_one_kernel() -> None:
         assert sorted(entry["arguments"]) == sorted(stored.arguments)
         if torch.__version__ == bench_nested.stored()["torch"]:
             assert tuple(entry["source"]) == stored.source
+
+
+def eager(kernel: NestedKernel, tile: Tile) -> Any:
+    """In the place of a launch."""
+    function = kernel.function
+    return lambda inputs: function.as_named(function(function.as_read(inputs)))
+
+
+def run_again(case: Case, entries: dict[str, Entry], rounds: int) -> dict[str, Timing]:
+    """In the place of replays: all write their outputs once more."""
+    for entry in entries.values():
+        for call, outputs in zip(entry.calls, entry.outputs, strict=True):
+            for name, tensor in call().items():
+                outputs[name].copy_(tensor)
+    return {name: Timing(1, 1, 1) for name in entries}
+
+
+@pytest.mark.usefixtures("without_option")
+def test_every_contestant_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(calls: list[Any], launched: str = "") -> Entry:
+        graph: Any = None
+        return Entry(graph, calls, [call() for call in calls], 0.0, launched)
+
+    monkeypatch.setattr(bench_nested, "launching", eager)
+    monkeypatch.setattr(bench_kernels, "MAX_CALLS", 2)
+    monkeypatch.setattr(bench_kernels, "capture", capture)
+    monkeypatch.setattr(bench_kernels, "time_entries", run_again)
+    monkeypatch.setattr(bench_kernels, "draw_inputs", lambda c, n: draw_inputs(c, n, "cpu"))
+    for variant in VARIANTS:
+        case = Case(variant, 32, 2048)
+        args = bench_kernels.parse_args(["--contestants", "nested", "exact", "mxnorm-fold"])
+        found = bench_kernels.measure(case, args)
+        assert found.failures == {}
+        assert found.checks.keys() == {"nested", "exact", "mxnorm-fold"}
+        assert all(c.unwritten == 0 and c.steps <= 1 for c in found.checks.values())
+        assert (found.format, found.launched) == ("mxfp8", {"nested": "1x1024 4 warps"})
