@@ -267,14 +267,15 @@ def compile_once(job: tuple[Case, str], device: str) -> None:
     torch._dynamo.reset()
     # Tuning beside other processes would choose badly: only the measuring process remembers.
     with torch._inductor.config.patch(compile_threads=1, autotune_local_cache=False):
-        case, name = job
-        (inputs,) = draw_inputs(case, 1, device)
-        for _, call in bench_contestants.candidates(
-            name, case.variant, case.tokens, inputs.weight, case.format
-        ):
-            # What fails here fails again, or has more memory, where it is measured.
-            with suppress(Exception):
-                call(inputs)
+        # What fails here fails again, or has more memory, where it is measured.
+        with suppress(Exception):
+            case, name = job
+            (inputs,) = draw_inputs(case, 1, device)
+            for _, call in bench_contestants.candidates(
+                name, case.variant, case.tokens, inputs.weight, case.format
+            ):
+                with suppress(Exception):
+                    call(inputs)
     if device == "cuda":
         torch.cuda.empty_cache()
 

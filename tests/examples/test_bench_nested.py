@@ -314,3 +314,16 @@ def test_every_contestant_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.checks.keys() == {"nested", "exact", "mxnorm-fold"}
         assert all(c.unwritten == 0 and c.steps <= 1 for c in found.checks.values())
         assert (found.format, found.launched) == ("mxfp8", {"nested": "1x1024 4 warps"})
+
+
+def test_what_fails_is_left_to_the_measuring_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def candidates(*_: Any) -> Iterator[tuple[str, Any]]:
+        yield "broken", lambda inputs: 1 / 0
+        yield "good", called.append
+        raise ImportError("no such package")
+
+    monkeypatch.setattr(contestants, "candidates", candidates)
+    bench_kernels.compile_once((Case("norm", 4, 64), "liger"), "cpu")
+    assert len(called) == 1
