@@ -1,7 +1,8 @@
-"""RMSNorm + MX cast on one GPU: our kernels against a copy, Inductor and Liger.
+"""RMSNorm + block-scaled cast on one GPU: our kernels against a copy, Inductor and Liger.
 
     python examples/bench_kernels.py --precompile 12 --time-limit 540
     python examples/bench_kernels.py --time-limit 540 --resume     # until it says that all is done
+    python examples/bench_kernels.py --format mxfp4 nvfp4 --json fp4.json
     python examples/bench_kernels.py --quick --json quick.json
     python examples/bench_kernels.py --plot-only examples/results/bench_kernels.json
 
@@ -14,13 +15,16 @@ that together have as many bytes as the work must read and write (``rho``, writt
 not counted): by ``Tensor.copy_`` or by an elementwise kernel, whichever is faster.
 "exact-repeat" is "exact" once more: how far the two are apart is noise.
 
-Contestants: "inductor" is HuggingFace's LlamaRMSNorm and torchao's ``to_mx`` as people write them,
+Contestants: "inductor" is HuggingFace's LlamaRMSNorm and torchao's cast as people write them,
 through ``torch.compile``. The tuned ones have the options of max-autotune-no-cudagraphs, which
 include coordinate descent: "tuned-blocks" with the norm written on [T, K, 32] and the reshape last,
 "tuned-flat" as people write it, "tuned-multi" like "tuned-blocks" with multi-kernel (persistent or
 looped row sums, chosen at run time). All have two kernels, the row sum and the rest, which reads x
 again; the last two are not measured unless named. "inductor-tuned", in the tables, is the fastest
-tuned one at each shape. "liger" is Liger's (add and) norm followed by the compiled cast.
+tuned one at each shape. "nested" is the best that options make of Inductor: one kernel, by one that
+is off by default, see ``bench_nested.py``; of kernels stored for a torch without the option each is
+timed in up to ten configurations, and the fastest counts. "liger" is Liger's (add and) norm and
+the compiled cast. With NVFP4 all are given the tensor scale that bounds the norm's output.
 """
 
 from __future__ import annotations
@@ -36,12 +40,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import bench_contestants
+import bench_nested
 import bench_report
 import torch
 from bench_checks import Outputs, compare, poison, unwritten
@@ -49,6 +56,7 @@ from bench_contestants import (
     CONTESTANTS,
     COPIES,
     DEFAULT,
+    FORMATS,
     TUNED,
     VARIANTS,
     Inputs,
@@ -68,9 +76,10 @@ QUICK = {"tokens": [16, 8192], "widths": [4096], "rounds": 10}
 # A replay moves this much, a millisecond on an H100, so that its own launch does not count.
 REPLAY_BYTES = 3e9
 MAX_CALLS = 256
+ROUNDS_TO_CHOOSE = 5
 COMPARED_ROWS = 256
 # Where the output is no terminal.
-TABLE_WIDTH = 190
+TABLE_WIDTH = 215
 
 
 class BadInput(Exception):
@@ -82,10 +91,11 @@ class Case:
     variant: Variant
     tokens: int
     width: int
+    format: str = "mxfp8"
 
     @property
     def bytes(self) -> int:
-        return moved_bytes(self.variant, self.tokens, self.width)
+        return moved_bytes(self.variant, self.tokens, self.width, self.format)
 
     @property
     def calls(self) -> int:
@@ -93,12 +103,17 @@ class Case:
         return min(MAX_CALLS, max(2, math.ceil(REPLAY_BYTES / self.bytes)))
 
     def __str__(self) -> str:
-        return f"{self.variant} {self.tokens}x{self.width}"
+        return f"{self.variant} {self.tokens}x{self.width} {self.format}"
 
 
-def grid(variants: Sequence[Variant], tokens: Sequence[int], widths: Sequence[int]) -> list[Case]:
+def grid(
+    variants: Sequence[Variant],
+    tokens: Sequence[int],
+    widths: Sequence[int],
+    formats: Sequence[str] = ("mxfp8",),
+) -> list[Case]:
     """The cases, those that move most first: what matters most, should the time run out."""
-    cases = [Case(v, t, d) for v in variants for t in tokens for d in widths]
+    cases = [Case(*names) for names in product(variants, tokens, widths, formats)]
     cases = [c for c in cases if c.variant != "both" or c.tokens == BOTH_TOKENS]
     return sorted(cases, key=lambda c: -c.bytes)
 
@@ -112,9 +127,10 @@ def positive_int(text: str) -> int:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Bandwidth of RMSNorm + MX cast on one GPU, ours and others'."
+        description="Bandwidth of RMSNorm + block-scaled cast on one GPU, ours and others'."
     )
     number = positive_int
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["mxfp8"])
     parser.add_argument("--tokens", type=number, nargs="+", default=list(TOKENS), metavar="T")
     parser.add_argument("--widths", type=number, nargs="+", default=list(WIDTHS), metavar="D")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -151,11 +167,12 @@ def draw_inputs(case: Case, calls: int, device: str = "cuda") -> list[Inputs]:
         return torch.randn(*shape, **kwargs)
 
     weight = 1 + 0.1 * normal(case.width)
+    scale = bench_contestants.tensor_scale(weight, case.format)
     shape = (case.tokens, case.width)
     sets = []
     for _ in range(calls):
         residual = normal(*shape) if case.variant == "residual" else None
-        sets.append(Inputs(3 * normal(*shape), residual, weight))
+        sets.append(Inputs(3 * normal(*shape), residual, weight, scale))
     return sets
 
 
@@ -186,15 +203,36 @@ class Entry:
     calls: list[Callable[[], Outputs]]
     outputs: list[Outputs]
     compile_seconds: float
+    launched: str
 
 
 def prepare(name: str, case: Case, sets: list[Inputs]) -> Entry:
-    begun = time.perf_counter()
+    """The contestant in a graph: of all its candidates the one with the fastest."""
     if name in COPIES:
-        calls = copies(case, name)
-    else:
-        call = bench_contestants.contestant(name, case.variant, case.width, sets[0].weight)
-        calls = [lambda inputs=inputs: call(inputs) for inputs in sets]  # type: ignore[misc]
+        return capture(copies(case, name))
+    best: Entry | None = None
+    least = math.inf
+    failure: Exception = ValueError(f"{name} has nothing for {case}")
+    weight = sets[0].weight
+    for launched, call in bench_contestants.candidates(
+        name, case.variant, case.tokens, weight, case.format
+    ):
+        try:
+            entry = capture([partial(call, inputs) for inputs in sets], launched)
+            # Of a single one it decides nothing, but costs milliseconds.
+            us = time_entries(case, {name: entry}, ROUNDS_TO_CHOOSE)[name].us
+        except Exception as error:  # too many registers, or too much shared memory
+            failure = error
+            continue
+        if us < least:
+            best, least = entry, us
+    if best is None:
+        raise failure
+    return best
+
+
+def capture(calls: list[Callable[[], Outputs]], launched: str = "") -> Entry:
+    begun = time.perf_counter()
     calls[0]()
     torch.cuda.synchronize()
     seconds = time.perf_counter() - begun
@@ -209,13 +247,15 @@ def prepare(name: str, case: Case, sets: list[Inputs]) -> Entry:
     with torch.cuda.graph(graph):
         # Outputs that stay referenced keep their own memory in the graph's pool.
         outputs = [one() for one in calls]
-    return Entry(graph, calls, outputs, seconds)
+    return Entry(graph, calls, outputs, seconds, launched)
 
 
 def wanted(case: Case, args: argparse.Namespace) -> list[str]:
     def belongs(name: str) -> bool:
         if name == "liger" and case.variant == "both":
             return False
+        if name == "nested":
+            return bench_nested.offers(case.variant, case.format, case.tokens, case.width)
         return name not in TUNED or case.tokens >= args.tuned_from
 
     return [name for name in args.contestants if belongs(name)]
@@ -227,12 +267,15 @@ def compile_once(job: tuple[Case, str], device: str) -> None:
     torch._dynamo.reset()
     # Tuning beside other processes would choose badly: only the measuring process remembers.
     with torch._inductor.config.patch(compile_threads=1, autotune_local_cache=False):
-        case, name = job
-        try:
+        # What fails here fails again, or has more memory, where it is measured.
+        with suppress(Exception):
+            case, name = job
             (inputs,) = draw_inputs(case, 1, device)
-            bench_contestants.contestant(name, case.variant, case.width, inputs.weight)(inputs)
-        except Exception:
-            pass  # it will fail again, or have more memory, where it is measured
+            for _, call in bench_contestants.candidates(
+                name, case.variant, case.tokens, inputs.weight, case.format
+            ):
+                with suppress(Exception):
+                    call(inputs)
     if device == "cuda":
         torch.cuda.empty_cache()
 
@@ -269,7 +312,7 @@ def measure(case: Case, args: argparse.Namespace) -> Measured:
         left = sum(unwritten(outputs) for outputs in entry.outputs)
         if name not in COPIES:
             rows = min(case.tokens, COMPARED_ROWS)
-            expected = bench_contestants.reference(name, case.variant, sets[0], rows)
+            expected = bench_contestants.reference(name, case.variant, sets[0], rows, case.format)
             checks[name] = compare(entry.outputs[0], expected, left)
     return Measured(
         variant=case.variant,
@@ -281,6 +324,8 @@ def measure(case: Case, args: argparse.Namespace) -> Measured:
         checks=checks,
         failures=failures,
         compile_seconds={name: entry.compile_seconds for name, entry in entries.items()},
+        format=case.format,
+        launched={name: entry.launched for name, entry in entries.items() if entry.launched},
     )
 
 
@@ -321,9 +366,9 @@ def start(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def remaining(args: argparse.Namespace, measured: list[Measured]) -> Iterator[Case]:
-    done = {(m.variant, m.tokens, m.width) for m in measured}
-    for case in grid(args.variants, args.tokens, args.widths):
-        if (case.variant, case.tokens, case.width) not in done:
+    done = {(m.variant, m.tokens, m.width, m.format) for m in measured}
+    for case in grid(args.variants, args.tokens, args.widths, args.format):
+        if (case.variant, case.tokens, case.width, case.format) not in done:
             yield case
 
 
@@ -348,6 +393,8 @@ def measure_all(args: argparse.Namespace, results: dict[str, Any]) -> None:
         print(f"{case}: {shown} us; {time.monotonic() - begun:.0f} s", flush=True)
         for name, failure in measured.failures.items():
             print(f"  {name} failed: {failure}", flush=True)
+        for name, launched in measured.launched.items():
+            print(f"  {name} launched as {launched}", flush=True)
     print("all shapes are done")
 
 
@@ -359,7 +406,7 @@ def show(results: dict[str, Any], plot: Path, console: Console) -> None:
     for table in bench_report.tables(results["cases"]):
         console.print(table)
     try:
-        bench_report.plot(results["cases"], f"RMSNorm + MXFP8 cast, {gpu}", plot)
+        bench_report.plot(results["cases"], f"RMSNorm + block-scaled cast, {gpu}", plot)
     except ImportError:
         print("no plot: matplotlib is not installed; --plot-only draws it later from the JSON")
 

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import bench_report
 import pytest
 import torch
 from bench_checks import Check, codes_in_order, compare, poison, unwritten
-from bench_contestants import VARIANTS, Inputs
+from bench_contestants import FORMATS, VARIANTS, Inputs
 from bench_kernels import Case, grid
 from bench_report import Measured, Verdict
 from benchlib import Timing, interleaved, save_json
@@ -36,7 +36,8 @@ ALL = contestants.CONTESTANTS
 def measured(variant: str = "norm", tokens: int = 8192, width: int = 4096, **us: float) -> Measured:
     """A shape whose contestants took as long as the keywords say, without any spread."""
     times = {name.replace("_", "-"): Timing(t, t, t) for name, t in us.items()}
-    checks = {name: Check(0, 1000, 0, 0) for name in times if name in contestants.OURS}
+    checked = (*contestants.OURS, "nested")
+    checks = {name: Check(0, 1000, 0, 0) for name in times if name in checked}
     moved = contestants.moved_bytes(variant, tokens, width)
     return Measured(variant, tokens, width, moved, 2, times, checks, {}, {})
 
@@ -46,20 +47,25 @@ def verdict(cases: list[Measured], words: str) -> Verdict:
     return found
 
 
-def inputs_for(variant: str) -> Inputs:
+def inputs_for(variant: str, format: str = "mxfp8") -> Inputs:
     torch.manual_seed(0)
     x, residual = (3 * torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16) for _ in range(2))
     weight = 1 + 0.1 * torch.randn(WIDTH, dtype=torch.bfloat16)
-    return Inputs(x, residual if variant == "residual" else None, weight)
+    scale = contestants.tensor_scale(weight, format)
+    return Inputs(x, residual if variant == "residual" else None, weight, scale)
 
 
-def test_bytes_are_those_of_the_tensors() -> None:
+formats = pytest.mark.parametrize("format", FORMATS)
+
+
+@formats
+def test_bytes_are_those_of_the_tensors(format: str) -> None:
     for variant in VARIANTS:
-        inputs = inputs_for(variant)
-        outputs = contestants.reference("exact", variant, inputs, TOKENS)
+        inputs = inputs_for(variant, format)
+        outputs = contestants.reference("exact", variant, inputs, TOKENS, format)
         tensors = [inputs.x, inputs.residual, inputs.weight, *outputs.values()]
         total = sum(t.nbytes for t in tensors if t is not None)
-        assert contestants.moved_bytes(variant, TOKENS, WIDTH) == total
+        assert contestants.moved_bytes(variant, TOKENS, WIDTH, format) == total
 
 
 def test_grid_starts_with_what_moves_most() -> None:
@@ -78,29 +84,31 @@ def test_graphs_hold_enough_calls() -> None:
     assert 3e9 <= middle.calls * middle.bytes < 3e9 + middle.bytes
 
 
+@formats
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_our_ops_do_what_is_compared(variant: Any) -> None:
-    inputs = inputs_for(variant)
+def test_our_ops_do_what_is_compared(variant: Any, format: str) -> None:
+    inputs = inputs_for(variant, format)
     for name in contestants.OURS:
-        call = contestants.contestant(name, variant, WIDTH, inputs.weight)
-        expected = contestants.reference(name, variant, inputs, TOKENS)
+        ((_, call),) = contestants.candidates(name, variant, TOKENS, inputs.weight, format)
+        expected = contestants.reference(name, variant, inputs, TOKENS, format)
         assert compare(call(inputs), expected, 0).differing == 0
 
 
+@formats
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_the_opponents_do_the_same_work(variant: Any) -> None:
+def test_the_opponents_do_the_same_work(variant: Any, format: str) -> None:
     # Uncompiled, HuggingFace's norm and torchao's cast round where functional does.
-    inputs = inputs_for(variant)
-    expected = contestants.reference("exact", variant, inputs, TOKENS)
+    inputs = inputs_for(variant, format)
+    expected = contestants.reference("exact", variant, inputs, TOKENS, format)
     norms = (
         contestants.hf_norm(WIDTH, inputs.weight),
         contestants.BlockedNorm(inputs.weight),
     )
     for norm in norms:
-        function = contestants.norm_cast_function(norm, variant)
-        outputs = function(inputs.x, inputs.residual)
+        function = contestants.norm_cast_function(norm, variant, format)
+        outputs = function(inputs.x, inputs.residual, inputs.tensor_scale)
         named = dict(zip(contestants.NAMES[variant], outputs, strict=True))
         assert compare(named, expected, 0).differing == 0
         for name, tensor in named.items():
@@ -163,6 +171,16 @@ def test_what_a_kernel_leaves_out_is_found() -> None:
     assert unwritten(outputs) == 4
 
 
+def test_a_block_of_4_bits_that_a_kernel_leaves_out_is_found() -> None:
+    outputs = {"values": torch.zeros(4, 64, dtype=torch.uint8)}
+    assert unwritten(outputs) == 0
+    poison(outputs)
+    assert unwritten(outputs) == 4 * 64
+    # Of the others in the block one is not -6.
+    outputs["values"][:, ::8] = 0xFE
+    assert unwritten(outputs) == 0
+
+
 def test_codes_follow_the_values() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
@@ -172,6 +190,12 @@ def test_codes_follow_the_values() -> None:
         pairs = sorted(zip(order.tolist(), values[finite].tolist(), strict=True))
         assert all(a[1] < b[1] for a, b in zip(pairs, pairs[1:], strict=False) if a[0] != b[0])
         assert order[values[finite] == 0].tolist() == [0, 0]
+
+
+def test_codes_of_4_bits_follow_the_values() -> None:
+    codes = torch.arange(16, dtype=torch.uint8)
+    packed = codes[::2] | codes[1::2] << 4
+    assert codes_in_order(packed[None]).tolist() == [[*range(8), 0, *range(-1, -8, -1)]]
 
 
 def quantized(values: Tensor, scales: Tensor) -> dict[str, Tensor]:
@@ -315,6 +339,45 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
     assert Case("norm", 8192, 2048) not in left
     assert {c.width for c in left if c.tokens == 8192} == {32}
     assert sum(c.tokens == 64 for c in left) == 2 * 2
+    args = bench_kernels.parse_args(["--tokens", "8192", "--widths", "2048", "--format", "nvfp4"])
+    left = list(bench_kernels.remaining(args, results["cases"]))
+    assert left == [Case(v, 8192, 2048, "nvfp4") for v in ("residual", "both", "norm")]
+
+
+def test_formats_have_tables_of_their_own() -> None:
+    cases = [
+        replace(measured(inductor=3, nested=2, mxnorm=1), format=format)
+        for format in ("mxfp8", "nvfp4")
+    ]
+    titles = [str(table.title) for table in bench_report.tables(cases)]
+    assert [title.split(",")[1].split(":")[0].strip() for title in titles] == [
+        "mxfp8", "mxfp8", "nvfp4", "nvfp4"
+    ]  # fmt: skip
+
+
+def test_nested_is_judged_as_the_others_are() -> None:
+    good = measured(nested=12, mxnorm=10, mxnorm_fold=9)
+    slow = measured(width=8192, nested=10, mxnorm=10.1, mxnorm_fold=9)
+    with_residual = measured("residual", nested=11, mxnorm=10)
+    found = verdict([good, with_residual], "over nested: 1.0")
+    assert (found.found, found.passed) == ("1.200", True)
+    assert verdict([good, with_residual], "nested, with the residual").found == "1.100"
+    assert verdict([good], "never slower than nested").passed is True
+    never = verdict([good, slow], "never slower than nested")
+    assert (never.passed, never.found) == (False, "0.990 at 8192x8192 norm")
+
+
+def test_nested_may_round_elsewhere_but_not_do_less() -> None:
+    case = measured(nested=1)
+    words = "nested does the same"
+    for check, passed in (
+        (Check(0, 1000, 40, 1), True),
+        (Check(0, 1000, 400, 1), False),
+        (Check(0, 1000, 40, 2), False),
+        (Check(1, 1000, 0, 0), False),
+    ):
+        case.checks["nested"] = check
+        assert verdict([case], words).passed is passed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -334,7 +397,8 @@ def test_on_a_gpu_our_kernels_are_right(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     cases = bench_kernels.load(path)["cases"]
     assert [str(Case(c.variant, c.tokens, c.width)) for c in cases] == [
-        "residual 8192x256", "both 8192x256", "norm 8192x256", "residual 64x256", "norm 64x256"
+        "residual 8192x256 mxfp8", "both 8192x256 mxfp8", "norm 8192x256 mxfp8",
+        "residual 64x256 mxfp8", "norm 64x256 mxfp8",
     ]  # fmt: skip
     assert verdict(cases, "equal to functional").passed
     assert verdict(cases, "every contestant ran").passed
