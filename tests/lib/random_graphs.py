@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from formats import in_a_format
 from hand_casts import HAND_CASTS, CastLinear
 from matching import BF16, SPELLINGS, Norm, inputs, rms_norm
 from random_specs import (
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mxnorm_pass import Report, Site, SkipReason, functional
+from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.options.config import MXNormConfig
 
 OTHER_ROWS = 24
@@ -348,17 +348,20 @@ class _ReferenceStage:
         x, gain, eps = norm.rows(source), norm.gain(), norm.eps
         norm_dtype = x.dtype if SPELLINGS[norm.spec.spelling].rounds else None
         rounding = {"norm_dtype": norm_dtype, "out_dtype": exact.dtype}
-        y = functional.mxnorm(x, gain, eps=eps, p=config.p, gradient=config.gradient, **rounding)
+        fmt = self._kept_format(reader, name).without_log2
+        options = {"eps": eps, "p": config.p}
+        y = functional.mxnorm(
+            x, gain, block_size=fmt.block_size, gradient=config.gradient, **options, **rounding
+        )
         operand = reader.operand(self.stage.seen(y.reshape(exact.shape)))
         in_cast = gain if site.gain == "activation" else None
+        scale = None if fmt.has_e8m0_scales else _largest_scale(x, in_cast, fmt, options)
         values, scales, _ = functional.mxnorm_cast(
-            x,
-            in_cast,
-            eps=eps,
-            p=config.p,
-            **in_a_format(without_log2(self._kept_format(reader, name))),
+            x, in_cast, format=fmt, tensor_scale=scale, **options
         )
-        quantized = values.reshape(operand.shape), scales.reshape(*operand.shape[:-1], -1)
+        rows = operand.shape[:-1]
+        # As the ops return it: a bias is added to a strided operand's product in another rounding.
+        quantized = values.reshape(*rows, -1).contiguous(), scales.reshape(*rows, -1), scale
         fold = gain if site.gain == "fold" else None
         return self._mx_linear(reader, name, operand, quantized=quantized, gain=fold)
 
@@ -366,34 +369,36 @@ class _ReferenceStage:
         linear = reader.linear
         kept = self._kept_format(reader, name)
         # A weight with the gain in it has a new cast.
-        form = kept if fused.get("gain") is None else without_log2(kept)
+        form = {"format": kept if fused.get("gain") is None else kept.without_log2}
         weight = linear.weight.t() if isinstance(reader, Right) else linear.weight
         if reader.spec.cast == "torchao inference":
-            activation = functional.mx_dequantize(*fused["quantized"], BF16)
+            values, scales, _ = fused["quantized"]
+            activation = functional.mx_dequantize(values, scales, BF16)
             return F.linear(activation, linear.weight.dequantize())
         if reader.spec.cast == "torchao training":
-            out = MXBackward.apply(y, linear.weight, Recipe(kept=kept, backward="mx"), form | fused)
+            recipe = Recipe(kept={"format": kept}, backward="mx")
+            out = MXBackward.apply(y, linear.weight, recipe, form | fused)
             return out if linear.bias is None else out + linear.bias
         dtype = BF16 if self.reference.spec.autocast else y.dtype
         bias = linear.bias.to(dtype) if linear.bias is not None else None
         with torch.autocast("cpu", enabled=False):
-            return functional.mx_linear(
-                y.to(dtype), weight.to(dtype), bias, **in_a_format(form), **fused
-            )
+            return functional.mx_linear(y.to(dtype), weight.to(dtype), bias, **form, **fused)
 
-    def _kept_format(self, reader: Linear, name: str) -> dict[str, Any]:
+    def _kept_format(self, reader: Linear, name: str) -> BlockFormat:
         """Of the casts that the pass leaves as they are."""
         if reader.spec.cast == "by hand":
-            return {"scale_mode": HAND_CASTS[reader.spec.mode][1]}
+            return BlockFormat.of(scale_mode=HAND_CASTS[reader.spec.mode][1])
         if reader.spec.cast != "plain":
-            return {"scale_mode": torchao_mode(reader.spec.mode)}
-        config = self.reference.config.resolve(name).config
-        return {"scale_mode": config.scale_mode, "elem_dtype": config.elem_dtype}
+            return BlockFormat.of(scale_mode=torchao_mode(reader.spec.mode))
+        return self.reference.config.resolve(name).config.cast_format
 
 
-def without_log2(form: dict[str, Any]) -> dict[str, Any]:
-    """Of the casts that the pass writes in the place of these."""
-    return form | {"scale_mode": form["scale_mode"].removesuffix("-log2")}
+def _largest_scale(
+    x: Tensor, gain: Tensor | None, fmt: BlockFormat, options: dict[str, Any]
+) -> Tensor:
+    """Of NVFP4 under tensor_scale="amax"."""
+    y = functional.mxnorm(x, gain, block_size=fmt.block_size, out_dtype=torch.float32, **options)
+    return functional.nvfp4_tensor_scale(y)
 
 
 def linear_name(spec: ModelSpec, stage: int, reader: int) -> str:
@@ -411,7 +416,8 @@ def is_cast_by_backend(reader: Linear, name: str, norm: RandomNorm, config: MXNo
     if config.quantize == "norm-fed" and norm.spec.spelling not in SPELLINGS:
         return False
     enabled = config.resolve(name, opt_in=isinstance(reader, Router)).enabled
-    return enabled and all(size % 32 == 0 for size in weight.shape)
+    block_size = config.resolve(name).config.cast_format.block_size
+    return enabled and all(size % block_size == 0 for size in weight.shape)
 
 
 def is_fusable(reader: Reader, name: str, norm: RandomNorm, config: MXNormConfig) -> bool:

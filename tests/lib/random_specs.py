@@ -242,10 +242,15 @@ def _options(draw: st.DrawFn, stages: Sequence[StageSpec], quantize: Sequence[st
         "gain": draw(_sampled("auto", "auto", "fold", "activation")),
         "gradient": draw(_sampled("true", "orthogonal", "paper")),
         "p": draw(_sampled(2, 1, 3.5)),
+        "format": draw(_sampled("mxfp8", "mxfp8", "mxfp6 e3m2", "mxfp4", "nvfp4")),
+        # Where a norm stays as it is the cast of its output has a bound of its own.
+        "tensor_scale": "amax",
     }
     rules: dict[str, Any] = {}
     overrides = _sampled({"p": 1.5}, {"gradient": "paper"}, {"gain": "activation"}, {"p": 3}, True)
-    formats = _sampled({"scale_mode": "floor"}, {"elem_dtype": torch.float8_e5m2}, True)
+    formats = _sampled({"elem_dtype": torch.float8_e5m2}, {"format": "mxfp4"}, True)
+    if options["format"] != "nvfp4":
+        formats |= _sampled({"scale_mode": "floor"})
     for i, stage in enumerate(stages):
         if draw(st.integers(0, 3)) == 0:
             rules[f"stages.{i}.norm*"] = draw(_sampled(False) | overrides)
