@@ -184,6 +184,8 @@ def test_formats_of_few_bits(fakes: FakeTensorMode, name: str, both: bool) -> No
     lowered = Lowered(function, x, scale)
     assert lowered.count == 1
     assert ("tensor_scale_ptr" in lowered.pointers) == (name == "nvfp4")
+    along_t = ["values_t_ptr", "scales_t_ptr"] if both else []
+    assert lowered.returned == ["values_ptr", "scales_ptr", "rho_ptr", *along_t]
     expected = {
         "mxfp6 e3m2": (6, "rceil", 32),
         "mxfp4": (4, "rceil", 32),

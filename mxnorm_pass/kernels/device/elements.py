@@ -37,7 +37,7 @@ def to_elements(
     """Elements of blocks ``x`` [..., B], float32, that were multiplied by ``factor`` [...].
 
     Args:
-        factor: no infinity; NaN, or 0 for a block with NaN in it.
+        factor: finite or NaN; 0 or NaN where there is NaN in the block.
         CONVERTS: does the hardware convert to less than 8 bits?
 
     Returns:
@@ -64,7 +64,7 @@ def to_narrow(
     if INTERPRETED:
         # On a GPU NaN that is computed has no sign.
         x = tl.where(x == x, x, float("nan"))
-    # Of NaN come largest elements. Where there may be any all else is 0: signs remain.
+    # NaN has become the largest element, beside nothing but zeros: signs are all that is kept.
     signs: tl.constexpr = 0x88888888 if bits == 4 else 0x20202020
     kept = tl.expand_dims(tl.where(tl.abs(factor) > 0, 0xFFFFFFFF, signs).to(tl.uint32), 2)
     if bits == 4:
@@ -95,12 +95,12 @@ def size_codes(x, bits: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.c
 
 @triton.jit
 def add_steps(x, bits: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.constexpr):
-    """Round |x| to elements, as multiples of the step between them.
+    """Round |x| by adding a number whose last place is the step between elements near |x|.
 
     Returns:
-        a number plus |x|, whose last bits therefore count steps; that number; and uint32 with the
-        exponent of |x|, or of the smallest normal element, where float32 has it. In the count
-        zero stands for what makes its sum with the exponent the element.
+        the sum, whose last bits count steps; the number; and uint32 with nothing but the exponent
+        of |x|, at least that of the smallest normal element. The count begins at ``zero`` so that
+        the element is the sum's bits plus that exponent, shifted to where the element has it.
     """
     smallest: tl.constexpr = 2 - (1 << (bits - 2 - mantissa_bits))
     zero: tl.constexpr = (-(smallest + 127) * (1 << mantissa_bits)) % (1 << (bits - 1))
@@ -182,10 +182,10 @@ def convert_to_fp6(x, kept, mantissa_bits: tl.constexpr):
 
 @triton.jit
 def lay_out_as_bytes(ptr, offsets, never):
-    """Stores nothing, but lays out what has the shape of ``offsets`` as if it were stored so.
+    """Store nothing, so that the compiler lays out what has this shape as if it were stored so.
 
     A thread then has 16 elements next to each other, as where they are bytes, and blocks are
-    within two lanes. With the 8 that one load brings, twice as many scales are computed.
+    within two lanes. With the 8 that one load brings twice as many scales would be computed.
 
     Args:
         never: false, which the compiler must not see.
@@ -196,8 +196,8 @@ def lay_out_as_bytes(ptr, offsets, never):
 
 @triton.jit
 def words_of(ELEMENTS: tl.constexpr):
-    """Numbers of the words that elements of 4 bits fill, to be stored two at once.
+    """Indices of the words that elements of 4 bits fill, to be stored two at once.
 
-    More are not next to each other in a thread, and would have to be exchanged.
+    No more are next to each other in a thread; the compiler would exchange them between threads.
     """
     return tl.max_contiguous(tl.arange(0, ELEMENTS // 8), 2)
