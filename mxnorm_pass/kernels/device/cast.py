@@ -21,11 +21,11 @@ def scale_blocks(
     mantissa_bits: tl.constexpr,
     max_mantissa: tl.constexpr,
 ):
-    """Divide blocks ``y`` [..., K, B] by the scales that the bits of their absmaxes give.
+    """Divide blocks ``y`` [M, K, B] by the scales that the bits of their absmaxes [M, K] give.
 
     Returns:
-        float32, to be rounded to elements; bytes of scales, int32 [..., K]; and factors [..., K]
-        that the blocks were multiplied by: 0 or NaN where a block's scale is NaN.
+        float32, to be rounded to elements; bytes of scales, int32 [M, K]; and factors [M, K] that
+        the blocks were multiplied by: 0 or NaN where a block's scale is NaN.
     """
     if mode == "nearest":
         scale = nvfp4_scale(absmax, tensor_scale)

@@ -34,15 +34,15 @@ def to_elements(
     largest: tl.constexpr,
     CONVERTS: tl.constexpr,
 ):
-    """Elements of blocks ``x`` [..., B], float32, that were multiplied by ``factor`` [...].
+    """Elements of blocks ``x`` [M, K, B], float32, that were multiplied by ``factor`` [M, K].
 
     Args:
         factor: finite or NaN; 0 or NaN where there is NaN in the block.
         CONVERTS: does the hardware convert to less than 8 bits?
 
     Returns:
-        ``dtype`` [..., B]; elements of 4 bits as uint32 [..., B / 8]. NaN stays NaN in float8; in
-        fewer bits it becomes 0.
+        ``dtype`` [M, K, B]; elements of 4 bits as uint32 [M, K, B / 8]. NaN stays NaN in float8;
+        in fewer bits it becomes 0.
     """
     if bits == 8:
         return to_float8(x, dtype, mantissa_bits, largest)
@@ -113,8 +113,8 @@ def add_steps(x, bits: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.co
 
 @triton.jit
 def eighths(x):
-    """[..., B] as eight of [..., B / 8]: what goes into the nibbles of words."""
-    x = tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 8, 2, 2, 2])
+    """[M, K, B] as eight of [M, K, B / 8]: what goes into the nibbles of words."""
+    x = tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 8, 2, 2, 2])
     even, odd = tl.split(x)
     x02, x13 = tl.split(even), tl.split(odd)
     x04, x26 = tl.split(x02[0]), tl.split(x02[1])

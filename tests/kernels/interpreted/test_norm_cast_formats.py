@@ -111,6 +111,7 @@ CASTS: dict[str, tuple[str, float | None]] = {
     "nvfp4": ("nvfp4", None),
     "nvfp4 of a tensor": ("nvfp4", 0.003),
     "nvfp4 of a huge tensor": ("nvfp4", 2.0**100),
+    "nvfp4 of nearly nothing": ("nvfp4", 2.0**-120),
 }
 
 
