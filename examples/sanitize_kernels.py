@@ -16,13 +16,14 @@ from torch import Tensor
 
 from mxnorm_pass.kernels.norm_cast import norm_cast
 from mxnorm_pass.kernels.norm_cast_both import norm_cast_both
-from mxnorm_pass.numerics.formats import BlockFormat
+from mxnorm_pass.numerics.formats import BlockFormat, block_format
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 ROW_MAJOR = NormCastSpec(
     1e-6, "mxnorm", 2.0, BlockFormat(), torch.bfloat16, torch.bfloat16, "row-major",
 )  # fmt: skip
 BLOCKED = replace(ROW_MAJOR, scale_layout="blocked")
+FP4 = replace(BLOCKED, format=block_format("nvfp4"))
 # Rows that stay in registers, full and not, and rows in chunks.
 ROW_SHAPES = [(tokens, width) for width in (96, 5120, 40000) for tokens in (5, 130)]
 # Less than a group of rows, fewer groups than the lag, more; without and with prefetched rows.
@@ -37,20 +38,22 @@ def inputs(tokens: int, width: int, device: str) -> tuple[Tensor, Tensor, Tensor
 
 
 def along_d(tokens: int, width: int, device: str = "cuda") -> None:
-    """Both estimators, a general p, both scale layouts, with and without the rest."""
+    """Both estimators, a general p, both scale layouts, 8 and 4 bits, with and without the rest."""
     x, gain, residual = inputs(tokens, width, device)
     norm_cast(x, gain, None, BLOCKED)
     norm_cast(x, None, None, replace(ROW_MAJOR, estimator="exact"), residual=residual)
     norm_cast(x, gain, None, replace(ROW_MAJOR, p=1.5), dequantize=torch.bfloat16)
+    norm_cast(x, None, None, FP4, tensor_scale=gain.float().abs().amax())
 
 
 def along_both(tokens: int, width: int, device: str = "cuda") -> None:
-    """Both scale layouts, with and without the residual, and rows whose stride is odd."""
+    """Both scale layouts, 8 and 4 bits, with and without the residual; rows whose stride is odd."""
     x, gain, residual = inputs(tokens, width, device)
     norm_cast_both(x, gain, None, BLOCKED, True)
     norm_cast_both(x, gain, None, ROW_MAJOR, False, residual=residual)
     odd = torch.cat([x[:, :1], x], 1)[:, 1:]
     norm_cast_both(odd, gain, None, ROW_MAJOR, True)
+    norm_cast_both(x, None, None, FP4, True, tensor_scale=gain.float().abs().amax())
 
 
 def main() -> None:
@@ -59,7 +62,7 @@ def main() -> None:
     for shape in BOTH_SHAPES:
         along_both(*shape)
     torch.cuda.synchronize()
-    print(f"{3 * (len(ROW_SHAPES) + len(BOTH_SHAPES))} launches")
+    print(f"{4 * (len(ROW_SHAPES) + len(BOTH_SHAPES))} launches")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from mxnorm_pass.numerics.formats import SCALE_MODES
+from mxnorm_pass.numerics.formats import NEAREST, SCALE_MODES
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 MAX_WIDTH = 65536
 # The constant's p-th power must stay in float32's range.
 MAX_P = 16.0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ELEMENTS = ("e4m3fn", "e5m2")
 _BLOCK_SIZES = (16, 32, 64, 128)
 # Ada and Hopper are the first chips that convert to float8.
 _MIN_CAPABILITY = (8, 9)
@@ -34,7 +33,11 @@ def uncovered(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | No
         return "triton is not installed"
     if capability(x.device) < _MIN_CAPABILITY:
         return f"compute capability {capability(x.device)} has no float8; {_MIN_CAPABILITY} has"
-    dtypes = [t.dtype for t in (x, *others) if t is not None]
+    tensors = [x, *(t for t in others if t is not None)]
+    for tensor in tensors:
+        if tensor.device != x.device:
+            return f"x is on {x.device}, another tensor on {tensor.device}"
+    dtypes = [tensor.dtype for tensor in tensors]
     for dtype in (*dtypes, spec.norm_dtype or torch.float32, spec.out_dtype):
         if dtype not in DTYPES:
             return f"{dtype} is none of {', '.join(map(str, DTYPES))}"
@@ -42,11 +45,9 @@ def uncovered(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | No
     if not isinstance(width, int) or width > MAX_WIDTH:
         return f"rows of {width} elements; a kernel takes at most {MAX_WIDTH}"
     fmt = spec.format
-    if fmt.element.name not in ELEMENTS:
-        return f"elements {fmt.element.name}; the kernels know {', '.join(ELEMENTS)}"
     if fmt.block_size not in _BLOCK_SIZES:
         return f"block size {fmt.block_size}; the kernels know {_BLOCK_SIZES}"
-    if fmt.scale_mode not in SCALE_MODES:
+    if fmt.scale_mode not in (*SCALE_MODES, NEAREST):
         return f"scale mode {fmt.scale_mode!r}; the kernels know {', '.join(SCALE_MODES)}"
     if spec.estimator == "mxnorm" and spec.p > MAX_P:
         return f"p = {spec.p}; the kernels take p up to {MAX_P}"
@@ -57,10 +58,9 @@ def uncovered(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | No
 
 def uncovered_both(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | None:
     """The same for the kernel that casts in both directions."""
-    if spec.format.block_size != 32:
-        return f"block size {spec.format.block_size}; casting in both directions takes 32"
-    if math.prod(x.shape[:-1]) % 32 != 0:
-        return f"{math.prod(x.shape[:-1])} rows, which 32 does not divide"
+    rows, size = math.prod(x.shape[:-1]), spec.format.block_size
+    if rows % size != 0:
+        return f"{rows} rows, which {size} does not divide"
     return uncovered(x, spec, *others)
 
 

@@ -1,4 +1,4 @@
-"""Row kernel: [residual add ->] statistic -> norm -> MX cast along D, in one pass over memory.
+"""Row kernel: [residual add ->] statistic -> norm -> cast along D, in one pass over memory.
 
 A program holds ``ROWS`` rows in registers. Rows too wide for that are cut into ``CHUNKS`` and swept
 twice, for the statistic and for the cast; the second sweep finds them in the L2 cache.
@@ -12,10 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from mxnorm_pass.kernels import launch
+from mxnorm_pass.kernels.device.cast import dequantize, scale_blocks
+from mxnorm_pass.kernels.device.elements import lay_out_as_bytes, to_elements, words_of
 from mxnorm_pass.kernels.device.mean_square import accumulate, inverse_rms, normalize
-from mxnorm_pass.kernels.device.mx import absmax_bits, blocked_scale_offset, cast_blocks, e8m0_value
+from mxnorm_pass.kernels.device.mx import absmax_bits, blocked_scale_offset
 from mxnorm_pass.kernels.device.publish import publish
-from mxnorm_pass.kernels.device.rounding import narrow, round_to, widen
+from mxnorm_pass.kernels.device.rounding import narrow, widen
 from mxnorm_pass.kernels.rows import Rows, RowTiling, row_config, tile_blocks
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
@@ -26,6 +28,7 @@ def norm_cast_kernel(
     residual_ptr,
     weight_ptr,
     block_weights_ptr,
+    tensor_scale_ptr,
     total_ptr,
     values_ptr,
     scales_ptr,
@@ -46,9 +49,11 @@ def norm_cast_kernel(
     SCALE: tl.constexpr,
     MODE: tl.constexpr,
     ELEM_DTYPE: tl.constexpr,
+    BITS: tl.constexpr,
     MAX_EXPONENT: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
     MAX_MANTISSA: tl.constexpr,
+    CONVERTS: tl.constexpr,
     NORM_DTYPE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr,
@@ -60,28 +65,29 @@ def norm_cast_kernel(
     Args:
         TILE_K: blocks per chunk, a power of two.
         FACTOR, SCALE: see ``mean_square.inverse_rms``.
+        CONVERTS: see ``elements.to_elements``.
         PRODUCT_DTYPE: dtype of the product with the gain.
     """
     cast_rows(
-        tl.program_id(0), x_ptr, residual_ptr, weight_ptr, block_weights_ptr, total_ptr,
-        values_ptr, scales_ptr, rho_ptr, None, dequantized_ptr, rows, x_stride, residual_stride,
-        D, BLOCK, ROWS, TILE_K, CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE, ELEM_DTYPE,
-        MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE,
-        TOTAL_DTYPE,
-        BLOCKED_SCALES, "",
+        tl.program_id(0), x_ptr, residual_ptr, weight_ptr, block_weights_ptr, tensor_scale_ptr,
+        total_ptr, values_ptr, scales_ptr, rho_ptr, None, dequantized_ptr, rows, x_stride,
+        residual_stride, D, BLOCK, ROWS, TILE_K, CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE,
+        ELEM_DTYPE, BITS, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA, CONVERTS, NORM_DTYPE,
+        PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, BLOCKED_SCALES, "",
     )  # fmt: skip
 
 
 @triton.jit
 def cast_rows(
-    program, x_ptr, residual_ptr, weight_ptr, block_weights_ptr, total_ptr, values_ptr, scales_ptr,
-    rho_ptr, words_ptr, dequantized_ptr, rows, x_stride, residual_stride,
+    program, x_ptr, residual_ptr, weight_ptr, block_weights_ptr, tensor_scale_ptr, total_ptr,
+    values_ptr, scales_ptr, rho_ptr, words_ptr, dequantized_ptr, rows, x_stride, residual_stride,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TILE_K: tl.constexpr,
     CHUNKS: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr, P: tl.constexpr,
     FACTOR: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr, ELEM_DTYPE: tl.constexpr,
-    MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, MAX_MANTISSA: tl.constexpr,
-    NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr,
-    TOTAL_DTYPE: tl.constexpr, BLOCKED_SCALES: tl.constexpr, KEEP: tl.constexpr,
+    BITS: tl.constexpr, MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+    MAX_MANTISSA: tl.constexpr, CONVERTS: tl.constexpr, NORM_DTYPE: tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr,
+    BLOCKED_SCALES: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """The work of one of the programs; see :func:`norm_cast_kernel`.
 
@@ -92,6 +98,9 @@ def cast_rows(
     row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     partial = tl.zeros([ROWS], tl.float32)
     largest = tl.zeros([ROWS], tl.float32)
+    tensor_scale = None
+    if tensor_scale_ptr is not None:
+        tensor_scale = tl.load(tensor_scale_ptr)
     for chunk in tl.static_range(CHUNKS):
         k = chunk * TILE_K + tl.arange(0, TILE_K)
         x = load_rows(
@@ -122,21 +131,16 @@ def cast_rows(
             if CHUNKS > 1:
                 gain = load_gain(weight_ptr, k, D, BLOCK)
             weight = widen(gain)
-        elements, exponent = norm_and_cast(
-            x, rho, weight, EXACT, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE,
-            MODE, ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA,
+        y, absmax = norm_rows(x, rho, weight, EXACT, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE)
+        store_cast(
+            y, absmax, tensor_scale, values_ptr, scales_ptr, dequantized_ptr, row, k, rows, D,
+            BLOCK, MODE, ELEM_DTYPE, BITS, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA, CONVERTS,
+            BLOCKED_SCALES,
         )  # fmt: skip
-        if values_ptr is not None:
-            store_rows(values_ptr, elements, row, k, rows, D, BLOCK)
-        if scales_ptr is not None:
-            store_scales(scales_ptr, exponent, row, k, rows, D // BLOCK, BLOCKED_SCALES)
-        if dequantized_ptr is not None:
-            restored = dequantize(elements, exponent, dequantized_ptr.dtype.element_ty)
-            store_rows(dequantized_ptr, restored, row, k, rows, D, BLOCK)
 
 
 @triton.jit
-def norm_and_cast(
+def norm_rows(
     x,
     rho,
     weight,
@@ -144,13 +148,8 @@ def norm_and_cast(
     NORM_DTYPE: tl.constexpr,
     PRODUCT_DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr,
-    MODE: tl.constexpr,
-    ELEM_DTYPE: tl.constexpr,
-    MAX_EXPONENT: tl.constexpr,
-    MANTISSA_BITS: tl.constexpr,
-    MAX_MANTISSA: tl.constexpr,
 ):
-    """float8 elements [ROWS, K, B] and int32 exponents [ROWS, K] of rows x with inverse RMS rho."""
+    """Rows x [ROWS, K, B] with inverse RMS rho, normalised, and the bits of their absmaxes."""
     rho = rho[:, None]
     if EXACT:
         y = normalize(x, rho[:, :, None], weight, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE)
@@ -163,14 +162,35 @@ def norm_and_cast(
     else:
         y = x * rho[:, :, None] * weight
         absmax = absmax_bits(y, 2)
-    return cast_blocks(y, absmax, 2, MODE, ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA)
+    return y, absmax
 
 
 @triton.jit
-def dequantize(elements, exponent, dtype: tl.constexpr):
-    """elements * scales as ``functional.mx_dequantize`` rounds them."""
-    factor = round_to(e8m0_value(exponent), dtype)[:, :, None]
-    return narrow(elements.to(tl.float32) * factor, dtype)
+def store_cast(
+    y, absmax, tensor_scale, values_ptr, scales_ptr, dequantized_ptr, row, k, rows,
+    D: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr, ELEM_DTYPE: tl.constexpr,
+    BITS: tl.constexpr, MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+    MAX_MANTISSA: tl.constexpr, CONVERTS: tl.constexpr, BLOCKED_SCALES: tl.constexpr,
+):  # fmt: skip
+    """Cast a tile whose blocks' absmaxes have the bits ``absmax``, where there is a pointer."""
+    scaled, scale, factor = scale_blocks(
+        y, absmax, tensor_scale, MODE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA
+    )
+    LARGEST: tl.constexpr = (1 + MAX_MANTISSA / 8388608) * (1 << MAX_EXPONENT)
+    if values_ptr is not None:
+        values = to_elements(scaled, factor, ELEM_DTYPE, BITS, MANTISSA_BITS, LARGEST, CONVERTS)
+        if BITS == 4:
+            store_words(values_ptr, values, row, k, rows, D, BLOCK)
+        else:
+            store_rows(values_ptr, values, row, k, rows, D, BLOCK)
+    if scales_ptr is not None:
+        store_scales(scales_ptr, scale, row, k, rows, D // BLOCK, BLOCKED_SCALES)
+    if dequantized_ptr is not None:
+        dtype: tl.constexpr = dequantized_ptr.dtype.element_ty
+        restored = dequantize(
+            scaled, scale, tensor_scale, dtype, MODE, ELEM_DTYPE, BITS, MANTISSA_BITS, LARGEST
+        )
+        store_rows(dequantized_ptr, restored, row, k, rows, D, BLOCK)
 
 
 @triton.jit
@@ -218,17 +238,28 @@ def store_rows(ptr, tile, row, k, rows, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_scales(ptr, exponent, row, k, rows, K: tl.constexpr, BLOCKED: tl.constexpr):
+def store_words(ptr, words, row, k, rows, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Elements of 4 bits, eight in a word."""
+    column = k[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    lay_out_as_bytes(ptr, row[:, None, None] * D + column[None, :, :], rows < 0)
+    column = k[:, None] * (BLOCK // 8) + words_of(BLOCK)[None, :]
+    inside = (row[:, None, None] < rows) & (column[None, :, :] < D // 8)
+    at = ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    tl.store(at + row[:, None, None] * (D // 8) + column[None, :, :], words, mask=inside)
+
+
+@triton.jit
+def store_scales(ptr, scale, row, k, rows, K: tl.constexpr, BLOCKED: tl.constexpr):
     """Scale bytes; the blocked layout is padded with zeros to 128 rows and 4 blocks."""
     inside = (row[:, None] < rows) & (k[None, :] < K)
     if BLOCKED:
         across: tl.constexpr = (K + 3) // 4
         padded = (row[:, None] < (rows + 127) // 128 * 128) & (k[None, :] < 4 * across)
-        exponent = tl.where(inside, exponent, 0)
+        scale = tl.where(inside, scale, 0)
         at = blocked_scale_offset(row[:, None], k[None, :], across)
-        tl.store(ptr + at, exponent.to(tl.uint8), mask=padded)
+        tl.store(ptr + at, scale.to(tl.uint8), mask=padded)
     else:
-        tl.store(ptr + row[:, None] * K + k[None, :], exponent.to(tl.uint8), mask=inside)
+        tl.store(ptr + row[:, None] * K + k[None, :], scale.to(tl.uint8), mask=inside)
 
 
 def norm_cast(
@@ -237,6 +268,7 @@ def norm_cast(
     block_weights: Tensor | None,
     spec: NormCastSpec,
     *,
+    tensor_scale: Tensor | None = None,
     residual: Tensor | None = None,
     dequantize: torch.dtype | None = None,
     config: RowTiling | None = None,
@@ -245,6 +277,7 @@ def norm_cast(
 
     Args:
         x: [..., D], D divisible by the block size; float32, bfloat16 or float16.
+        tensor_scale: of NVFP4; positive, and large enough that its inverse is finite.
         residual: of x's shape; it is added to x before the norm.
         dequantize: return values * scales in this dtype in the place of values and scales.
 
@@ -253,7 +286,7 @@ def norm_cast(
     """
     width = x.shape[-1]
     config = config or row_config(width)
-    rows = Rows.of(x, weight, block_weights, spec, residual, dequantize)
+    rows = Rows.of(x, weight, block_weights, tensor_scale, spec, residual, dequantize)
     padded = (rows.count + 127) // 128 * 128 if spec.scale_layout == "blocked" else rows.count
     launch.launcher(norm_cast_kernel)[((padded + config.rows - 1) // config.rows,)](
         *rows.pointers,

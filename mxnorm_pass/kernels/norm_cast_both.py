@@ -18,7 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mxnorm_pass.kernels import launch
-from mxnorm_pass.kernels.device.mx import absmax_bits, cast_blocks
+from mxnorm_pass.kernels.device.cast import scale_blocks
+from mxnorm_pass.kernels.device.elements import lay_out_as_bytes, to_elements, words_of
+from mxnorm_pass.kernels.device.mx import absmax_bits
 from mxnorm_pass.kernels.device.publish import wait_for
 from mxnorm_pass.kernels.device.rounding import INTERPRETED, convert, multiply, narrow, widen
 from mxnorm_pass.kernels.norm_cast import cast_rows
@@ -28,12 +30,13 @@ from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 @triton.jit
 def norm_cast_both_kernel(
-    x_ptr, residual_ptr, weight_ptr, block_weights_ptr, total_ptr, values_ptr, scales_ptr, rho_ptr,
-    dequantized_ptr, values_t_ptr, scales_t_ptr, words_ptr, row_blocks, x_stride, residual_stride,
+    x_ptr, residual_ptr, weight_ptr, block_weights_ptr, tensor_scale_ptr, total_ptr, values_ptr,
+    scales_ptr, rho_ptr, dequantized_ptr, values_t_ptr, scales_t_ptr, words_ptr, row_blocks,
+    x_stride, residual_stride,
     D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr,
     P: tl.constexpr, FACTOR: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr,
-    ELEM_DTYPE: tl.constexpr, MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-    MAX_MANTISSA: tl.constexpr,
+    ELEM_DTYPE: tl.constexpr, BITS: tl.constexpr, MAX_EXPONENT: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr, MAX_MANTISSA: tl.constexpr, CONVERTS: tl.constexpr,
     NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr,
     TOTAL_DTYPE: tl.constexpr, BLOCKED_SCALES: tl.constexpr, GAIN_IN_ROWS: tl.constexpr,
     ROWS: tl.constexpr, TILE_K: tl.constexpr, CHUNKS: tl.constexpr, R: tl.constexpr,
@@ -43,24 +46,22 @@ def norm_cast_both_kernel(
 
     Args:
         words_ptr: int32 zeros [groups R], where rho is published.
-        row_blocks: rows / 32, so that the compiler sees that rows are a multiple.
+        row_blocks: rows / BLOCK, so that the compiler sees that rows are a multiple.
         R: a multiple of 128.
         LAG: groups; at least 1.
         AHEAD: rows between a row program's and those that it asks the L2 cache for; 0: none.
     """
-    tl.static_assert(BLOCK == 32, "blocks of 32")
     ACROSS: tl.constexpr = (D + C - 1) // C
     BOTH: tl.constexpr = R // ROWS + ACROSS
-    rows = row_blocks * 32
+    rows = row_blocks * BLOCK
     number = tl.program_id(0)
     columns, is_column = role(number, tl.num_programs(0) // BOTH, R // ROWS, ACROSS, LAG)
     if is_column:
         cast_columns(
-            x_ptr, residual_ptr, weight_ptr, words_ptr, values_t_ptr, scales_t_ptr,
-            columns // ACROSS * R, columns % ACROSS * C, row_blocks, x_stride,
-            residual_stride, D, MODE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA, NORM_DTYPE,
-            PRODUCT_DTYPE,
-            OUT_DTYPE, TOTAL_DTYPE, R, C,
+            x_ptr, residual_ptr, weight_ptr, tensor_scale_ptr, words_ptr, values_t_ptr,
+            scales_t_ptr, columns // ACROSS * R, columns % ACROSS * C, row_blocks, x_stride,
+            residual_stride, D, BLOCK, MODE, ELEM_DTYPE, BITS, MAX_EXPONENT, MANTISSA_BITS,
+            MAX_MANTISSA, CONVERTS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, R, C,
         )  # fmt: skip
     else:
         row_program = number - columns
@@ -75,13 +76,11 @@ def norm_cast_both_kernel(
         if GAIN_IN_ROWS:
             row_weight_ptr = weight_ptr
         cast_rows(
-            row_program, x_ptr, residual_ptr, row_weight_ptr, block_weights_ptr, total_ptr,
-            values_ptr, scales_ptr, rho_ptr, words_ptr, dequantized_ptr, rows, x_stride,
+            row_program, x_ptr, residual_ptr, row_weight_ptr, block_weights_ptr, tensor_scale_ptr,
+            total_ptr, values_ptr, scales_ptr, rho_ptr, words_ptr, dequantized_ptr, rows, x_stride,
             residual_stride, D, BLOCK, ROWS, TILE_K, CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE,
-            ELEM_DTYPE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA, NORM_DTYPE, PRODUCT_DTYPE,
-            OUT_DTYPE,
-            TOTAL_DTYPE, BLOCKED_SCALES,
-            "evict_last",
+            ELEM_DTYPE, BITS, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA, CONVERTS, NORM_DTYPE,
+            PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, BLOCKED_SCALES, "evict_last",
         )  # fmt: skip
 
 
@@ -127,39 +126,55 @@ def prefetch_rows(ptr, offset, D: tl.constexpr):
 
 @triton.jit
 def cast_columns(
-    x_ptr, residual_ptr, weight_ptr, words_ptr, values_ptr, scales_ptr, row, column, row_blocks,
-    x_stride, residual_stride, D: tl.constexpr, MODE: tl.constexpr, MAX_EXPONENT: tl.constexpr,
-    MANTISSA_BITS: tl.constexpr, MAX_MANTISSA: tl.constexpr, NORM_DTYPE: tl.constexpr,
-    PRODUCT_DTYPE: tl.constexpr,
-    OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr, R: tl.constexpr,
-    C: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, tensor_scale_ptr, words_ptr, values_ptr, scales_ptr, row,
+    column, row_blocks, x_stride, residual_stride, D: tl.constexpr, BLOCK: tl.constexpr,
+    MODE: tl.constexpr, ELEM_DTYPE: tl.constexpr, BITS: tl.constexpr, MAX_EXPONENT: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr, MAX_MANTISSA: tl.constexpr, CONVERTS: tl.constexpr,
+    NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, OUT_DTYPE: tl.constexpr,
+    TOTAL_DTYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Cast the tile [R, C] that begins at (row, column) along T, and store it transposed."""
-    rows = row_blocks * 32
+    rows = row_blocks * BLOCK
     y = normalized_tile(
         x_ptr, residual_ptr, weight_ptr, words_ptr, row, column, rows, x_stride, residual_stride,
         D, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, R, C,
     )  # fmt: skip
-    elem_dtype: tl.constexpr = values_ptr.dtype.element_ty
-    c, r = tl.arange(0, C)[:, None], tl.arange(0, R)[None, :]
-    values_ptr += column.to(tl.int64) * rows + row
+    r = tl.arange(0, R)[None, :]
+    at = column.to(tl.int64) * rows + row + (tl.arange(0, C)[:, None] * rows + r)
     y = tl.trans(y)
     if not INTERPRETED:
         # Loads nothing, but gives y the layout of the store: here, as bfloat16, y is cheaper to
         # lay out than after the cast, and its blocks are within two lanes.
-        like_values = values_ptr.to(tl.pointer_type(OUT_DTYPE), bitcast=True) + (c * rows + r)
-        y = tl.load(like_values, row_blocks < 0, y)
-    y = tl.reshape(y, [C, R // 32, 32])
-    values, exponent = cast_blocks(
-        y, absmax_bits(y, 2), 2, MODE, elem_dtype, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA
+        like_values = values_ptr.to(tl.pointer_type(OUT_DTYPE), bitcast=True)
+        y = tl.load(like_values + at, row_blocks < 0, y)
+    y = tl.reshape(y, [C, R // BLOCK, BLOCK])
+    tensor_scale = None
+    if tensor_scale_ptr is not None:
+        tensor_scale = tl.load(tensor_scale_ptr)
+    scaled, scale, factor = scale_blocks(
+        y, absmax_bits(y, 2), tensor_scale, MODE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA
     )
-    inside = column + c < D
-    values = tl.reshape(values, [C, R])
-    inside_both = inside & (row + r < rows)
-    tl.store(values_ptr + (c * rows + r), values, inside_both, eviction_policy="evict_first")
-    b = tl.arange(0, R // 32)[None, :]
-    scales_ptr += column.to(tl.int64) * row_blocks + row // 32 + (c * row_blocks + b)
-    tl.store(scales_ptr, exponent.to(tl.uint8), inside & (row // 32 + b < row_blocks))
+    LARGEST: tl.constexpr = (1 + MAX_MANTISSA / 8388608) * (1 << MAX_EXPONENT)
+    values = to_elements(scaled, factor, ELEM_DTYPE, BITS, MANTISSA_BITS, LARGEST, CONVERTS)
+    KEEP: tl.constexpr = "evict_first"
+    if BITS == 4:
+        lay_out_as_bytes(values_ptr, at, row_blocks < 0)
+        values, words = tl.reshape(values, [C, R // 8]), words_of(R)[None, :]
+        store_columns(values_ptr, values, words, row // 8, column, rows // 8, D, KEEP)
+    else:
+        store_columns(values_ptr, tl.reshape(values, [C, R]), r, row, column, rows, D, KEEP)
+    b = tl.arange(0, R // BLOCK)[None, :]
+    store_columns(scales_ptr, scale.to(tl.uint8), b, row // BLOCK, column, row_blocks, D, "")
+
+
+@triton.jit
+def store_columns(ptr, tile, r, row, column, rows, D: tl.constexpr, KEEP: tl.constexpr):
+    """Store [C, R] at (column, row) of a matrix [D, rows]; ``r`` counts along R."""
+    c = tl.arange(0, tile.shape[0])[:, None]
+    ptr = ptr.to(tl.pointer_type(tile.dtype), bitcast=True)
+    ptr += column.to(tl.int64) * rows + row
+    inside = (column + c < D) & (row + r < rows)
+    tl.store(ptr + (c * rows + r), tile, inside, eviction_policy=KEEP)
 
 
 @triton.jit
@@ -245,6 +260,8 @@ def norm_cast_both(
     block_weights: Tensor | None,
     spec: NormCastSpec,
     gain_in_rows: bool,
+    *,
+    tensor_scale: Tensor | None = None,
     residual: Tensor | None = None,
     config: Tiling | None = None,
     dequantize: torch.dtype | None = None,
@@ -253,7 +270,8 @@ def norm_cast_both(
 
     Args:
         x: [..., D], float32, bfloat16 or float16; T, the product of the leading dimensions, and D
-            divisible by 32, T not 0. ``coverage.uncovered_both`` says what else.
+            divisible by the block size, T not 0. ``coverage.uncovered_both`` says what else.
+        tensor_scale: see :func:`norm_cast`.
         residual: of x's shape; it is added to x before the norm.
         dequantize: return values * scales in this dtype in the place of values and scales.
 
@@ -264,9 +282,10 @@ def norm_cast_both(
     width = x.shape[-1]
     read = [x] if residual is None else [x, residual]
     config = config or configuration(width, width * sum(t.element_size() for t in read))
-    rows = Rows.of(x, weight, block_weights, spec, residual, dequantize)
-    values_t = x.new_empty((width, rows.count), dtype=spec.format.elem_dtype)
-    scales_t = x.new_empty((width, rows.count // 32), dtype=torch.uint8)
+    rows = Rows.of(x, weight, block_weights, tensor_scale, spec, residual, dequantize)
+    fmt, shape_t = spec.format, (width, rows.count)
+    values_t = x.new_empty(fmt.values_shape(shape_t), dtype=fmt.elem_dtype)
+    scales_t = x.new_empty(fmt.scales_shape(shape_t), dtype=torch.uint8)
     groups = (rows.count + config.height - 1) // config.height
     programs = config.height // config.rows.rows + (width + config.columns - 1) // config.columns
     launch.launcher(norm_cast_both_kernel)[(groups * programs,)](
@@ -274,7 +293,7 @@ def norm_cast_both(
         values_t,
         scales_t,
         x.new_zeros((groups * config.height,), dtype=torch.int32),
-        rows.count // 32,
+        rows.count // fmt.block_size,
         *rows.strides,
         **rows.constants,
         GAIN_IN_ROWS=gain_in_rows,
@@ -287,4 +306,4 @@ def norm_cast_both(
         AHEAD=config.ahead,
         num_warps=config.rows.warps,
     )
-    return *rows.results, values_t, scales_t.view(torch.float8_e8m0fnu)
+    return *rows.results, values_t, scales_t.view(fmt.scale_dtype)

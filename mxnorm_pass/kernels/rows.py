@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mxnorm_pass.kernels import coverage
 from mxnorm_pass.numerics.layout import blocked_scales_shape
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 from mxnorm_pass.numerics.rms import rms_constant
@@ -20,7 +21,11 @@ TRITON_DTYPES: dict[torch.dtype, Any] = {
     torch.float16: tl.float16,
     torch.float8_e4m3fn: tl.float8e4nv,
     torch.float8_e5m2: tl.float8e5,
+    torch.uint8: tl.uint8,
 }
+
+# Blackwell.
+_CONVERTS_FROM = (10, 0)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,9 @@ class Rows:
     """What a kernel reads and writes along D.
 
     Attributes:
-        pointers: x, residual, weight, block weights, total, values, scales (bytes), rho,
-            dequantised rows; None where there is no such input or nobody wants the result.
+        pointers: x, residual, weight, block weights, tensor scale, total, values, scales (bytes),
+            rho, dequantised rows; None where there is no such input or nobody wants the result.
+        scale_dtype: of what the bytes of scales are.
         strides: between rows of x and of the residual.
         constants: what the kernel is specialised on.
     """
@@ -66,6 +72,7 @@ class Rows:
     pointers: tuple[Tensor | None, ...]
     count: int
     strides: tuple[int, int]
+    scale_dtype: torch.dtype
     constants: dict[str, Any]
 
     @classmethod
@@ -74,6 +81,7 @@ class Rows:
         x: Tensor,
         weight: Tensor | None,
         block_weights: Tensor | None,
+        tensor_scale: Tensor | None,
         spec: NormCastSpec,
         residual: Tensor | None,
         dequantize: torch.dtype | None,
@@ -87,26 +95,28 @@ class Rows:
         if dequantize is not None:
             dequantized = x.new_empty(x.shape, dtype=dequantize)
         else:
-            values = x.new_empty(x.shape, dtype=spec.format.elem_dtype)
+            fmt = spec.format
+            values = x.new_empty(fmt.values_shape(x.shape), dtype=fmt.elem_dtype)
             scales = x.new_empty(scales_shape(x, spec), dtype=torch.uint8)
         rho = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
         weight = None if weight is None else weight.contiguous()
         block_weights = None if block_weights is None else block_weights.contiguous()
-        inputs = (x_rows, residual_rows, weight, block_weights)
+        inputs = (x_rows, residual_rows, weight, block_weights, tensor_scale)
         summed = x.dtype if total is None else total.dtype
         return cls(
             pointers=(*inputs, total, values, scales, rho, dequantized),
             count=x_rows.shape[0],
             strides=(x_rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0)),
-            constants=constants(spec, x.shape[-1], weight, block_weights, summed),
+            scale_dtype=spec.format.scale_dtype,
+            constants=constants(spec, x, weight, block_weights, summed),
         )
 
     @property
     def results(self) -> tuple[Tensor, ...]:
         """Total; values and scales, or dequantised rows; rho."""
-        total, values, scales, rho, dequantized = self.pointers[4:]
+        total, values, scales, rho, dequantized = self.pointers[5:]
         if scales is not None:
-            scales = scales.view(torch.float8_e8m0fnu)
+            scales = scales.view(self.scale_dtype)
         return tuple(t for t in (total, values, scales, dequantized, rho) if t is not None)
 
 
@@ -122,8 +132,13 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def converts(device: torch.device) -> bool:
+    """Does the hardware convert to elements of 6 and 4 bits?"""
+    return device.type == "cuda" and coverage.capability(device) >= _CONVERTS_FROM
+
+
 def scales_shape(x: Tensor, spec: NormCastSpec) -> tuple[int, ...]:
-    shape = (*x.shape[:-1], x.shape[-1] // spec.format.block_size)
+    shape = spec.format.scales_shape(x.shape)
     return blocked_scales_shape(shape) if spec.scale_layout == "blocked" else shape
 
 
@@ -144,7 +159,7 @@ def statistic_factors(
 
 def constants(
     spec: NormCastSpec,
-    width: int,
+    x: Tensor,
     weight: Tensor | None,
     block_weights: Tensor | None,
     total_dtype: torch.dtype,
@@ -154,9 +169,9 @@ def constants(
     norm_dtype = spec.norm_dtype or torch.float32
     product = norm_dtype if weight is None else torch.promote_types(norm_dtype, weight.dtype)
     exact = spec.estimator == "exact"
-    factor, scale = statistic_factors(spec, width, block_weights)
+    factor, scale = statistic_factors(spec, x.shape[-1], block_weights)
     return {
-        "D": width,
+        "D": x.shape[-1],
         "BLOCK": spec.format.block_size,
         "EXACT": exact,
         "P": 2.0 if exact else float(spec.p),
@@ -165,9 +180,11 @@ def constants(
         "SCALE": scale,
         "MODE": spec.format.scale_mode,
         "ELEM_DTYPE": TRITON_DTYPES[elem.dtype],
+        "BITS": elem.bits,
         "MAX_EXPONENT": elem.max_exponent,
         "MANTISSA_BITS": elem.mantissa_bits,
         "MAX_MANTISSA": elem.max_mantissa,
+        "CONVERTS": elem.bits < 8 and converts(x.device),
         "NORM_DTYPE": TRITON_DTYPES[norm_dtype],
         "PRODUCT_DTYPE": TRITON_DTYPES[product],
         "OUT_DTYPE": TRITON_DTYPES[spec.out_dtype],

@@ -41,7 +41,9 @@ def element_values(values: Tensor, element: ElementFormat, dtype: torch.dtype) -
 
 def _encode(x: Tensor, element: ElementFormat) -> Tensor:
     """uint8 codes of float32 that is in the element's range, or NaN."""
-    magnitude = x.abs().nan_to_num(0.0)
+    # Not by its magnitude alone: which sign a NaN has depends on the hardware.
+    x = x.nan_to_num(0.0)
+    magnitude = x.abs()
     exponent = (magnitude.view(torch.int32) >> F32_MANTISSA_BITS) - _F32_BIAS
     exponent = exponent.clamp(min=element.min_exponent)
     # In units of the last place, of subnormals the same as of the smallest normal values.

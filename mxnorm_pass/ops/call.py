@@ -51,7 +51,8 @@ class NormCastCall:
     def why_no_kernel(self) -> str | None:
         """Why no kernel can run it; None if one can."""
         covers = uncovered if self.gain_in_rows is None else uncovered_both
-        return covers(self.x, self.spec, self.residual, self.weight, self.block_weights)
+        others = (self.residual, self.weight, self.block_weights, self.tensor_scale)
+        return covers(self.x, self.spec, *others)
 
     def run_kernel(self, dequantize: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """The op's results, from one kernel.
@@ -64,12 +65,15 @@ class NormCastCall:
             self.x, self.weight, self.block_weights, self.tensor_scale, self.spec, self.residual
         )
         inputs = (self.x, self.weight, self.block_weights, self.spec)
+        options: dict[str, Any] = {
+            "tensor_scale": self.tensor_scale,
+            "residual": self.residual,
+            "dequantize": dequantize,
+        }
         if self.gain_in_rows is None:
             from mxnorm_pass.kernels.norm_cast import norm_cast
 
-            return norm_cast(*inputs, residual=self.residual, dequantize=dequantize)
+            return norm_cast(*inputs, **options)
         from mxnorm_pass.kernels.norm_cast_both import norm_cast_both
 
-        return norm_cast_both(
-            *inputs, self.gain_in_rows, residual=self.residual, dequantize=dequantize
-        )
+        return norm_cast_both(*inputs, self.gain_in_rows, **options)

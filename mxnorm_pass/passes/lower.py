@@ -24,12 +24,13 @@ from mxnorm_pass import ops
 from mxnorm_pass.graph.build import unwrap_constants
 from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.kernels.coverage import DTYPES
+from mxnorm_pass.numerics.formats import block_format
 from mxnorm_pass.ops.define import KernelCall
 
 log = logging.getLogger(__name__)
 
 # Among the arguments of ``dequantize``.
-_DTYPE = 3
+_FORMAT, _DTYPE, _TENSOR_SCALE = 2, 3, 4
 
 
 def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
@@ -106,8 +107,8 @@ def _value_positions(op: Any) -> tuple[int, int]:
 
 
 def _dequantized(node: fx.Node) -> list[fx.Node]:
-    """The ``dequantize`` nodes that alone read the op's values and scales, to one dtype that the
-    kernels know; none where there are other readers."""
+    """The ``dequantize`` nodes that alone read the op's values and scales, as what they are, to one
+    dtype that the kernels know; none where there are other readers."""
     positions = _value_positions(node.target)
     results = {user.args[1]: user for user in node.users}
     values, scales = (results.get(i) for i in positions)
@@ -119,8 +120,22 @@ def _dequantized(node: fx.Node) -> list[fx.Node]:
     for reader in readers:
         if reader.target is not ops.dequantize or reader.args[:2] != (values, scales):
             return []
+        if not _undoes(reader, node):
+            return []
     dtypes = {reader.args[_DTYPE] for reader in readers}
     return readers if len(dtypes) == 1 and dtypes <= set(DTYPES) else []
+
+
+def _undoes(dequantize: fx.Node, cast: fx.Node) -> bool:
+    """Does it read elements, scales and the tensor's scale as the op wrote them?"""
+    names = [argument.name for argument in cast.target._schema.arguments]  # type: ignore[union-attr]
+    written, scale = (cast.args[names.index(name)] for name in ("format", "tensor_scale"))
+    if (dequantize.args[_TENSOR_SCALE:] or (None,)) != (scale,):
+        return False
+    # Scale modes say how scales were chosen, not what they are.
+    formats = [block_format(name) for name in (dequantize.args[_FORMAT], written)]  # type: ignore[arg-type]
+    read, wrote = ((f.element, f.block_size, f.scale_dtype) for f in formats)
+    return read == wrote
 
 
 @cache

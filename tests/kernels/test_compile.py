@@ -30,6 +30,7 @@ def compiled_norm_cast(
     gain: torch.dtype | None = BF16,
     residual: torch.dtype | None = None,
     weighted: bool = False,
+    tensor_scale: bool = False,
     dequantize: torch.dtype | None = None,
     **options: Any,
 ) -> Compiled:
@@ -44,6 +45,7 @@ def compiled_norm_cast(
             empty(width, dtype=gain),
             block_weights,
             spec,
+            tensor_scale=empty(dtype=F32) if tensor_scale else None,
             residual=empty(4096, width, dtype=residual),
             dequantize=dequantize,
         ),
@@ -68,7 +70,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "residual, mixed dtypes": {"residual": F32, "gain": F16, "block_size": 16},
     "residual, dequantised, chunks": {"residual": BF16, "dequantize": BF16, "width": 65536},
     "one block": {"width": 32, "elem_dtype": E5M2, "scale_layout": "blocked"},
+    "e2m3, chunks": {"format": "mxfp6", "width": 32768},
+    "e3m2, even, float32": {"format": "mxfp6 e3m2 even block 32", "dtype": F32, "gain": None},
+    "e2m1, floor, blocked": {"format": "mxfp4 e2m1 floor block 64", "scale_layout": "blocked"},
+    "e2m1, residual": {"format": "mxfp4", "residual": F32, "estimator": "exact"},
+    "nvfp4, one block": {"format": "nvfp4", "width": 16},
+    "nvfp4, blocked": {"format": "nvfp4", "tensor_scale": True, "scale_layout": "blocked"},
+    "nvfp4, dequantised": {"format": "nvfp4", "tensor_scale": True, "dequantize": BF16},
 }  # fmt: skip
+
+
+def conversion(capability: int, variant: dict[str, Any]) -> str:
+    """The hardware's to the elements, "" where there is none."""
+    words = ("format", "elem_dtype")
+    element = spec_with(SPEC, **{w: variant[w] for w in words if w in variant}).format.element
+    if element.bits < 8 and (capability < BLACKWELL or "dequantize" in variant):
+        return ""
+    return f"cvt.rn.satfinite.{element.name.removesuffix('fn')}x2.f32"
 
 
 @pytest.mark.full
@@ -76,9 +94,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_variants_compile(variant: dict[str, Any], capability: int) -> None:
     ptx = compiled_norm_cast(capability, **({"width": 2048} | variant)).ptx
     assert f".target sm_{capability}" in ptx
-    # The float8 conversion is the hardware's.
-    elem = "e5m2x2" if variant.get("elem_dtype") == E5M2 else "e4m3x2"
-    assert f"cvt.rn.satfinite.{elem}.f32" in ptx
+    assert conversion(capability, variant) in ptx
+    if capability < BLACKWELL:
+        assert not re.search(r"cvt\S*\.e[23]m[123]x2", ptx)
 
 
 DEFAULTS = [
@@ -105,6 +123,33 @@ def test_default_configurations(default: tuple[int, int], options: dict[str, Any
     assert kernel.spilled_bytes == 0, kernel.log
 
 
+FEW_BITS: dict[str, dict[str, Any]] = {
+    "mxfp6": {"format": "mxfp6"},
+    "mxfp4": {"format": "mxfp4"},
+    "nvfp4": {"format": "nvfp4", "tensor_scale": True},
+}
+
+
+@pytest.mark.full
+@each_value(
+    default=[(HOPPER, 4096), (HOPPER, 16384), (BLACKWELL, 16384), (CONSUMER_BLACKWELL, 4096)],
+    few_bits=FEW_BITS,
+    options={"estimate": {}, "residual": {"residual": BF16}},
+)
+def test_few_bits_by_default(
+    default: tuple[int, int], few_bits: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """As of float8, and nothing more is exchanged between threads."""
+    kernel = compiled_norm_cast(*default, **few_bits, **options)
+    # But for the scale of the tensor.
+    assert set(kernel.load_bits) - {32} == {128}
+    assert kernel.load_bits.count(32) == len(few_bits) - 1
+    assert kernel.spilled_bytes == 0, kernel.log
+    float8 = compiled_norm_cast(*default, **options)
+    assert kernel.ptx.count("bar.sync") <= float8.ptx.count("bar.sync")
+    assert kernel.ptx.count("shfl.sync") <= float8.ptx.count("shfl.sync")
+
+
 @pytest.mark.full
 def test_what_the_checks_would_see() -> None:
     """A row that is too large for its registers spills, and strided columns load one by one."""
@@ -121,14 +166,15 @@ def test_what_the_checks_would_see() -> None:
 @each_value(
     default=[(HOPPER, 4096), (HOPPER, 8192), (BLACKWELL, 4096)],
     reads={"gain": (True, False), "x alone": (False, False), "gain and residual": (True, True)},
+    format=["mxfp8", "mxfp6 e3m2", "mxfp4", "nvfp4"],
 )
-def test_both_directions(default: tuple[int, int], reads: tuple[bool, bool]) -> None:
+def test_both_directions(default: tuple[int, int], reads: tuple[bool, bool], format: str) -> None:
     """The cast along T transposes 16-bit numbers, by what matrix multiplications have for it."""
     (capability, width), (with_gain, add) = default, reads
     x = torch.empty(4096, width, dtype=BF16, device="meta")
-    gain = x[0] if with_gain else None
+    gain, spec = x[0] if with_gain else None, spec_with(SPEC, format=format)
     kernel = compiled(
-        lambda: norm_cast_both(x, gain, None, SPEC, True, residual=x if add else None),
+        lambda: norm_cast_both(x, gain, None, spec, True, residual=x if add else None),
         capability,
     )
     assert kernel.spilled_bytes == 0, kernel.log

@@ -207,8 +207,10 @@ EDGE_CASES: tuple[EdgeCase, ...] = (
     EdgeCase("around_powers_of_two", _around([1.0])),
     # 448 = 1.75 * 2^8 and 57344 = 1.75 * 2^15: where "rceil" moves to the next scale.
     EdgeCase("around_largest_element", _around([1.75])),
-    # Half an element ulp below a power of two: where "even" moves, for 3 and 2 mantissa bits.
-    EdgeCase("around_even_rounding", _around([1.9375, 1.875])),
+    # 6 = 1.5 * 2^2 and 7.5 = 1.875 * 2^2, of e2m1 and e2m3; 28, of e3m2, is 1.75 * 2^4.
+    EdgeCase("around_largest_of_few_bits", _around([1.5, 1.875])),
+    # Half an element ulp below a power of two: where "even" moves, for 3, 2 and 1 mantissa bits.
+    EdgeCase("around_even_rounding", _around([1.9375, 1.875, 1.75])),
     EdgeCase("between_elements", _between_elements),
     EdgeCase("equal_magnitudes", _equal_magnitudes),
     EdgeCase("mixed_scales", _mixed_scales),

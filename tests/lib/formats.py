@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mxnorm_pass.numerics.formats import BlockFormat
+from mxnorm_pass.numerics.formats import BlockFormat, block_format
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 _WORDS = ("elem_dtype", "scale_mode", "block_size")
@@ -20,7 +20,9 @@ def in_a_format(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spec_with(spec: NormCastSpec, **changes: Any) -> NormCastSpec:
-    """The spec with other options, those of its format among them."""
+    """The spec with other options, those of its format among them, or with a format by name."""
+    if "format" in changes:
+        return replace(spec, **{**changes, "format": block_format(changes["format"])})
     fmt = spec.format
     words = {"elem_dtype": fmt.elem_dtype, "scale_mode": fmt.scale_mode}
     words |= {"block_size": fmt.block_size}

@@ -47,15 +47,15 @@ def launched(
     options: NormCastSpec,
     *,
     block_weights: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
     residual: Tensor | None = None,
     **more: Any,
 ) -> tuple[Tensor, ...]:
     """The kernel's results on the CPU."""
     x_there, *others = (on_device(t) for t in (x, weight, block_weights))
     assert x_there is not None
-    results = norm_cast(
-        x_there, others[0], others[1], options, residual=on_device(residual), **more
-    )
+    more |= {"tensor_scale": on_device(tensor_scale), "residual": on_device(residual)}
+    results = norm_cast(x_there, others[0], others[1], options, **more)
     assert all(t.is_contiguous() for t in results)
     return tuple(t.cpu() for t in results)
 
@@ -69,10 +69,12 @@ def reference(
     weight: Tensor | None,
     options: NormCastSpec,
     block_weights: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
     rho: Tensor | None = None,
 ) -> Quantized:
     """``functional.mxnorm_cast``, with its own inverse RMS or with ``rho``."""
-    keywords = options.keywords() | {"block_weights": block_weights}
+    keywords = options.keywords()
+    keywords |= {"block_weights": block_weights, "tensor_scale": tensor_scale}
     if rho is None:
         return Quantized(*functional.mxnorm_cast(x, weight, **keywords))
     with given_rho(rho):
@@ -88,7 +90,8 @@ def assert_cast_equals(
 ) -> Quantized:
     """The kernel's values and scales are, bit for bit, those that belong to its own rho."""
     actual = kernel(x, weight, options, **more)
-    expected = reference(x, weight, options, more.get("block_weights"), rho=actual.rho)
+    given = [more.get(name) for name in ("block_weights", "tensor_scale")]
+    expected = reference(x, weight, options, *given, rho=actual.rho)
     assert_same_bits(actual.values, expected.values, "values")
     assert_same_bits(actual.scales, expected.scales, "scales")
     return actual

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mxnorm_pass.kernels import launch
+from mxnorm_pass.kernels import launch, rows
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -76,9 +76,17 @@ class Compiled:
     @property
     def load_bits(self) -> list[int]:
         """Width of every load from global memory."""
-        loads = re.findall(r"ld\.global(\S*)\s", self.ptx)
-        assert loads
-        return [_bits(load) for load in loads]
+        return self._bits_of("ld")
+
+    @property
+    def store_bits(self) -> list[int]:
+        """Width of every store to global memory."""
+        return self._bits_of("st")
+
+    def _bits_of(self, access: str) -> list[int]:
+        found = re.findall(rf"{access}\.global(\S*)\s", self.ptx)
+        assert found
+        return [_bits(instruction) for instruction in found]
 
 
 def _bits(instruction: str) -> int:
@@ -90,7 +98,8 @@ def _bits(instruction: str) -> int:
 
 def compiled(call: Callable[[], Any], capability: int) -> Compiled:
     """The one kernel that ``call`` launches, for compute capability ``capability`` / 10."""
-    with recorded_launches() as launches:
+    converts = mock.patch.object(rows, "converts", lambda device: capability >= 100)
+    with converts, recorded_launches() as launches:
         call()
     (launched,) = launches
     names = launched.kernel.arg_names

@@ -46,20 +46,30 @@ def options(**changes: Any) -> list[Any]:
 
 
 def norm_cast(
-    x: Tensor, weight: Any = None, block_weights: Any = None, **changes: Any
+    x: Tensor,
+    weight: Any = None,
+    block_weights: Any = None,
+    tensor_scale: Any = None,
+    **changes: Any,
 ) -> tuple[Tensor, ...]:
-    return ops.norm_cast(x, weight, block_weights, None, *options(**changes))
+    return ops.norm_cast(x, weight, block_weights, tensor_scale, *options(**changes))
 
 
 def add_norm_cast(
-    x: Tensor, residual: Tensor, weight: Any = None, block_weights: Any = None, **changes: Any
+    x: Tensor,
+    residual: Tensor,
+    weight: Any = None,
+    block_weights: Any = None,
+    tensor_scale: Any = None,
+    **changes: Any,
 ) -> tuple[Tensor, ...]:
-    return ops.add_norm_cast(x, residual, weight, block_weights, None, *options(**changes))
+    given = (weight, block_weights, tensor_scale)
+    return ops.add_norm_cast(x, residual, *given, *options(**changes))
 
 
 def tensor(mode: FakeTensorMode, *shape: Any, dtype: Any = BF16, device: str = "cuda") -> Tensor:
     with mode:
-        return torch.empty(*shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
 
 class Lowered:
@@ -160,6 +170,42 @@ def test_options_reach_the_kernel(fakes: FakeTensorMode) -> None:
     assert Lowered(lambda x: norm_cast(x, estimator="exact"), x).constants["EXACT"]
 
 
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("name", ["mxfp6 e3m2", "mxfp4", "nvfp4"])
+def test_formats_of_few_bits(fakes: FakeTensorMode, name: str, both: bool) -> None:
+    x, scale = tensor(fakes, 64, WIDTH), tensor(fakes, dtype=F32)
+    gain_in_rows = (True,) if both else ()
+    op = ops.norm_cast_both if both else ops.norm_cast
+
+    def function(x: Tensor, scale: Tensor) -> Any:
+        of_tensor = scale if name == "nvfp4" else None
+        return op(x, None, None, of_tensor, *options(format=name), *gain_in_rows)
+
+    lowered = Lowered(function, x, scale)
+    assert lowered.count == 1
+    assert ("tensor_scale_ptr" in lowered.pointers) == (name == "nvfp4")
+    along_t = ["values_t_ptr", "scales_t_ptr"] if both else []
+    assert lowered.returned == ["values_ptr", "scales_ptr", "rho_ptr", *along_t]
+    expected = {
+        "mxfp6 e3m2": (6, "rceil", 32),
+        "mxfp4": (4, "rceil", 32),
+        "nvfp4": (4, "nearest", 16),
+    }
+    found = tuple(lowered.constants[constant] for constant in ("BITS", "MODE", "BLOCK"))
+    assert found == expected[name]
+
+
+@pytest.mark.parametrize("version", [(9, 0), (10, 0), (12, 0)])
+def test_blackwell_converts(
+    fakes: FakeTensorMode, version: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coverage, "capability", lambda device: version)
+    x = tensor(fakes, 4, WIDTH)
+    lowered = Lowered(partial(norm_cast, format="mxfp4"), x)
+    assert lowered.constants["CONVERTS"] == (version >= (10, 0))
+    assert not Lowered(norm_cast, x).constants["CONVERTS"]
+
+
 def test_two_norms_are_two_kernels(fakes: FakeTensorMode) -> None:
     x, y = tensor(fakes, 4, WIDTH), tensor(fakes, 8, 512, dtype=F32)
     lowered = Lowered(lambda x, y: (*norm_cast(x), *norm_cast(y)), x, y)
@@ -225,6 +271,35 @@ def test_dequantized_after_add(fakes: FakeTensorMode) -> None:
     assert "values_ptr" not in lowered.pointers and "scales_ptr" not in lowered.pointers
 
 
+@pytest.mark.parametrize("read_as", ["nvfp4", "nvfp4 e2m1"])
+def test_dequantized_with_the_scale_of_the_tensor(fakes: FakeTensorMode, read_as: str) -> None:
+    def function(x: Tensor, scale: Tensor) -> Any:
+        values, scales, _ = norm_cast(x, tensor_scale=scale, format="nvfp4")
+        return (ops.dequantize(values, scales, read_as, BF16, scale),)
+
+    lowered = Lowered(function, tensor(fakes, 4, WIDTH), tensor(fakes, dtype=F32))
+    assert lowered.returned == ["dequantized_ptr"]
+    assert lowered.pointers.keys() == {"x_ptr", "tensor_scale_ptr", "dequantized_ptr", "rho_ptr"}
+
+
+@pytest.mark.parametrize("given, read", [(0, 1), (0, None), (None, 0)])
+def test_another_scale_of_the_tensor(
+    fakes: FakeTensorMode, given: int | None, read: int | None
+) -> None:
+    def function(x: Tensor, *tensors: Tensor) -> Any:
+        scale, other = (None if i is None else tensors[i] for i in (given, read))
+        values, scales, _ = norm_cast(x, tensor_scale=scale, format="nvfp4")
+        return (ops.dequantize(values, scales, "nvfp4", BF16, other),)
+
+    scales = [tensor(fakes, dtype=F32) for _ in range(2)]
+    assert "dequantized_ptr" not in Lowered(function, tensor(fakes, 4, WIDTH), *scales).pointers
+
+
+def read_as_other_elements(x: Tensor) -> Any:
+    values, scales, _ = norm_cast(x, format="mxfp6 e2m3")
+    return (ops.dequantize(values, scales, "mxfp6 e3m2", BF16),)
+
+
 def values_escape(x: Tensor) -> Any:
     values, scales, _ = norm_cast(x)
     return ops.dequantize(values, scales, "mxfp8", BF16), values
@@ -263,6 +338,7 @@ def values_alone(x: Tensor) -> Any:
 @pytest.mark.parametrize(
     "function",
     [
+        read_as_other_elements,
         values_escape,
         scales_escape,
         two_dtypes,
@@ -332,6 +408,15 @@ def test_uncovered(fakes: FakeTensorMode, caplog: Any, case: Any) -> None:
     tensors, changes, reason = case
     with decomposed(caplog, reason):
         assert_decomposed(Lowered(lambda *args: norm_cast(*args, **changes), *tensors(fakes)))
+
+
+def test_scale_of_the_tensor_elsewhere(fakes: FakeTensorMode, caplog: Any) -> None:
+    def function(x: Tensor, scale: Tensor) -> Any:
+        return norm_cast(x, tensor_scale=scale, format="nvfp4")
+
+    with decomposed(caplog, "x is on cuda:0, another tensor on cpu"):
+        x, scale = tensor(fakes, 4, WIDTH), tensor(fakes, dtype=F32, device="cpu")
+        assert_decomposed(Lowered(function, x, scale))
 
 
 def test_uncovered_residual(fakes: FakeTensorMode, caplog: Any) -> None:

@@ -1,4 +1,4 @@
-"""Device functions of the MX formats: what ``numerics`` computes, on float32 bit patterns.
+"""Device functions: absmaxes of blocks and their E8M0 scales, on float32 bit patterns.
 
 A non-negative float32 and its bits order alike, and NaN lies above infinity, so the largest bits
 of a block are its absmax with NaN propagated, and integers are all that a scale needs.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxnorm_pass.kernels.device.rounding import INTERPRETED, to_elements, widen
+from mxnorm_pass.kernels.device.rounding import INTERPRETED, widen
 
 INFINITY = tl.constexpr(0x7F800000)
 MANTISSA = tl.constexpr(0x7FFFFF)
@@ -77,30 +77,6 @@ def e8m0_value(exponent):
     """2^(exponent - 127), float32; NaN for 255 (``e8m0.e8m0_to_float``)."""
     bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
     return tl.where(exponent == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def cast_blocks(
-    y,
-    absmax,
-    axis: tl.constexpr,
-    mode: tl.constexpr,
-    elem_dtype: tl.constexpr,
-    max_exponent: tl.constexpr,
-    mantissa_bits: tl.constexpr,
-    max_mantissa: tl.constexpr,
-):
-    """float8 elements of ``y`` and int32 exponents of its blocks, which lie along ``axis``."""
-    exponent = e8m0_exponent(absmax, mode, max_exponent, mantissa_bits, max_mantissa)
-    factor = tl.expand_dims(e8m0_reciprocal(exponent, mode), axis)
-    largest: tl.constexpr = (1 + max_mantissa / 8388608) * (1 << max_exponent)
-    if y.dtype == tl.bfloat16 and not INTERPRETED:
-        # Two at once. The factor is a power of two, 0 or NaN: a product is exact, or subnormal,
-        # which float8 takes for zero.
-        y = y * factor.to(tl.bfloat16)
-    else:
-        y = widen(y) * factor
-    return to_elements(widen(y), elem_dtype, largest, mantissa_bits), exponent
 
 
 @triton.jit

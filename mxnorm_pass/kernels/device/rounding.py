@@ -1,7 +1,7 @@
 """Device functions: conversions between float32 and narrow floats, rounded to nearest even.
 
-The hardware converts so by itself. Triton's interpreter truncates to bfloat16, takes bfloat16's
-subnormals for normal numbers and loses the carry of float8; there bits do the same by hand.
+The hardware converts so by itself. Triton's interpreter truncates to bfloat16 and takes bfloat16's
+subnormals for normal numbers; there bits do the same by hand.
 """
 
 from __future__ import annotations
@@ -60,32 +60,3 @@ def multiply(a, b, dtype: tl.constexpr):
         # float32 holds the product exactly: the same, two at once.
         return a * b
     return narrow(widen(a) * widen(b), dtype)
-
-
-@triton.jit
-def to_elements(x, dtype: tl.constexpr, largest: tl.constexpr, mantissa_bits: tl.constexpr):
-    """``x``, float32, as float8: saturated at ``largest``, NaN stays NaN."""
-    if INTERPRETED:
-        return _element_codes(x, largest, mantissa_bits).to(dtype, bitcast=True)
-    # The hardware's conversion saturates.
-    return x.to(dtype)
-
-
-@triton.jit
-def _element_codes(x, largest: tl.constexpr, mantissa_bits: tl.constexpr):
-    bits = x.to(tl.int32, bitcast=True)
-    size = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-    # Biased by 127: 2 - 2^(exponent bits - 1), the smallest normal exponent.
-    smallest: tl.constexpr = 127 + 2 - (1 << (6 - mantissa_bits))
-    exponent = tl.maximum((bits >> 23) & 0xFF, smallest)
-    # Adding and taking off 1.5 * 2^23 steps leaves a multiple of the step, rounded to even.
-    magic = ((exponent + 23 - mantissa_bits) << 23).to(tl.float32, bitcast=True) * 1.5
-    size = tl.where(size > largest, largest, (size + magic) - magic)
-    normal = (size.to(tl.int32, bitcast=True) >> (23 - mantissa_bits)) - (
-        (smallest - 1) << mantissa_bits
-    )
-    steps: tl.constexpr = 2.0 ** (127 - smallest + mantissa_bits)
-    is_normal = (size.to(tl.int32, bitcast=True) >> 23) >= smallest
-    subnormal = (tl.where(is_normal, 0.0, size) * steps).to(tl.int32)
-    code = tl.where(size == size, tl.where(is_normal, normal, subnormal), 0x7F)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)

@@ -65,18 +65,6 @@ def test_cast(
     assert_cast_equals(normal(5, WIDTH, dtype=dtype), gain_of(gain_dtype), spec(**estimator))
 
 
-@pairwise(
-    layout=["row-major", "blocked"],
-    elem_dtype={"e4m3": E4M3, "e5m2": E5M2},
-    mode=SCALE_MODES,
-    estimator=["mxnorm", "exact"],
-)
-def test_formats(estimator: Any, mode: str, elem_dtype: torch.dtype, layout: str) -> None:
-    options = spec(estimator=estimator, scale_mode=mode, elem_dtype=elem_dtype, scale_layout=layout)
-    x = normal(5, WIDTH, dtype=BF16)
-    assert_cast_equals(x, gain_of(BF16), options, config=RowTiling(64, 1, 8))
-
-
 @each_value(estimator=ESTIMATORS, block_size=[16, 32, 64, 128])
 def test_block_sizes(estimator: dict[str, Any], block_size: int) -> None:
     x = normal(3, 384, dtype=BF16)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from mxnorm_pass import functional
 from mxnorm_pass.kernels import coverage
 from mxnorm_pass.kernels.norm_cast_both import Tiling, norm_cast_both
 from mxnorm_pass.kernels.rows import RowTiling
-from mxnorm_pass.numerics.formats import BlockFormat
+from mxnorm_pass.numerics.elements import round_to_elements
+from mxnorm_pass.numerics.formats import ELEMENTS, SCALE_MODES, BlockFormat, ElementFormat
 from mxnorm_pass.numerics.layout import blocked_scales
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
@@ -54,7 +56,12 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def casts_given_rho(
-    x: Tensor, weight: Tensor | None, rho: Tensor, spec: NormCastSpec, gain_in_rows: bool
+    x: Tensor,
+    weight: Tensor | None,
+    rho: Tensor,
+    spec: NormCastSpec,
+    gain_in_rows: bool,
+    tensor_scale: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """values, scales, values_t and scales_t, from ``functional``'s norm and MX cast."""
     along_rows: tuple[torch.dtype | None, torch.dtype] = (None, F32)
@@ -64,12 +71,12 @@ def casts_given_rho(
     if row_weight is not None and spec.estimator == "mxnorm":
         row_weight = row_weight.float()
     y = functional.normalize(x, rho, row_weight, *along_rows)
-    values, scales = functional.mx_cast(y, spec.format)
+    values, scales = functional.mx_cast(y, spec.format, tensor_scale=tensor_scale)
     if spec.scale_layout == "blocked":
         scales = blocked_scales(scales.view(torch.uint8)).view(scales.dtype)
     y = functional.normalize(x, rho, weight, spec.norm_dtype, spec.out_dtype)
-    y = y.reshape(-1, x.shape[-1])
-    return values, scales, *functional.mx_cast(y.t().contiguous(), spec.format)
+    along_t = y.reshape(-1, x.shape[-1]).t().contiguous()
+    return values, scales, *functional.mx_cast(along_t, spec.format, tensor_scale=tensor_scale)
 
 
 def check(
@@ -79,41 +86,58 @@ def check(
     spec: NormCastSpec,
     gain_in_rows: bool = True,
     block_weights: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
 ) -> None:
     values, scales, rho, values_t, scales_t = results
+    size = spec.format.block_size
     expected_rho = functional.inverse_rms(
-        x, eps=spec.eps, estimator=spec.estimator, p=spec.p, block_weights=block_weights
+        x,
+        eps=spec.eps,
+        estimator=spec.estimator,
+        p=spec.p,
+        block_size=size,
+        block_weights=block_weights,
     )
     # Both sums of n non-negative terms are within n units of the exact one; the square root
     # halves that, and a handful of roundings come before and after.
-    terms = x.shape[-1] if spec.estimator == "exact" else x.shape[-1] // 32
+    terms = x.shape[-1] if spec.estimator == "exact" else x.shape[-1] // size
     tolerance = (max(terms, 2 * terms * (spec.p == 1)) + 8) * ONE_UNIT
     torch.testing.assert_close(rho, expected_rho, rtol=tolerance, atol=0, equal_nan=True)
-    expected = casts_given_rho(x, weight, rho, spec, gain_in_rows)
+    expected = casts_given_rho(x, weight, rho, spec, gain_in_rows, tensor_scale)
     names = ("values", "scales", "values_t", "scales_t")
     for name, a, b in zip(names, (values, scales, values_t, scales_t), expected, strict=True):
         assert a.is_contiguous()
         assert bits_equal(a, b), f"{name}: {describe_difference(a, b)}"
 
 
+# Estimator, format, with a gain?
 EDGE_SPECS = {
-    "estimate": ("mxnorm", "rceil", E4M3),
-    "exact": ("exact", "even", E4M3),
-    "e5m2": ("mxnorm", "floor", E5M2),
+    "estimate": ("mxnorm", "mxfp8", True),
+    "exact": ("exact", "mxfp8 e4m3fn even block 32", True),
+    "e5m2": ("mxnorm", "mxfp8 e5m2 floor block 32", False),
+    "e3m2": ("mxnorm", "mxfp6 e3m2 ceil block 32", False),
+    "e2m1": ("exact", "mxfp4", True),
+    "nvfp4": ("mxnorm", "nvfp4", True),
 }
 
 
 @each_value(options=EDGE_SPECS, case=STACKED_EDGE_CASES, dtype=[F32, BF16])
-def test_edge_cases(case: EdgeCase, dtype: torch.dtype, options) -> None:
-    estimator, mode, elem_dtype = options
+def test_edge_cases(case: EdgeCase, dtype: torch.dtype, options: tuple[Any, str, bool]) -> None:
+    estimator, format, with_gain = options
     x = case.x(dtype).to(DEVICE)
-    spec = spec_with(SPEC, estimator=estimator, scale_mode=mode, elem_dtype=elem_dtype)
-    weight = None if elem_dtype == E5M2 else noise(x.shape[1]).to(dtype)
+    spec = spec_with(SPEC, format=format, estimator=estimator)
+    weight = noise(x.shape[1]).to(dtype) if with_gain else None
     results = norm_cast_both(x, weight, None, spec, True, config=MANY_ROWS)
     check(results, x, weight, spec)
 
 
 dtypes = st.sampled_from([F32, BF16, F16])
+FORMATS = [
+    *(f"mxfp8 {e} {mode} block 32" for e in ("e4m3fn", "e5m2") for mode in SCALE_MODES),
+    *(f"mxfp6 {e} {mode} block 32" for e in ("e2m3", "e3m2") for mode in ("rceil", "even")),
+    *(f"mxfp4 e2m1 {mode} block {size}" for mode in ("rceil", "floor") for size in (16, 64)),
+    *("nvfp4", "nvfp4", "nvfp4 e2m1 nearest block 32"),
+]
 
 
 @pytest.mark.full
@@ -127,37 +151,51 @@ dtypes = st.sampled_from([F32, BF16, F16])
     weighted=st.booleans(),
     padding=st.sampled_from([0, 32]),
     config=st.sampled_from(SMALL),
+    tensor_scale=st.none() | st.sampled_from([2.0**-9 / 3, 1.0]),
     spec=st.builds(
         spec_with,
         st.just(SPEC),
         eps=st.sampled_from([1e-6, 0.5]),
         estimator=st.sampled_from(["mxnorm", "exact"]),
         p=st.sampled_from([1.0, 2.0]),
-        elem_dtype=st.sampled_from([E4M3, E5M2]),
-        scale_mode=st.sampled_from(["rceil", "floor", "ceil", "even"]),
+        format=st.sampled_from(FORMATS),
         norm_dtype=st.none() | dtypes,
         out_dtype=dtypes,
         scale_layout=st.sampled_from(["row-major", "blocked"]),
     ),
 )
 def test_any_options(
-    blocks, dtype, weight_dtype, residual_dtype, gain_in_rows, weighted, padding, config, spec
+    blocks,
+    dtype,
+    weight_dtype,
+    residual_dtype,
+    gain_in_rows,
+    weighted,
+    padding,
+    config,
+    tensor_scale,
+    spec,
 ) -> None:
-    rows, width = 32 * blocks[0], 32 * blocks[1]
+    size = spec.format.block_size
+    rows, width = size * blocks[0], size * blocks[1]
     x = (noise(rows, width + padding) * noise(rows, 1, seed=1).exp()).to(dtype)[:, :width]
     weight = None if weight_dtype is None else noise(width, seed=2).to(weight_dtype)
     block_weights = None
     if weighted and spec.estimator == "mxnorm":
-        block_weights = noise(width // 32, seed=3).square()
+        block_weights = noise(blocks[1], seed=3).square()
+    scale = None
+    if tensor_scale is not None and not spec.format.has_e8m0_scales:
+        scale = torch.tensor(tensor_scale, device=DEVICE)
     residual, total = None, x
     if residual_dtype is not None:
         residual = noise(rows, width, seed=4).to(residual_dtype)
         total = x + residual
-    results = norm_cast_both(x, weight, block_weights, spec, gain_in_rows, residual, config)
+    given = {"tensor_scale": scale, "residual": residual, "config": config}
+    results = norm_cast_both(x, weight, block_weights, spec, gain_in_rows, **given)
     if residual is not None:
         assert bits_equal(results[0], total)
         results = results[1:]
-    check(results, total, weight, spec, gain_in_rows, block_weights)
+    check(results, total, weight, spec, gain_in_rows, block_weights, scale)
 
 
 @pytest.mark.full
@@ -171,13 +209,18 @@ def test_results_do_not_depend_on_the_lag() -> None:
 
 
 @pytest.mark.full
-def test_dequantised_rows() -> None:
+@pytest.mark.parametrize("format", ["mxfp8", "mxfp6 e3m2", "mxfp4", "nvfp4"])
+def test_dequantised_rows(format: str) -> None:
     x, residual, weight = (noise(160, 96, seed=i).to(BF16) for i in range(3))
     weight = weight[0]
-    total, values, scales, *others = norm_cast_both(x, weight, None, SPEC, True, residual)
+    of_tensor = {"tensor_scale": torch.tensor(0.01, device=DEVICE)} if format == "nvfp4" else {}
+    given = {"residual": residual, **of_tensor}
+    spec = spec_with(SPEC, format=format)
+    total, values, scales, *others = norm_cast_both(x, weight, None, spec, True, **given)
     for dtype in (BF16, F32):
-        results = norm_cast_both(x, weight, None, SPEC, True, residual, dequantize=dtype)
-        expected = (total, functional.mx_dequantize(values, scales, dtype), *others)
+        results = norm_cast_both(x, weight, None, spec, True, dequantize=dtype, **given)
+        restored = functional.mx_dequantize(values, scales, dtype, format=format, **of_tensor)
+        expected = (total, restored, *others)
         assert all(bits_equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
@@ -216,28 +259,24 @@ def test_leading_dimensions_keep_their_shape(layout: str) -> None:
 @pytest.mark.parametrize(
     ("rows", "changes", "words"),
     [
-        (33, {}, "33 rows"),
-        (32, {"block_size": 16}, "block size 16"),
+        (33, {}, "33 rows, which 32 does not divide"),
+        (33, {"format": "nvfp4"}, "33 rows, which 16 does not divide"),
     ],
 )
-def test_what_is_not_covered_says_why(rows: int, changes: dict[str, int], words: str) -> None:
-    spec = spec_with(SPEC, **changes)  # type: ignore[arg-type]
+def test_what_is_not_covered_says_why(rows: int, changes: dict[str, Any], words: str) -> None:
+    spec = spec_with(SPEC, **changes)
     assert words in (coverage.uncovered_both(noise(rows, 96), spec) or "")
     # The same call one step away meets only what all kernels ask for.
     near = noise(rows + -rows % 32, 96)
-    covered = spec_with(spec, block_size=32)
-    assert coverage.uncovered_both(near, covered) == coverage.uncovered(near, covered)
+    assert coverage.uncovered_both(near, SPEC) == coverage.uncovered(near, SPEC)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("elem_dtype", [E4M3, E5M2], ids=str)
-def test_bfloat16_times_a_scale_may_be_rounded_to_bfloat16(elem_dtype: torch.dtype) -> None:
-    """Compiled kernels multiply so: a product is exact, or float8 takes it for zero."""
+@pytest.mark.parametrize("element", ELEMENTS.values(), ids=list(ELEMENTS))
+def test_bfloat16_times_a_scale_may_be_rounded_to_bfloat16(element: ElementFormat) -> None:
+    """Compiled kernels multiply so: a product is exact, or elements take it for zero."""
     y = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(BF16).float()
-    largest = torch.finfo(elem_dtype).max
     for exponent in range(-127, 127):
         product = y * 2.0**exponent
-        cast = [
-            p.clamp(-largest, largest).to(elem_dtype) for p in (product, product.to(BF16).float())
-        ]
+        cast = [round_to_elements(p, element) for p in (product, product.to(BF16).float())]
         assert bits_equal(*cast)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from mxnorm_pass.kernels.norm_cast import norm_cast
 from mxnorm_pass.kernels.rows import RowTiling, row_config, tile_blocks
+from mxnorm_pass.numerics.formats import block_format
 
 
 def strided(shape: tuple[int, ...], layout: str, dtype: torch.dtype = BF16) -> Tensor:
@@ -63,9 +65,13 @@ LAYOUTS = (
 )
 
 
+FORMATS = ("mxfp8", "mxfp8", "mxfp6 e3m2", "mxfp4", "nvfp4")
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
-    block_size = draw(st.sampled_from([16, 32, 32, 32, 64]))
+    fmt = block_format(draw(st.sampled_from(FORMATS)))
+    block_size = draw(st.sampled_from([16, 64, fmt.block_size, fmt.block_size, fmt.block_size]))
     blocks = draw(st.integers(1, 3200 // block_size))
     leading = draw(st.lists(st.integers(1, 5), max_size=3))
     whole = math.ceil(math.log2(blocks))
@@ -75,7 +81,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "gain": draw(st.sampled_from([None, BF16, F32])),
         "residual": draw(st.booleans()),
         "options": spec(
-            block_size=block_size,
+            format=replace(fmt, block_size=block_size),
             estimator=draw(st.sampled_from(["mxnorm", "exact"])),
             p=draw(st.sampled_from([2.0, 2.0, 1.0, 1.5])),
             scale_layout=draw(st.sampled_from(["row-major", "blocked"])),

@@ -1,0 +1,203 @@
+"""Device functions: float32 rounded to elements, to nearest even, and elements in bytes.
+
+What ``numerics.elements`` computes. The hardware converts to float8, and to 6 and 4 bits from
+Blackwell on; elsewhere, and in Triton's interpreter, which loses the carry of float8, float32's
+own rounding does it: of a sum whose last place is the element's.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mxnorm_pass.kernels.device.rounding import INTERPRETED
+
+
+@triton.jit
+def to_float8(x, dtype: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.constexpr):
+    """``x``, float32, as float8: saturated at ``largest``, NaN stays NaN."""
+    if INTERPRETED:
+        size = size_codes(x, 8, mantissa_bits, largest) & 0x7F
+        sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
+        return (tl.where(x == x, size, 0x7F) | sign).to(tl.uint8).to(dtype, bitcast=True)
+    # The hardware's conversion saturates.
+    return x.to(dtype)
+
+
+@triton.jit
+def to_elements(
+    x,
+    factor,
+    dtype: tl.constexpr,
+    bits: tl.constexpr,
+    mantissa_bits: tl.constexpr,
+    largest: tl.constexpr,
+    CONVERTS: tl.constexpr,
+):
+    """Elements of blocks ``x`` [M, K, B], float32, that were multiplied by ``factor`` [M, K].
+
+    Args:
+        factor: finite or NaN; 0 or NaN where there is NaN in the block.
+        CONVERTS: does the hardware convert to less than 8 bits?
+
+    Returns:
+        ``dtype`` [M, K, B]; elements of 4 bits as uint32 [M, K, B / 8]. NaN stays NaN in float8;
+        in fewer bits it becomes 0.
+    """
+    if bits == 8:
+        return to_float8(x, dtype, mantissa_bits, largest)
+    else:
+        return to_narrow(x, factor, dtype, bits, mantissa_bits, largest, CONVERTS)
+
+
+@triton.jit
+def to_narrow(
+    x,
+    factor,
+    dtype: tl.constexpr,
+    bits: tl.constexpr,
+    mantissa_bits: tl.constexpr,
+    largest: tl.constexpr,
+    CONVERTS: tl.constexpr,
+):
+    """:func:`to_elements` for 6 and 4 bits."""
+    if INTERPRETED:
+        # On a GPU NaN that is computed has no sign.
+        x = tl.where(x == x, x, float("nan"))
+    # NaN has become the largest element, beside nothing but zeros: signs are all that is kept.
+    signs: tl.constexpr = 0x88888888 if bits == 4 else 0x20202020
+    kept = tl.expand_dims(tl.where(tl.abs(factor) > 0, 0xFFFFFFFF, signs).to(tl.uint32), 2)
+    if bits == 4:
+        parts = eighths(x)
+        return (convert_to_e2m1(parts) if CONVERTS else pack(parts, largest)) & kept
+    elif CONVERTS:
+        return convert_to_fp6(x, kept, mantissa_bits)
+    else:
+        size = size_codes(x, bits, mantissa_bits, largest)
+        sign = x.to(tl.uint32, bitcast=True) >> (32 - bits)
+        return (((size & 0x1F) | (sign & 0x20)) & kept).to(dtype)
+
+
+@triton.jit
+def round_to_element(x, bits: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.constexpr):
+    """The value in float32 of the element of 6 or 4 bits that ``x`` becomes; of NaN any."""
+    total, start, _ = add_steps(x, bits, mantissa_bits, largest)
+    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+    return ((total - start).to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def size_codes(x, bits: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.constexpr):
+    """uint32 whose last ``bits - 1`` bits are the element of |x|; of NaN any. The rest is noise."""
+    total, _, exponent = add_steps(x, bits, mantissa_bits, largest)
+    return total.to(tl.uint32, bitcast=True) + (exponent >> (23 - mantissa_bits))
+
+
+@triton.jit
+def add_steps(x, bits: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.constexpr):
+    """Round |x| by adding a number whose last place is the step between elements near |x|.
+
+    Returns:
+        the sum, whose last bits count steps; the number; and uint32 with nothing but the exponent
+        of |x|, at least that of the smallest normal element. The count begins at ``zero`` so that
+        the element is the sum's bits plus that exponent, shifted to where the element has it.
+    """
+    smallest: tl.constexpr = 2 - (1 << (bits - 2 - mantissa_bits))
+    zero: tl.constexpr = (-(smallest + 127) * (1 << mantissa_bits)) % (1 << (bits - 1))
+    factor: tl.constexpr = 2.0 ** (23 - mantissa_bits) + zero * 2.0**-mantissa_bits
+    size = tl.minimum(tl.abs(x), largest)
+    exponent = tl.maximum(size, 2.0**smallest).to(tl.uint32, bitcast=True) & 0x7F800000
+    start = exponent.to(tl.float32, bitcast=True) * factor
+    return start + size, start, exponent
+
+
+@triton.jit
+def eighths(x):
+    """[M, K, B] as eight of [M, K, B / 8]: what goes into the nibbles of words."""
+    x = tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 8, 2, 2, 2])
+    even, odd = tl.split(x)
+    x02, x13 = tl.split(even), tl.split(odd)
+    x04, x26 = tl.split(x02[0]), tl.split(x02[1])
+    x15, x37 = tl.split(x13[0]), tl.split(x13[1])
+    return x04[0], x15[0], x26[0], x37[0], x04[1], x15[1], x26[1], x37[1]
+
+
+@triton.jit
+def pack(parts, largest: tl.constexpr):
+    """Eight float32 as words of e2m1. Each shift is one instruction of two registers."""
+    sizes = tl.zeros_like(parts[0]).to(tl.uint32)
+    signs = sizes
+    for i in tl.static_range(8):
+        sizes = (sizes >> 4) | (size_codes(parts[i], 4, 1, largest) << 28)
+        signs = (signs << 4) | (parts[7 - i].to(tl.uint32, bitcast=True) >> 28)
+    return (sizes & 0x77777777) | (signs & 0x88888888)
+
+
+@triton.jit
+def convert_to_e2m1(parts):
+    return tl.inline_asm_elementwise(
+        """
+        {
+            .reg .b8 a, b, c, d;
+            cvt.rn.satfinite.e2m1x2.f32 a, $2, $1;
+            cvt.rn.satfinite.e2m1x2.f32 b, $4, $3;
+            cvt.rn.satfinite.e2m1x2.f32 c, $6, $5;
+            cvt.rn.satfinite.e2m1x2.f32 d, $8, $7;
+            mov.b32 $0, {a, b, c, d};
+        }
+        """,
+        "=r,f,f,f,f,f,f,f,f",
+        parts,
+        dtype=tl.uint32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def convert_to_fp6(x, kept, mantissa_bits: tl.constexpr):
+    PAIR: tl.constexpr = "e2m3x2" if mantissa_bits == 3 else "e3m2x2"
+    return tl.inline_asm_elementwise(
+        """
+        {
+            .reg .b16 a, b;
+            .reg .b32 four;
+            cvt.rn.satfinite."""
+        + PAIR
+        + """.f32 a, $2, $1;
+            cvt.rn.satfinite."""
+        + PAIR
+        + """.f32 b, $4, $3;
+            mov.b32 four, {a, b};
+            and.b32 $0, four, $5;
+        }
+        """,
+        "=r,f,f,f,f,r,r,r,r",
+        [x, kept],
+        dtype=tl.uint8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def lay_out_as_bytes(ptr, offsets, never):
+    """Store nothing, so that the compiler lays out what has this shape as if it were stored so.
+
+    A thread then has 16 elements next to each other, as where they are bytes, and blocks are
+    within two lanes. With the 8 that one load brings twice as many scales would be computed.
+
+    Args:
+        never: false, which the compiler must not see.
+    """
+    if not INTERPRETED:
+        tl.store(ptr + offsets, tl.zeros(offsets.shape, tl.uint8), mask=never)
+
+
+@triton.jit
+def words_of(ELEMENTS: tl.constexpr):
+    """Indices of the words that elements of 4 bits fill, to be stored two at once.
+
+    No more are next to each other in a thread; the compiler would exchange them between threads.
+    """
+    return tl.max_contiguous(tl.arange(0, ELEMENTS // 8), 2)
