@@ -248,7 +248,7 @@ def verdict_table(lines: Sequence[Verdict], format: str) -> Table:
 
 
 STYLES = {
-    "copy": {"color": "black", "linestyle": "--"},
+    "copy": {"color": "black", "linestyle": "--", "marker": "_"},
     "inductor": {"color": "tab:red", "marker": "s"},
     "inductor-tuned": {"color": "tab:orange", "marker": "D"},
     "nested": {"color": "tab:purple", "marker": "P"},
