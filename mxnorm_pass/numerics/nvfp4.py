@@ -28,7 +28,9 @@ def nvfp4_tensor_scale(x: Tensor) -> Tensor:
     Returns:
         [] float32: max|x| / (448 * 6), at least 2**-120; 0 would make NaN of a tensor of zeros.
     """
-    return _scale_for(x.detach().abs().amax().to(torch.float32))
+    # Of no rows it is that of zeros.
+    rows = x.detach().abs().reshape(-1, *x.shape[-1:]).amax(-1)
+    return _scale_for(torch.cat([rows.flatten(), rows.new_zeros(1)]).amax().to(torch.float32))
 
 
 def nvfp4_norm_tensor_scale(

@@ -262,9 +262,10 @@ def _check_width(fusion: Fusion, calibration: Calibration) -> None:
     block_sizes = {spec.format.block_size for spec in fusion.specs}
     if width != fusion.norm.width or block_sizes != {calibration.block_size}:
         raise InvalidOptionsError(
-            f"the calibration belongs to another model: its norm {fusion.norm.name!r} has width "
-            f"{width} in blocks of {calibration.block_size}, in this graph it has width "
-            f"{fusion.norm.width} in blocks of {', '.join(map(str, sorted(block_sizes)))}"
+            f"the calibration belongs to another model or format: its norm {fusion.norm.name!r} "
+            f"has width {width} in blocks of {calibration.block_size}, in this graph it has width "
+            f"{fusion.norm.width} in blocks of {', '.join(map(str, sorted(block_sizes)))}. "
+            "Calibrate this model, with the options of this compile"
         )
 
 

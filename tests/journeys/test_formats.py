@@ -115,6 +115,27 @@ def test_a_calibration_for_blocks_of_16() -> None:
     assert all(site.input_error < 0.3 for site in comparison.sites)
 
 
+@some([], quantize=["norm-fed", "all"], tensor_scale=["bound", "amax"])
+@torch.no_grad()
+def test_no_rows(quantize: str, tensor_scale: str) -> None:
+    """As of an expert that no token reaches."""
+    model = nn.Sequential(nn.RMSNorm(64, eps=1e-6), nn.Linear(64, 32), nn.Linear(32, 32))
+    run = compiled(model, format="nvfp4", quantize=quantize, tensor_scale=tensor_scale)
+    assert run(torch.randn(0, 64)).shape == (0, 32)
+
+
+@torch.no_grad()
+def test_dynamic_shapes_of_torchaos_fp4() -> None:
+    model = build_llama(torch.bfloat16, layers=1)
+    quantize_with_torchao(model, "rceil", torch.float4_e2m1fn_x2)
+    ids = IDS.clone()
+    torch._dynamo.mark_dynamic(ids, (0, 1))
+    with mxnorm_pass.record() as report:
+        got = compiled(model, estimator="exact")(ids, use_cache=False).logits
+    assert torch.equal(got, model(IDS, use_cache=False).logits)
+    assert len(report.fused) == 2
+
+
 TORCHAO = {
     "mxfp4 e2m1": torch.float4_e2m1fn_x2,
     "mxfp6 e2m3": DTYPE_FP6_E2M3,

@@ -83,6 +83,7 @@ def calibrate(
     model = getattr(model, "_orig_mod", model)
     device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     norms = fused_norms(model, split.fitted[0], options, device)
+    _check_block_sizes(norms, config)
     total = 2 * (len(split.fitted) + len(split.held_out))
     with progress_bar("calibrate", total) as bar:
         runner = Runner(model, device, bar)
@@ -99,6 +100,18 @@ def calibrate(
         channels=_channels(model, norms, fit),
         architecture=architecture_hash(model),
     )
+
+
+def _check_block_sizes(norms: Sequence[FusedNorm], config: MXNormConfig) -> None:
+    size = config.cast_format.block_size
+    for norm in norms:
+        for linear in norm.linears:
+            if linear.format is not None and linear.format.block_size != size:
+                raise ValueError(
+                    f"the cast of {linear.name!r} has blocks of {linear.format.block_size}, that "
+                    f"of `format` {size}, and a calibration is for blocks of one size: give all "
+                    "norms one in `modules`, or set estimator='exact' for the others"
+                )
 
 
 def _check_increase(increase: float) -> None:

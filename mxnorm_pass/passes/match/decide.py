@@ -26,7 +26,7 @@ from mxnorm_pass.passes.match.linears.no_cast import no_cast
 from mxnorm_pass.passes.match.linears.plain import is_opt_in, plain_linear
 from mxnorm_pass.passes.match.linears.products import cast_use
 from mxnorm_pass.passes.match.linears.readers import CastIndex, Reader, narrowest_dtype, readers
-from mxnorm_pass.passes.match.linears.tensor_scale import other_reader, readers_beside
+from mxnorm_pass.passes.match.linears.tensor_scale import not_only_scaled_by, readers_beside
 from mxnorm_pass.passes.match.norms.find import Norm
 from mxnorm_pass.passes.match.norms.layer_norm import LayerNorm, find_layer_norms
 from mxnorm_pass.passes.match.norms.tail import rounding_skip
@@ -142,14 +142,14 @@ def _decide(norm: Norm, context: _Context) -> Decision:
 
 def _tensor_scale_escape(fusion: Fusion) -> Skip | None:
     """The refusal where something reads a tensor's scale that another would have to replace."""
-    matmuls = [c.linear.matmul for c in fusion.consumers]
+    linears = [c.linear for c in fusion.consumers]
     rescaled = [c for cast in fusion.casts if cast.rescales for c in cast.consumers]
     for consumer in rescaled:
-        reader = other_reader(consumer.cast, matmuls)
-        if reader is not None:
-            detail = f"{consumer.cast.tensor_scale} is read by {reader.name} ({call_text(reader)})"
-            expected = "products of the linears' results with the tensor's scale"
-            return Skip(SkipReason.CAST_ESCAPES, detail, reader, expected)
+        node = not_only_scaled_by(consumer.cast, linears)
+        if node is not None:
+            detail = f"{node.name} ({call_text(node)}), with the scale {consumer.cast.tensor_scale}"
+            expected = "each linear's result multiplied once by the tensor's scale, and no more"
+            return Skip(SkipReason.CAST_ESCAPES, detail, node, expected)
     return None
 
 

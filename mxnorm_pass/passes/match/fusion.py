@@ -140,7 +140,11 @@ class Fusion:
         """What bounds |x| / rms, to scale the tensor by; None if the elements are to say it."""
         if self.config.tensor_scale != "bound":
             return None
-        args = (self.norm.width, spec.format.block_size, self.block_weights)
+        weights, size = self.block_weights, spec.format.block_size
+        if weights is not None and len(weights) * size != self.norm.width:
+            # A calibration for blocks of another size, which the whole graph's check refuses.
+            return None
+        args = (self.norm.width, size, weights)
         with real_tensors():
             bound = bound_of_normalized(spec.estimator, spec.p, *args)
         return bound if bound <= _LARGEST_BOUND else None

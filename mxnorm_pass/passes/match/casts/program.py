@@ -21,7 +21,7 @@ from mxnorm_pass.graph.nodes import aten, is_call, is_every_other, is_view, prim
 from mxnorm_pass.numerics.e8m0 import round_up_to_e8m0
 
 CONSTANTS = frozenset({aten.full.default, aten.scalar_tensor.default, aten.full_like.default})
-_REDUCTIONS = frozenset({aten.amax.default, aten.amin.default})
+REDUCTIONS = frozenset({aten.amax.default, aten.amin.default})
 _EVALUATED = frozenset(
     {
         prims.convert_element_type.default,
@@ -145,7 +145,7 @@ def _step(node: fx.Node, index: dict[fx.Node, int]) -> _Step | None:
         if value is None or not isinstance(fill, (int, float, bool)):
             return None
         return _constant_step(fill, value)
-    if node.target in _REDUCTIONS:
+    if node.target in REDUCTIONS:
         return _block_reduction(node, encode)
     if is_every_other(node):
         return _Step(_every_other, (encode(node.args[0]), node.args[2]), ())

@@ -20,7 +20,7 @@ from mxnorm_pass.numerics.e8m0 import E8M0_NAN
 from mxnorm_pass.numerics.elements import element_values
 from mxnorm_pass.numerics.formats import CAST_MODES, ELEMENTS, NEAREST, BlockFormat
 from mxnorm_pass.passes.match.casts.program import Program
-from mxnorm_pass.passes.match.casts.region import Region
+from mxnorm_pass.passes.match.casts.region import Region, keeps_blocks_apart
 
 # Some are no powers of two, and one makes the smallest scales of a normalised row.
 _TENSOR_SCALES = (1.0, 0.37, 2.0**-11, 1.7e-4)
@@ -40,6 +40,8 @@ def recognize(
     assert value is not None and elem is not None and scale is not None
     block_size = value.shape[-1]
     if not isinstance(block_size, int) or block_size < 2 or block_size % region.per_byte:
+        return None
+    if not keeps_blocks_apart(region):
         return None
     inputs = [n for n in (region.blocks, region.tensor_scale) if n is not None]
     program = Program.of(inputs, nodes, [values, scales])
@@ -68,8 +70,7 @@ def _classify(
     """Run the program on the probe and find the format that gives the same bits."""
     with real_tensors():
         for fmt in candidates:
-            probe = _probe(source, fmt)
-            if all(_computes(program, fmt, probe, s) for s in _tensor_scales(has_scale)):
+            if all(_computes(program, fmt, source, s) for s in _tensor_scales(has_scale)):
                 return fmt
     return None
 
@@ -79,10 +80,11 @@ def _tensor_scales(given: bool) -> list[Tensor | None]:
 
 
 def _computes(
-    program: Program, fmt: BlockFormat, probe: Tensor, tensor_scale: Tensor | None
+    program: Program, fmt: BlockFormat, source: torch.dtype, tensor_scale: Tensor | None
 ) -> bool:
     if tensor_scale is not None and fmt.has_e8m0_scales:
         return False
+    probe = _probe(source, fmt, 1.0 if tensor_scale is None else float(tensor_scale))
     inputs = [probe] if tensor_scale is None else [probe, tensor_scale]
     try:
         values, scales = program(*inputs)
@@ -108,7 +110,8 @@ def _same_cast(values: Tensor, scales: Tensor, want: Quantized) -> bool:
     return bool((same | scale_is_nan.view(-1, 1)).all())
 
 
-def _probe(dtype: torch.dtype, fmt: BlockFormat) -> Tensor:
+@lru_cache(maxsize=64)
+def _probe(dtype: torch.dtype, fmt: BlockFormat, tensor_scale: float) -> Tensor:
     """Blocks [N, block_size] that tell the formats and their scale modes apart."""
     block_size = fmt.block_size
     info = torch.finfo(dtype)
@@ -131,28 +134,41 @@ def _probe(dtype: torch.dtype, fmt: BlockFormat) -> Tensor:
     shape = torch.linspace(-1, 1, block_size - 1, dtype=torch.float64)
     shape = torch.cat([torch.ones(1, dtype=torch.float64), shape * 2.0 ** -(shape.abs() * 12)])
     probe = (largest[:, None] * shape[None, :]).to(dtype)
-    return torch.cat([probe, _special_blocks(dtype, block_size), _roundings(dtype, fmt)])
+    return torch.cat(
+        [probe, _special_blocks(dtype, block_size), _roundings(dtype, fmt, tensor_scale)]
+    )
 
 
-def _roundings(dtype: torch.dtype, fmt: BlockFormat) -> Tensor:
-    """Blocks of scale 1 with the elements' values, their midpoints and the numbers next to them.
+def _roundings(dtype: torch.dtype, fmt: BlockFormat, tensor_scale: float) -> Tensor:
+    """Blocks with the elements' values, their midpoints and the numbers next to them, times scales.
 
     Graphs may round to float8 by a conversion alone, but to fewer bits by their own arithmetic.
+    Powers of two as scales change nothing; of the others each tells a division by it from a
+    product with its reciprocal.
     """
     element = fmt.element
     if element.bits == 8:
         return torch.empty(0, fmt.block_size, dtype=dtype)
     positive = torch.arange(2 ** (element.bits - 1), dtype=torch.uint8)
     exact = element_values(positive, element, torch.float64).unique()
-    middles = (exact[1:] + exact[:-1]) / 2
-    points = torch.cat([exact, middles]).to(dtype)
-    near = [
-        torch.nextafter(points, torch.tensor(end, dtype=dtype)) for end in (-math.inf, math.inf)
-    ]
+    points = torch.cat([exact, (exact[1:] + exact[:-1]) / 2])
+    scales = torch.ones(1, dtype=torch.float64)
+    if not fmt.has_e8m0_scales:
+        normal = torch.arange(8, 127, dtype=torch.uint8)
+        scales = normal.view(fmt.scale_dtype).double() * tensor_scale
+    blocks = [_around((points * s).to(dtype), element.max * s, fmt) for s in scales.tolist()]
+    return torch.cat(blocks)
+
+
+def _around(points: Tensor, largest: float, fmt: BlockFormat) -> Tensor:
+    """Blocks of the points, their negatives and what is next to both, each after the largest."""
+    dtype = points.dtype
+    ends = torch.tensor([-math.inf, math.inf], dtype=dtype)
+    near = [torch.nextafter(points, end) for end in ends]
     numbers = torch.cat([points, *near])
     numbers = torch.cat([numbers, -numbers])
-    numbers = numbers[numbers.abs() <= element.max]
-    blocks = torch.full((-(-len(numbers) // (fmt.block_size - 1)), fmt.block_size), element.max)
+    numbers = numbers[numbers.abs() <= largest]
+    blocks = torch.full((-(-len(numbers) // (fmt.block_size - 1)), fmt.block_size), largest)
     blocks = blocks.to(dtype)
     rest = blocks[:, 1:].numel() - len(numbers)
     filled = torch.cat([numbers, numbers[:1].expand(rest)])

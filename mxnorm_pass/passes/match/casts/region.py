@@ -15,10 +15,11 @@ from mxnorm_pass.graph.nodes import (
     is_dtype_cast,
     is_every_other,
     is_view,
+    same_shape,
     same_size,
     tensor_of,
 )
-from mxnorm_pass.passes.match.casts.program import CONSTANTS
+from mxnorm_pass.passes.match.casts.program import CONSTANTS, REDUCTIONS
 
 MAX_REGION = 200
 _HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
@@ -89,7 +90,7 @@ def collect_region(values: fx.Node, per_byte: int = 1) -> Region | None:
     numbers: set[fx.Node] = set()
     order: dict[fx.Node, None] = {}
     visited: set[fx.Node] = {values}
-    stack = [(values, iter(values.all_input_nodes))]
+    stack = [(values, iter(_operands(values)))]
     while stack:
         node, inputs = stack[-1]
         child = next(inputs, None)
@@ -109,7 +110,7 @@ def collect_region(values: fx.Node, per_byte: int = 1) -> Region | None:
             elif child.op != "call_function" or len(visited) > MAX_REGION:
                 return None
             else:
-                stack.append((child, iter(child.all_input_nodes)))
+                stack.append((child, iter(_operands(child))))
     if blocks is None:
         return None
     tensor_scale = min(numbers, default=None)
@@ -119,13 +120,51 @@ def collect_region(values: fx.Node, per_byte: int = 1) -> Region | None:
     return Region(blocks, tuple(sorted({*order, *between})), per_byte, tensor_scale)
 
 
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """What it reads but for sizes, which may be symbolic."""
+    return [n for n in node.all_input_nodes if n.op == "get_attr" or tensor_of(n) is not None]
+
+
+def keeps_blocks_apart(region: Region) -> bool:
+    """Does every element depend on its own block alone, and every number per block, too?
+
+    A program of numbers says nothing of shapes: a maximum over several blocks' maxima, or a scale
+    that is broadcast along another dimension, would look like what stays within a block.
+    """
+    blocks = tensor_of(region.blocks)
+    return blocks is not None and all(_is_within_blocks(node, blocks) for node in region.nodes)
+
+
+def _is_within_blocks(node: fx.Node, blocks: Tensor) -> bool:
+    value = tensor_of(node)
+    if value is None or node.op == "get_attr" or node.target in CONSTANTS or is_view(node):
+        return True
+    if node.target in REDUCTIONS:
+        source = tensor_of(node.args[0])  # type: ignore[arg-type]
+        return source is not None and same_shape(source.shape, blocks.shape)
+    if is_every_other(node) or is_call(node, (aten.stack.default,)):
+        return True
+    operands = [t for n in _operands(node) if (t := tensor_of(n)) is not None]
+    return all(_meets_its_block(operand, value, blocks.shape[-1]) for operand in operands)
+
+
+def _meets_its_block(operand: Tensor, result: Tensor, block_size: int) -> bool:
+    if operand.ndim == 0 or same_shape(operand.shape, result.shape):
+        return True
+    *leading, last = operand.shape
+    one_each = same_size(last, 1) and same_size(result.shape[-1], block_size)
+    return one_each and same_shape(leading, result.shape[:-1])
+
+
 def _is_blocked_view(node: fx.Node, values: fx.Node, per_byte: int) -> bool:
     """A reshape of a high-precision tensor to [..., block size], of as many elements."""
     value, result = tensor_of(node), tensor_of(values)
     if not is_view(node) or value is None or result is None:
         return False
     source = tensor_of(node.args[0])  # type: ignore[arg-type]
-    if source is None or value.dtype not in _HIGH_PRECISION or value.ndim < 2:
+    if source is None or not source.ndim or value.ndim < 2:
+        return False
+    if value.dtype not in _HIGH_PRECISION:
         return False
     if result.dtype == _BYTES and _merges_blocks(source, value):
         return False

@@ -1,0 +1,246 @@
+"""Casts to NVFP4, with a scale of the tensor or without: those that are known, and near misses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from matching import expected_warnings
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torchao.prototype.mx_formats.kernels import (
+    f4_unpacked_to_f32,
+    f32_to_f4_unpacked,
+    pack_uint4,
+    unpack_uint4,
+)
+
+import mxnorm_pass
+from mxnorm_pass import Report, SkipReason
+from mxnorm_pass.passes.match.casts.find import Cast, find_casts
+
+pytestmark = expected_warnings
+
+WIDTH, BLOCK = 256, 16
+F32, BF16, E4M3 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
+Quantized = tuple[Tensor, Tensor]
+
+
+def rows(dtype: torch.dtype = F32) -> Tensor:
+    x = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(0))
+    return (x * torch.logspace(-1, 1, WIDTH)).to(dtype)
+
+
+def block_scales(blocks: Tensor) -> Tensor:
+    return (blocks.abs().amax(-1) / 6.0).clamp(2.0**-6, 448.0).to(E4M3)
+
+
+def scaled(blocks: Tensor, scales: Tensor) -> Tensor:
+    return (blocks * (1.0 / scales.float()).unsqueeze(-1)).clamp(-6, 6).flatten(-2)
+
+
+def in_blocks(x: Tensor) -> Tensor:
+    return x.float().view(*x.shape[:-1], -1, BLOCK)
+
+
+def packed(x: Tensor) -> Tensor:
+    return pack_uint4(f32_to_f4_unpacked(x))
+
+
+def nvfp4(x: Tensor) -> Quantized:
+    blocks = in_blocks(x)
+    scales = block_scales(blocks)
+    return packed(scaled(blocks, scales)), scales
+
+
+def second_half_first(x: Tensor) -> Quantized:
+    blocks = in_blocks(x)
+    scales = block_scales(blocks)
+    codes = f32_to_f4_unpacked(scaled(blocks, scales)).view(-1)
+    return codes[1::2] | (codes[::2] << 4), scales
+
+
+def truncated(x: Tensor) -> Quantized:
+    blocks = in_blocks(x)
+    scales = block_scales(blocks)
+    return packed((scaled(blocks, scales) * 2).trunc() / 2), scales
+
+
+def divided(x: Tensor) -> Quantized:
+    blocks = in_blocks(x)
+    scales = block_scales(blocks)
+    return packed((blocks / scales.float().unsqueeze(-1)).clamp(-6, 6).flatten(-2)), scales
+
+
+def maximum_of_the_row(x: Tensor) -> Quantized:
+    blocks = in_blocks(x)
+    largest = blocks.abs().amax(-1).amax(-1, keepdim=True).expand(blocks.shape[:-1])
+    scales = (largest / 6.0).clamp(2.0**-6, 448.0).to(E4M3)
+    return packed(scaled(blocks, scales)), scales
+
+
+def maximum_of_two_blocks(x: Tensor) -> Quantized:
+    blocks = in_blocks(x)
+    scales = block_scales(over_pairs(blocks.abs().amax(-1)).unsqueeze(-1))
+    return packed(scaled(blocks, scales)), scales
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_nvfp4_is_recognised(dtype: torch.dtype) -> None:
+    (found,) = find_casts(make_fx(nvfp4)(rows(dtype)).graph)
+    assert isinstance(found, Cast), found
+    assert found.format.name == "nvfp4 e2m1 nearest block 16" and found.tensor_scale is None
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(
+    "cast",
+    [second_half_first, truncated, divided, maximum_of_the_row, maximum_of_two_blocks],
+    ids=lambda cast: cast.__name__,
+)
+def test_near_misses(cast: Callable[[Tensor], Quantized], dtype: torch.dtype) -> None:
+    found = find_casts(make_fx(cast)(rows(dtype)).graph)
+    assert found and not any(isinstance(f, Cast) for f in found), found
+
+
+def mxfp8(x: Tensor, of_blocks: Callable[[Tensor], Tensor]) -> Quantized:
+    blocks = x.float().view(*x.shape[:-1], -1, 32)
+    largest = of_blocks(blocks.abs().amax(-1))
+    byte = ((largest.view(torch.int32) >> 23) - 8).clamp_min(0).to(torch.uint8)
+    byte = torch.where(largest.isnan(), 255, byte)
+    scale = (byte.to(torch.int32) << 23).view(F32).clamp_min(2.0**-126)
+    values = (blocks / scale.unsqueeze(-1)).clamp(-448.0, 448.0).to(E4M3)
+    return values.view(x.shape), byte.view(torch.float8_e8m0fnu)
+
+
+def over_pairs(largest: Tensor) -> Tensor:
+    pairs = largest.view(*largest.shape[:-1], -1, 2).amax(-1, keepdim=True)
+    return pairs.expand(*pairs.shape[:-1], 2).reshape(largest.shape)
+
+
+@pytest.mark.parametrize(
+    ("of_blocks", "known"),
+    [
+        (lambda m: m, True),
+        (lambda m: m.amax(-1, keepdim=True).expand(m.shape), False),
+        (over_pairs, False),
+    ],
+    ids=["blocks", "rows", "pairs of blocks"],
+)
+def test_a_maximum_over_maxima(of_blocks: Callable[[Tensor], Tensor], known: bool) -> None:
+    (found,) = find_casts(make_fx(lambda x: mxfp8(x, of_blocks))(rows()).graph)
+    assert isinstance(found, Cast) is known, found
+
+
+def test_scales_along_another_dimension() -> None:
+    def cast(x: Tensor) -> Quantized:
+        blocks = x.view(32, 32, 32)
+        byte = ((blocks.abs().amax(-1).view(torch.int32) >> 23) - 8).clamp_min(0).to(torch.uint8)
+        scale = (byte.to(torch.int32) << 23).view(F32).clamp_min(2.0**-126)
+        return (blocks / scale).clamp(-448.0, 448.0).to(E4M3), byte.view(torch.float8_e8m0fnu)
+
+    (found,) = find_casts(make_fx(cast)(torch.randn(32, 1024)).graph)
+    assert not isinstance(found, Cast)
+
+
+# The scale of a tensor
+
+
+def with_tensor_scale(x: Tensor, scale: Tensor) -> Quantized:
+    blocks = in_blocks(x)
+    scales = (blocks.abs().amax(-1) / 6.0 / scale).clamp(2.0**-6, 448.0).to(E4M3)
+    factor = (1.0 / scale) / scales.float()
+    return packed((blocks * factor.unsqueeze(-1)).clamp(-6, 6).flatten(-2)), scales
+
+
+def elements_times_scales(values: Tensor, scales: Tensor) -> Tensor:
+    elements = f4_unpacked_to_f32(unpack_uint4(values)).view(*scales.shape, BLOCK)
+    return (elements * scales.float().unsqueeze(-1)).flatten(-2)
+
+
+Outputs = Callable[["Scaled", Tensor, Tensor], Any]
+
+
+class Scaled(nn.Module):
+    """A norm whose output is cast under a scale of its largest element."""
+
+    def __init__(self, outputs: Outputs) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.RMSNorm(WIDTH, eps=1e-5)
+        self.first, self.second = (nn.Linear(WIDTH, 64) for _ in range(2))
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        self.outputs = outputs
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.norm(x)
+        scale = y.abs().amax() / (448.0 * 6.0)
+        return self.outputs(self, elements_times_scales(*with_tensor_scale(y, scale)), scale)
+
+
+READ_ONCE: dict[str, Outputs] = {
+    "scaled": lambda m, a, s: F.linear(a, m.first.weight) * s,
+    "half of it": lambda m, a, s: F.linear(a, m.first.weight) * (s * 0.5),
+    "bias after": lambda m, a, s: F.linear(a, m.first.weight) * s + m.first.bias,
+    "both": lambda m, a, s: (F.linear(a, m.first.weight) * s, F.linear(a, m.second.weight) * s),
+}
+OTHERWISE: dict[str, Outputs] = {
+    "not scaled": lambda m, a, s: F.linear(a, m.first.weight),
+    "one of two": lambda m, a, s: (F.linear(a, m.first.weight) * s, F.linear(a, m.second.weight)),
+    "squared": lambda m, a, s: F.linear(a, m.first.weight) * (s * s),
+    "twice": lambda m, a, s: F.linear(a, m.first.weight) * s * s,
+    "bias scaled": lambda m, a, s: F.linear(a, m.first.weight, m.first.bias) * s,
+    "returned": lambda m, a, s: (F.linear(a, m.first.weight) * s, s),
+    "unscaled, too": lambda m, a, s: (y := F.linear(a, m.first.weight), y * s),
+}
+
+
+def run(outputs: Outputs, **options: Any) -> tuple[Report, Any, Any]:
+    torch._dynamo.reset()
+    model, x = Scaled(outputs), rows()
+    options = {"inner": "aot_eager", "quantize": "existing", **options}
+    with torch.no_grad(), mxnorm_pass.record() as report:
+        want = model(x)
+        got = torch.compile(model, backend="mxnorm", options=options)(x)
+    if isinstance(want, tuple):
+        return report, got, want
+    return report, (got,), (want,)
+
+
+@pytest.mark.parametrize("outputs", READ_ONCE.values(), ids=list(READ_ONCE))
+@pytest.mark.parametrize("tensor_scale", ["bound", "amax"])
+def test_a_scale_that_may_be_another(outputs: Outputs, tensor_scale: str) -> None:
+    report, got, want = run(outputs, tensor_scale=tensor_scale)
+    assert [site.status for site in report.sites] == ["fused"], str(report)
+    for a, b in zip(got, want, strict=True):
+        # Of the estimate and of 4 bits.
+        assert (a - b).norm() <= 0.3 * b.norm()
+
+
+@pytest.mark.parametrize("outputs", OTHERWISE.values(), ids=list(OTHERWISE))
+def test_a_scale_that_another_would_change_the_result_of(outputs: Outputs) -> None:
+    report, got, want = run(outputs)
+    assert [site.reason for site in report.sites] == [SkipReason.CAST_ESCAPES], str(report)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("outputs", [*READ_ONCE.values(), *OTHERWISE.values()])
+def test_exact_keeps_the_scale_and_all_bits(outputs: Outputs) -> None:
+    report, got, want = run(outputs, estimator="exact")
+    assert [site.status for site in report.sites] == ["fused"], str(report)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_packed_bytes_without_a_norm() -> None:
+    def function(x: Tensor) -> Tensor:
+        scale = (x.abs().amax() / 6).reshape(1, 1)
+        codes = (x.view(-1, 16) / scale).round().clamp(0, 7).to(torch.uint8).view(x.shape)
+        return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+    x = rows()
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="mxnorm", options={"inner": "aot_eager"})
+    assert torch.equal(compiled(x), function(x))
