@@ -173,12 +173,12 @@ def store_cast(
     MAX_MANTISSA: tl.constexpr, CONVERTS: tl.constexpr, BLOCKED_SCALES: tl.constexpr,
 ):  # fmt: skip
     """Cast a tile whose blocks' absmaxes have the bits ``absmax``, where there is a pointer."""
-    scaled, scale, factor = scale_blocks(
-        y, absmax, tensor_scale, MODE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA
+    scale, factor = scale_blocks(
+        absmax, tensor_scale, MODE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA
     )
     LARGEST: tl.constexpr = (1 + MAX_MANTISSA / 8388608) * (1 << MAX_EXPONENT)
     if values_ptr is not None:
-        values = to_elements(scaled, factor, ELEM_DTYPE, BITS, MANTISSA_BITS, LARGEST, CONVERTS)
+        values = to_elements(y, factor, MODE, ELEM_DTYPE, BITS, MANTISSA_BITS, LARGEST, CONVERTS)
         if BITS == 4:
             store_words(values_ptr, values, row, k, rows, D, BLOCK)
         else:
@@ -188,7 +188,7 @@ def store_cast(
     if dequantized_ptr is not None:
         dtype: tl.constexpr = dequantized_ptr.dtype.element_ty
         restored = dequantize(
-            scaled, scale, tensor_scale, dtype, MODE, ELEM_DTYPE, BITS, MANTISSA_BITS, LARGEST
+            y, factor, scale, tensor_scale, dtype, MODE, ELEM_DTYPE, BITS, MANTISSA_BITS, LARGEST
         )
         store_rows(dequantized_ptr, restored, row, k, rows, D, BLOCK)
 
@@ -285,7 +285,7 @@ def norm_cast(
         total where there is a residual; values and scales, or what they make dequantised; rho.
     """
     width = x.shape[-1]
-    config = config or row_config(width)
+    config = config or row_config(width, spec.format.element.bits)
     rows = Rows.of(x, weight, block_weights, tensor_scale, spec, residual, dequantize)
     padded = (rows.count + 127) // 128 * 128 if spec.scale_layout == "blocked" else rows.count
     launch.launcher(norm_cast_kernel)[((padded + config.rows - 1) // config.rows,)](

@@ -151,11 +151,11 @@ def cast_columns(
     tensor_scale = None
     if tensor_scale_ptr is not None:
         tensor_scale = tl.load(tensor_scale_ptr)
-    scaled, scale, factor = scale_blocks(
-        y, absmax_bits(y, 2), tensor_scale, MODE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA
+    scale, factor = scale_blocks(
+        absmax_bits(y, 2), tensor_scale, MODE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA
     )
     LARGEST: tl.constexpr = (1 + MAX_MANTISSA / 8388608) * (1 << MAX_EXPONENT)
-    values = to_elements(scaled, factor, ELEM_DTYPE, BITS, MANTISSA_BITS, LARGEST, CONVERTS)
+    values = to_elements(y, factor, MODE, ELEM_DTYPE, BITS, MANTISSA_BITS, LARGEST, CONVERTS)
     KEEP: tl.constexpr = "evict_first"
     if BITS == 4:
         lay_out_as_bytes(values_ptr, at, row_blocks < 0)

@@ -47,13 +47,14 @@ _ROW_IN_REGISTERS = 16384
 _NARROW = 2048
 
 
-def row_config(width: int) -> RowTiling:
-    """For rows of ``width`` elements, whatever their number."""
+def row_config(width: int, bits: int = 8) -> RowTiling:
+    """For rows of ``width`` elements of ``bits`` bits, whatever their number."""
     padded: int = triton.next_power_of_2(width)
     chunks = max(1, padded // _ROW_IN_REGISTERS)
     rows = max(1, _NARROW // padded)
-    # 32 to 64 elements per thread keep enough loads in flight, with few warps to wait for.
-    warps = 8 if width >= 8192 else 4
+    # 32 to 64 elements per thread keep enough loads in flight, with few warps to wait for. What a
+    # thread does but once weighs more where no hardware converts.
+    warps = 8 if width >= (8192 if bits == 8 else 16384) else 4
     return RowTiling(rows, chunks, warps)
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxnorm_pass.kernels.device.elements import round_to_element, to_float8
+from mxnorm_pass.kernels.device.elements import round_to_element, scaled, to_float8
 from mxnorm_pass.kernels.device.mx import e8m0_exponent, e8m0_reciprocal, e8m0_value
 from mxnorm_pass.kernels.device.nvfp4 import nvfp4_reciprocal, nvfp4_scale, nvfp4_value
-from mxnorm_pass.kernels.device.rounding import INTERPRETED, narrow, round_to, widen
+from mxnorm_pass.kernels.device.rounding import narrow, round_to
 
 
 @triton.jit
 def scale_blocks(
-    y,
     absmax,
     tensor_scale,
     mode: tl.constexpr,
@@ -21,29 +20,24 @@ def scale_blocks(
     mantissa_bits: tl.constexpr,
     max_mantissa: tl.constexpr,
 ):
-    """Divide blocks ``y`` [M, K, B] by the scales that the bits of their absmaxes [M, K] give.
+    """Scales of blocks whose absmaxes [M, K] have these bits.
 
     Returns:
-        float32, to be rounded to elements; bytes of scales, int32 [M, K]; and factors [M, K] that
-        the blocks were multiplied by: 0 or NaN where a block's scale is NaN.
+        bytes of scales, int32 [M, K]; and factors, float32 [M, K], that the blocks are to be
+        multiplied by: 0 or NaN where a scale is NaN.
     """
     if mode == "nearest":
         scale = nvfp4_scale(absmax, tensor_scale)
-        factor = nvfp4_reciprocal(scale, tensor_scale)
+        return scale, nvfp4_reciprocal(scale, tensor_scale)
     else:
         scale = e8m0_exponent(absmax, mode, max_exponent, mantissa_bits, max_mantissa)
-        factor = e8m0_reciprocal(scale, mode)
-    of_blocks = tl.expand_dims(factor, 2)
-    if y.dtype == tl.bfloat16 and mode != "nearest" and not INTERPRETED:
-        # Two at once. The factor is a power of two, 0 or NaN: a product is exact, or subnormal,
-        # which no element is near.
-        return widen(y * of_blocks.to(tl.bfloat16)), scale, factor
-    return widen(y) * of_blocks, scale, factor
+        return scale, e8m0_reciprocal(scale, mode)
 
 
 @triton.jit
 def dequantize(
-    scaled,
+    y,
+    factor,
     scale,
     tensor_scale,
     dtype: tl.constexpr,
@@ -53,11 +47,12 @@ def dequantize(
     MANTISSA_BITS: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """Elements of what :func:`scale_blocks` returned, times scales: ``Quantized.dequantize``."""
+    """Elements of blocks ``y``, times what :func:`scale_blocks` made: ``Quantized.dequantize``."""
+    x = scaled(y, factor, MODE)
     if BITS == 8:
-        elements = to_float8(scaled, ELEM_DTYPE, MANTISSA_BITS, LARGEST).to(tl.float32)
+        elements = to_float8(x, ELEM_DTYPE, MANTISSA_BITS, LARGEST).to(tl.float32)
     else:
-        elements = round_to_element(scaled, BITS, MANTISSA_BITS, LARGEST)
+        elements = round_to_element(x, BITS, MANTISSA_BITS, LARGEST)
     if MODE == "nearest":
         value = nvfp4_value(scale, tensor_scale)
     else:

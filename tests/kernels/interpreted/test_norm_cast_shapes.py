@@ -86,9 +86,12 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
             p=draw(st.sampled_from([2.0, 2.0, 1.0, 1.5])),
             scale_layout=draw(st.sampled_from(["row-major", "blocked"])),
         ),
-        # Many rows per program: the interpreter takes its time for each program.
+        # Many rows per program: the interpreter takes its time for each program, and a GPU has
+        # room for 2^17 elements.
         "config": RowTiling(
-            2 ** draw(st.integers(4, 6)), 2 ** draw(st.integers(0, min(whole, 3))), 8
+            2 ** draw(st.integers(4, min(6, 17 - whole - block_size.bit_length() + 1))),
+            2 ** draw(st.integers(0, min(whole, 3))),
+            8,
         ),
     }
 
