@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from bench_checks import Check
@@ -27,6 +28,8 @@ SLOWER = {"inductor": "inductor", "inductor-tuned": "tuned", "nested": "nested",
 # Both must reach the limits: with the gain in the kernel, and with the gain in the weights.
 MXNORM = ("mxnorm", "mxnorm-fold")
 MANY_TOKENS = 4096
+# Over whom a format's mean speed-up is shown.
+OPPONENTS = ("inductor", "nested")
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,15 @@ class Measured:
         return None if a is None or b is None else a.us / b.us
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
+@dataclass(frozen=True)
+class SpeedUp:
+    """Of mxnorm over another, as the geometric mean over the shapes at which both ran."""
+
+    mean: float
+    shapes: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} of {self.shapes}"
 
 
 @dataclass(frozen=True)
@@ -100,11 +110,14 @@ def ratios(
     return [(ratio, case) for ratio, case in found if ratio is not None]
 
 
-def mean_ratio(
-    cases: Iterable[Measured], slow: str, fast: str = "mxnorm"
-) -> list[tuple[float, Measured | None]]:
-    own = [ratio for ratio, _ in ratios(cases, slow, [fast])]
-    return [(geometric_mean(own), None)] if own else []
+def speed_up(cases: Iterable[Measured], over: str) -> SpeedUp | None:
+    found = [ratio for ratio, _ in ratios(cases, over, ["mxnorm"])]
+    return SpeedUp(geometric_mean(found), len(found)) if found else None
+
+
+def mean_ratio(cases: Iterable[Measured], slow: str) -> list[tuple[float, Measured | None]]:
+    found = speed_up(cases, slow)
+    return [(found.mean, None)] if found else []
 
 
 def verdicts(cases: Sequence[Measured]) -> list[Verdict]:
@@ -203,13 +216,19 @@ def tables(cases: Sequence[Measured]) -> list[Table]:
     shown = []
     for format in FORMATS:
         of_format = [c for c in cases if c.format == format]
-        for variant in VARIANTS:
-            own = [c for c in of_format if c.variant == variant]
-            if own:
-                shown.append(times_table(variant, own))
+        shown += [times_table(variant, own) for _, variant, own in kinds(of_format)]
         if of_format:
             shown.append(verdict_table(verdicts(of_format), format))
-    return shown
+    return [*shown, speed_up_table(cases)]
+
+
+def kinds(cases: Sequence[Measured]) -> list[tuple[str, str, list[Measured]]]:
+    """The cases of each format and variant that was measured."""
+    found = (
+        (format, variant, [c for c in cases if (c.format, c.variant) == (format, variant)])
+        for format, variant in product(FORMATS, VARIANTS)
+    )
+    return [kind for kind in found if kind[2]]
 
 
 def times_table(variant: str, cases: Sequence[Measured]) -> Table:
@@ -244,6 +263,17 @@ def verdict_table(lines: Sequence[Verdict], format: str) -> Table:
     words = {True: "PASS", False: "FAIL", None: "-"}
     for line in lines:
         table.add_row(words[line.passed], line.claim, line.found)
+    return table
+
+
+def speed_up_table(cases: Sequence[Measured]) -> Table:
+    title = "Speed-up of mxnorm: geometric mean, of how many shapes"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for column in ("format", "work", *(f"over {name}" for name in OPPONENTS)):
+        table.add_column(column)
+    for format, variant, own in kinds(cases):
+        means = [speed_up(own, name) for name in OPPONENTS]
+        table.add_row(format, TITLES[variant], *(str(mean or "") for mean in means))
     return table
 
 

@@ -2,6 +2,7 @@
 
     python examples/pass_time.py
     python examples/pass_time.py --layers 8 16 32 64 --inner aot_eager
+    python examples/pass_time.py --format nvfp4
     python examples/pass_time.py --converted --json pass_time.json
 
 Each row compiles a training step (loss and backward) of a narrow Llama from cold caches: the
@@ -21,10 +22,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from benchlib import save_json
+from benchlib import invocation, save_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from torch._inductor.utils import fresh_cache
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mxnorm_pass
+from mxnorm_pass.options.validate import Format
 
 HIDDEN = 128
 VOCAB = 256
@@ -92,6 +94,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--inner", choices=["inductor", "aot_eager"], default="inductor")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--format", choices=get_args(Format), default="mxfp8", help="of the casts")
     parser.add_argument(
         "--converted",
         action="store_true",
@@ -101,6 +104,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.layers) < 1:
         parser.error("--layers must be positive")
+    if args.converted and args.format != "mxfp8":
+        parser.error(f"--converted casts to mxfp8, not to {args.format}")
     return args
 
 
@@ -145,7 +150,8 @@ def convert_linears(model: nn.Module) -> None:
 def measure(layers: int, args: argparse.Namespace, previous: Row | None) -> Row:
     torch._dynamo.reset()
     model = build_model(layers, getattr(torch, args.dtype), args.converted)
-    compiled = torch.compile(model, backend="mxnorm", options={"inner": args.inner})
+    options = {"inner": args.inner, "format": args.format}
+    compiled = torch.compile(model, backend="mxnorm", options=options)
     ids = torch.arange(TOKENS).view(1, TOKENS) % VOCAB
     with cold_caches(), pass_times() as times, mxnorm_pass.record() as report:
         first = step_seconds(compiled, ids)
@@ -205,11 +211,13 @@ def factor(value: float | None) -> str:
 
 def save(path: Path, rows: list[Row], args: argparse.Namespace) -> None:
     entry = {
+        **invocation(),
         "torch": torch.__version__,
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "inner": args.inner,
         "dtype": args.dtype,
+        "format": args.format,
         "converted": args.converted,
         "rows": [{**asdict(row), "share": row.share} for row in rows],
     }
@@ -226,7 +234,7 @@ def main(argv: list[str]) -> int:
         rows.append(measure(layers, args, rows[-1] if rows else None))
         if console.is_terminal:
             console.print(f"{layers} layers: {rows[-1].compile_seconds:.1f} s")
-    model = "MXFP8Linear Llama" if args.converted else "plain Llama"
+    model = "MXFP8Linear Llama" if args.converted else f"plain Llama, {args.format} casts"
     console.print(table(rows, f"{model}, {args.dtype}, {args.inner}, torch {torch.__version__}"))
     if args.json:
         save(args.json, rows, args)

@@ -22,6 +22,7 @@ from bench_contestants import FORMATS, VARIANTS, Inputs
 from bench_kernels import Case, grid
 from bench_report import Measured, Verdict
 from benchlib import Timing, interleaved, save_json
+from measurements import measured
 from paths import EXAMPLES
 from run_examples import run_example, run_example_here
 from torch import Tensor
@@ -31,15 +32,6 @@ needs_e8m0 = pytest.mark.skipif(
     torch.__version__ < "2.13", reason="Inductor cannot compile torchao's cast for a CPU"
 )
 ALL = contestants.CONTESTANTS
-
-
-def measured(variant: str = "norm", tokens: int = 8192, width: int = 4096, **us: float) -> Measured:
-    """A shape whose contestants took as long as the keywords say, without any spread."""
-    times = {name.replace("_", "-"): Timing(t, t, t) for name, t in us.items()}
-    checked = (*contestants.OURS, "nested")
-    checks = {name: Check(0, 1000, 0, 0) for name in times if name in checked}
-    moved = contestants.moved_bytes(variant, tokens, width)
-    return Measured(variant, tokens, width, moved, 2, times, checks, {}, {})
 
 
 def verdict(cases: list[Measured], words: str) -> Verdict:
@@ -349,10 +341,11 @@ def test_formats_have_tables_of_their_own() -> None:
         replace(measured(inductor=3, nested=2, mxnorm=1), format=format)
         for format in ("mxfp8", "nvfp4")
     ]
-    titles = [str(table.title) for table in bench_report.tables(cases)]
-    assert [title.split(",")[1].split(":")[0].strip() for title in titles] == [
+    *of_formats, of_all = [str(table.title) for table in bench_report.tables(cases)]
+    assert [title.split(",")[1].split(":")[0].strip() for title in of_formats] == [
         "mxfp8", "mxfp8", "nvfp4", "nvfp4"
     ]  # fmt: skip
+    assert of_all.startswith("Speed-up of mxnorm: geometric mean")
 
 
 def test_nested_is_judged_as_the_others_are() -> None:

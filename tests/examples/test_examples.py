@@ -70,14 +70,15 @@ def test_llama_refuses_a_wrong_option() -> None:
 
 
 @pytest.mark.full
-def test_pass_time_saves_rows_that_grow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["mxfp8", "nvfp4"])
+def test_pass_time_saves_rows_that_grow(tmp_path: Path, format: str) -> None:
     path = tmp_path / "rows.json"
-    done = run_example_here(
-        "pass_time.py", "--layers", "1", "2", "--inner", "aot_eager", "--json", str(path)
-    )
+    sizes = ["--layers", "1", "2", "--inner", "aot_eager", "--format", format]
+    done = run_example_here("pass_time.py", *sizes, "--json", str(path))
     assert done.returncode == 0, done.stderr
     entry = json.loads(path.read_text())
-    assert entry["torch"]
+    assert entry["torch"] and f"--format {format}" in entry["command"]
+    assert entry["format"] == format and f"{format} casts" in done.stdout
     one, two = entry["rows"]
     assert (one["layers"], two["layers"]) == (1, 2)
     assert (one["fused"], two["fused"]) == (2, 4)
@@ -85,6 +86,12 @@ def test_pass_time_saves_rows_that_grow(tmp_path: Path) -> None:
     assert one["pass_seconds"] > 0
     assert one["growth"] is None and two["growth"] > 0
     assert "share" in done.stdout
+
+
+def test_pass_time_converts_linears_to_mxfp8_alone() -> None:
+    done = run_example_here("pass_time.py", "--converted", "--format", "nvfp4")
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: --converted casts to mxfp8, not to nvfp4\n")
 
 
 @pytest.mark.full
