@@ -259,7 +259,10 @@ def store_scales(ptr, scale, row, k, rows, K: tl.constexpr, BLOCKED: tl.constexp
         at = blocked_scale_offset(row[:, None], k[None, :], across)
         tl.store(ptr + at, scale.to(tl.uint8), mask=padded)
     else:
-        tl.store(ptr + row[:, None] * K + k[None, :], scale.to(tl.uint8), mask=inside)
+        # Blocks of 16 are a thread's own: as if their scales were not next to each other, which
+        # would have them exchanged, through shared memory, for wider stores.
+        at = tl.max_contiguous(row[:, None] * K + k[None, :], (1, 1))
+        tl.store(ptr + at, scale.to(tl.uint8), mask=inside)
 
 
 def norm_cast(
