@@ -195,7 +195,12 @@ class _Norm(nn.Module):
             "norm_dtype": x.dtype,
             "out_dtype": torch.promote_types(x.dtype, self.weight.dtype),
         }
-        y = functional.mxnorm(x, self.weight, eps=self.eps, **self.recipe.norm, **rounding)
+        estimated = None
+        if forward.get("estimator") != "exact":
+            # Else there is one norm, to which all gradients go.
+            estimated = functional.mxnorm(
+                x, self.weight, eps=self.eps, **self.recipe.norm, **rounding
+            )
         in_cast = self.weight if self.recipe.gain == "activation" else None
         options = in_a_format({**forward, **self.recipe.cast, **rounding})
         scale = self._tensor_scale(x, in_cast, options)
@@ -204,6 +209,7 @@ class _Norm(nn.Module):
         )
         gain = self.weight if self.recipe.gain == "fold" else None
         exact = functional.mxnorm(x, self.weight, eps=self.eps, estimator="exact", **rounding)
+        y = exact if estimated is None else estimated
         exact.fused = _Fused(y, (values, scales, scale), gain)
         return exact
 

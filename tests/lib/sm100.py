@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,25 @@ class Emulated(fx.Interpreter):
             a, b, scale_a, scale_b = args[:4]
             return dequantized(a, scale_a) @ dequantized(b.t(), scale_b).t()
         if target is aten._scaled_mm_v2.default:
-            a, b, (scale_a,), _, _, (scale_b,) = args[:6]
-            return dequantized(a, scale_a) @ dequantized(b.t(), scale_b).t()
+            return scaled_mm_v2(*args)
         return super().call_function(target, args, kwargs)
+
+
+def scaled_mm_v2(
+    a: Tensor,
+    b: Tensor,
+    scales_a: Sequence[Tensor],
+    _: Any,
+    __: Any,
+    scales_b: Sequence[Tensor],
+    *___: Any,
+) -> Tensor:
+    """``aten._scaled_mm_v2`` of blocked scales, which those of the tensors may follow."""
+    (scale_a, *of_a), (scale_b, *of_b) = scales_a, scales_b
+    result = dequantized(a, scale_a) @ dequantized(b.t(), scale_b).t()
+    for scale in (*of_a, *of_b):
+        result = result * scale.to(result.dtype)
+    return result
 
 
 def dequantized(values: Tensor, blocked: Tensor) -> Tensor:
