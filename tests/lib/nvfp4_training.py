@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sm100 import scaled_mm_v2
+from sm100 import believed_sm100
 from torch import Tensor, nn
 from torchao.prototype.moe_training.nvfp4_training import nvfp4_linear
 from torchao.prototype.moe_training.nvfp4_training.hadamard_utils import get_rht_matrix
@@ -87,7 +87,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def nvfp4_training() -> Iterator[None]:
-    """torchao's ops exist, and ``aten._scaled_mm_v2`` runs on a CPU."""
+    """torchao's ops exist, and its matmuls run on a CPU."""
     with ExitStack() as stack:
         library = stack.enter_context(torch.library._scoped_library("torchao", "FRAGMENT"))
         for name, schema in SCHEMAS.items():
@@ -96,8 +96,7 @@ def nvfp4_training() -> Iterator[None]:
             torch.library.register_fake(f"torchao::{name}", _FAKES[name], lib=library)
             op = getattr(torch.ops.torchao, name)
             stack.enter_context(mock.patch.object(nvfp4_linear, name, op))
-        aten = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
-        aten.impl("_scaled_mm_v2", scaled_mm_v2, "CPU", allow_override=True)
+        stack.enter_context(believed_sm100())
         yield
 
 

@@ -126,7 +126,7 @@ class Recipe:
         also: those of further linears that read the fused norm.
         head: the last norm is fused into ``lm_head``.
         sites: other recipes for single norms, by name.
-        tensor_scale: "bound" or "amax", of what norms make of NVFP4.
+        tensor_scale: "bound", "amax" or "none", of what norms make of NVFP4.
         backward: "high-precision", or "mx": torchao's MXFP8 training backward, or "mx-hp-wgrad".
     """
 
@@ -216,7 +216,7 @@ class _Norm(nn.Module):
     def _tensor_scale(
         self, x: Tensor, gain: nn.Parameter | None, options: dict[str, Any]
     ) -> Tensor | None:
-        if options.get("format") != "nvfp4":
+        if options.get("format") != "nvfp4" or self.recipe.tensor_scale == "none":
             return None
         estimator, p = options.get("estimator", "mxnorm"), options.get("p", 2.0)
         if self.recipe.tensor_scale == "bound":

@@ -20,8 +20,6 @@ from mxnorm_pass import Report, SkipReason
 # torchao wants rows in multiples of 128.
 IDS = token_ids(1, 128)
 EVERY_LINEAR = {*NORM_FED, "o_proj", "down_proj"}
-# The stand-in for the matmul takes the place of one that knows no NVFP4.
-pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators")
 LAYER_NORMS = [name for name, _ in expected_sites(2)]
 
 

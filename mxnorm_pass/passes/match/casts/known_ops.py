@@ -30,7 +30,7 @@ _KERNEL = "to_mxfp8_dim0_kernel"
 _OPEN_NAMESPACES = frozenset({"aten", "prims", "prim", "mxnorm_pass"})
 _FUNCTIONALIZED = (auto_functionalized, auto_functionalized_v2)
 # Of elements of any number of bits, and of their scales.
-_BYTES = {torch.uint8, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2, *ELEMENT_DTYPES}
+_BYTES = {torch.uint8, torch.int8, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2, *ELEMENT_DTYPES}
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ DTYPES = {
     "nvfp4": (FP4, E4M3),
     "nvfp4, elements as bytes": (BYTE, E4M3),
     "nvfp4 as bytes": (BYTE, BYTE),
+    "mxfp4, signed bytes as scales": (BYTE, torch.int8),
 }
 
 
