@@ -35,9 +35,10 @@ class SkipReason(Enum):
         "Change the pattern, or add one behind it: the last match wins.",
     )
     CAST_NOT_RECOGNIZED = (
-        "a float8 cast reads this norm, but it computes no known MX cast",
+        "a cast to few bits reads this norm, but it computes no known MX cast",
         "The cast gives other bits than every MX scale mode, for instance as it leaves overflow to "
-        "torch or keeps scales in fp32, or it is an unknown op.",
+        "torch or keeps scales in fp32, or it is an unknown op, as those of torchao's NVFP4 "
+        "training are.",
         "Use torchao's MX casts, or take the cast out and let the backend insert its own.",
     )
     CAST_ESCAPES = (

@@ -126,7 +126,7 @@ class Recipe:
         also: those of further linears that read the fused norm.
         head: the last norm is fused into ``lm_head``.
         sites: other recipes for single norms, by name.
-        tensor_scale: "bound" or "amax", of what norms make of NVFP4.
+        tensor_scale: "bound", "amax" or "none", of what norms make of NVFP4.
         backward: "high-precision", or "mx": torchao's MXFP8 training backward, or "mx-hp-wgrad".
     """
 
@@ -195,7 +195,12 @@ class _Norm(nn.Module):
             "norm_dtype": x.dtype,
             "out_dtype": torch.promote_types(x.dtype, self.weight.dtype),
         }
-        y = functional.mxnorm(x, self.weight, eps=self.eps, **self.recipe.norm, **rounding)
+        estimated = None
+        if forward.get("estimator") != "exact":
+            # Else there is one norm, to which all gradients go.
+            estimated = functional.mxnorm(
+                x, self.weight, eps=self.eps, **self.recipe.norm, **rounding
+            )
         in_cast = self.weight if self.recipe.gain == "activation" else None
         options = in_a_format({**forward, **self.recipe.cast, **rounding})
         scale = self._tensor_scale(x, in_cast, options)
@@ -204,13 +209,14 @@ class _Norm(nn.Module):
         )
         gain = self.weight if self.recipe.gain == "fold" else None
         exact = functional.mxnorm(x, self.weight, eps=self.eps, estimator="exact", **rounding)
+        y = exact if estimated is None else estimated
         exact.fused = _Fused(y, (values, scales, scale), gain)
         return exact
 
     def _tensor_scale(
         self, x: Tensor, gain: nn.Parameter | None, options: dict[str, Any]
     ) -> Tensor | None:
-        if options.get("format") != "nvfp4":
+        if options.get("format") != "nvfp4" or self.recipe.tensor_scale == "none":
             return None
         estimator, p = options.get("estimator", "mxnorm"), options.get("p", 2.0)
         if self.recipe.tensor_scale == "bound":

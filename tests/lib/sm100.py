@@ -6,7 +6,8 @@ import contextlib
 import ctypes
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,23 @@ def _install_device_guard() -> None:
 def sm100() -> Iterator[FakeTensorMode]:
     """torchao believes in an sm100 chip, and tensors are fake, also on "cuda"."""
     _install_device_guard()
+    with believed_sm100(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+@contextlib.contextmanager
+def believed_sm100() -> Iterator[None]:
+    """torchao believes in an sm100 chip; its matmuls run on a CPU."""
     with contextlib.ExitStack() as stack:
         for module in (mx_tensor, inference_workflow):
             stack.enter_context(mock.patch.object(module, "is_sm_at_least_100", lambda: True))
-        yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(warnings.catch_warnings())
+        # PyTorch's kernels for CPUs know none of the formats.
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+        for name, kernel in (("_scaled_mm", scaled_mm), ("_scaled_mm_v2", scaled_mm_v2)):
+            library.impl(name, kernel, "CPU", allow_override=True)
+        yield
 
 
 def to_fake_cuda(module: nn.Module) -> nn.Module:
@@ -86,12 +100,32 @@ class Emulated(fx.Interpreter):
         if "asm_str" in kwargs:
             return round_up_to_e8m0(args[0]).to(torch.uint16)
         if target is aten._scaled_mm.default:
-            a, b, scale_a, scale_b = args[:4]
-            return dequantized(a, scale_a) @ dequantized(b.t(), scale_b).t()
+            return scaled_mm(*args)
         if target is aten._scaled_mm_v2.default:
-            a, b, (scale_a,), _, _, (scale_b,) = args[:6]
-            return dequantized(a, scale_a) @ dequantized(b.t(), scale_b).t()
+            return scaled_mm_v2(*args)
         return super().call_function(target, args, kwargs)
+
+
+def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *_: Any, **__: Any) -> Tensor:
+    """``aten._scaled_mm`` of blocked scales, without a bias, in bfloat16."""
+    return dequantized(a, scale_a) @ dequantized(b.t(), scale_b).t()
+
+
+def scaled_mm_v2(
+    a: Tensor,
+    b: Tensor,
+    scales_a: Sequence[Tensor],
+    _: Any,
+    __: Any,
+    scales_b: Sequence[Tensor],
+    *___: Any,
+) -> Tensor:
+    """``aten._scaled_mm_v2`` of blocked scales, which those of the tensors may follow."""
+    (scale_a, *of_a), (scale_b, *of_b) = scales_a, scales_b
+    result = dequantized(a, scale_a) @ dequantized(b.t(), scale_b).t()
+    for scale in (*of_a, *of_b):
+        result = result * scale.to(result.dtype)
+    return result
 
 
 def dequantized(values: Tensor, blocked: Tensor) -> Tensor:

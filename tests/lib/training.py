@@ -20,10 +20,12 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 Gradients = dict[str, Tensor]
 
 
-def train(model: Callable[..., Any], parameters: nn.Module) -> tuple[Tensor, Gradients]:
+def train(
+    model: Callable[..., Any], parameters: nn.Module, ids: Tensor = IDS
+) -> tuple[Tensor, Gradients]:
     """Logits, and the gradients of those parameters that want one."""
     parameters.zero_grad()
-    output = model(IDS, labels=IDS, use_cache=False)
+    output = model(ids, labels=ids, use_cache=False)
     output.loss.backward()
     return output.logits.detach(), gradients_of(parameters)
 

@@ -44,8 +44,8 @@ class FusedCast:
 
     @property
     def tensor_scale(self) -> fx.Node | None:
-        """That of the matched casts; None where they have none."""
-        return self.consumers[0].cast.tensor_scale
+        """The first of those of the matched casts, which are equal; None where they have none."""
+        return min((s for c in self.consumers if (s := c.cast.tensor_scale)), default=None)
 
     def is_that_of(self, other: FusedCast) -> bool:
         """Can one call make both?"""

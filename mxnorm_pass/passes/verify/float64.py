@@ -58,7 +58,7 @@ class Float64Interpreter:
         for cast in find_casts(graph, backward=True):
             if not isinstance(cast, Cast):
                 raise VerificationError(
-                    f"verify: {cast.skip.node} casts to float8 in a way that is no MX cast "
+                    f"verify: {cast.skip.node} casts in a way that is no known MX cast "
                     f"({cast.skip.detail}), so the graph cannot be checked in float64"
                 )
             self._casts |= dict.fromkeys(cast.nodes, cast)

@@ -58,12 +58,12 @@ def sm100() -> Iterator[None]:
         is_cuda = property(lambda _: True)
         stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", is_cuda, create=True))
         if has_triton():
-            stack.enter_context(_triton_target())
+            stack.enter_context(triton_target())
         yield
 
 
 @contextmanager
-def _triton_target() -> Iterator[None]:
+def triton_target() -> Iterator[None]:
     """Let torch find out which arguments a Triton kernel writes, for which it is parsed."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver

@@ -63,7 +63,7 @@ class Cast:
 
 @dataclass(frozen=True)
 class UnknownCast:
-    """A float8 cast of blocks that computes no known MX cast.
+    """A cast to few bits that computes no known MX cast.
 
     Attributes:
         source: what is cast.
@@ -75,7 +75,7 @@ class UnknownCast:
 
 
 def find_casts(graph: fx.Graph, backward: bool = False) -> list[Cast | UnknownCast]:
-    """All float8 casts of the forward graph, recognised or not, in graph order.
+    """All casts to few bits of the forward graph, recognised or not, in graph order.
 
     Args:
         backward: those of the backward, too.

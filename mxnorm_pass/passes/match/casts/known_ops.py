@@ -14,26 +14,33 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized, auto_functionalized_v2
 from torch._higher_order_ops.triton_kernel_wrap import (
     kernel_side_table,
     triton_kernel_wrapper_functional,
 )
+from torch._ops import OpOverload
 
+from mxnorm_pass.graph.nodes import tensor_of
 from mxnorm_pass.numerics.formats import ELEMENT_DTYPES, MX_BLOCK_SIZE, BlockFormat, ScaleMode
+from mxnorm_pass.passes.match.casts.region import HIGH_PRECISION
 
 _OP = "torchao::triton_to_mxfp8_dim0"
 _KERNEL = "to_mxfp8_dim0_kernel"
 _OPEN_NAMESPACES = frozenset({"aten", "prims", "prim", "mxnorm_pass"})
+_FUNCTIONALIZED = (auto_functionalized, auto_functionalized_v2)
+# Of elements of any number of bits, and of their scales.
+_BYTES = {torch.uint8, torch.int8, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2, *ELEMENT_DTYPES}
 
 
 @dataclass(frozen=True)
 class CastOp:
-    """A call that returns float8 elements and scales.
+    """A call that returns elements of few bits and scales.
 
     Attributes:
         name: of the op or kernel.
         source: what is cast.
-        values, scales: keys of the results.
+        values, scales: keys of the results, where they are known.
         format: what it computes; None where that is not known.
     """
 
@@ -46,50 +53,59 @@ class CastOp:
 
 def cast_op(node: fx.Node) -> CastOp | None:
     """The cast that the call is, None if it is none."""
-    if node.target is triton_kernel_wrapper_functional:
-        return _kernel(node)
-    namespace = getattr(node.target, "namespace", None)
-    if namespace is None or namespace in _OPEN_NAMESPACES or not _returns_cast(node):
+    called = _called(node)
+    if called is None or not _returns_cast(node):
         return None
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node):
-        return None
-    name = node.target._schema.name  # type: ignore[union-attr]
-    arguments = {**dict(zip(_names(node.target), node.args, strict=False)), **node.kwargs}
-    fmt = None
+    name, arguments = called
     if name == _OP:
         block_size = arguments.get("inner_block_size", MX_BLOCK_SIZE)
         fmt = _format(arguments.get("scaling_mode", "rceil"), block_size)
-    return CastOp(name, source, 0, 1, fmt)
+        return CastOp(name, arguments["x"], 0, 1, fmt)
+    if name == _KERNEL:
+        fmt = _format(arguments.get("SCALING_MODE"), arguments.get("SCALE_BLOCK_SIZE"))
+        return CastOp(name, arguments["x_ptr"], "output_ptr", "scale_ptr", fmt)
+    source = next(filter(_may_be_cast, arguments.values()), None)
+    return CastOp(name, source, 0, 1, None) if source is not None else None
 
 
-def _returns_cast(node: fx.Node) -> bool:
-    """Does it return elements in float8 with scales in E8M0, or packed ones with those of NVFP4?"""
-    outputs = node.meta.get("val")
-    if not isinstance(outputs, (list, tuple)):
-        return False
-    dtypes = {t.dtype for t in outputs if isinstance(t, Tensor)}
-    if torch.float8_e8m0fnu in dtypes:
-        return not dtypes.isdisjoint(ELEMENT_DTYPES)
-    return {torch.uint8, torch.float8_e4m3fn} <= dtypes
+def _called(node: fx.Node) -> tuple[str, Mapping[str, Any]] | None:
+    """The library's op or the kernel that a node calls, and its arguments by name."""
+    if node.target is triton_kernel_wrapper_functional:
+        return _kernel(node)
+    if node.target in _FUNCTIONALIZED:
+        # An op that writes into its arguments.
+        op: Any = node.args[0]
+        return op._schema.name, node.kwargs
+    if not isinstance(node.target, OpOverload) or node.target.namespace in _OPEN_NAMESPACES:
+        return None
+    schema = node.target._schema
+    names = (argument.name for argument in schema.arguments)
+    return schema.name, {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def _names(target: Any) -> list[str]:
-    return [argument.name for argument in target._schema.arguments]
-
-
-def _kernel(node: fx.Node) -> CastOp | None:
+def _kernel(node: fx.Node) -> tuple[str, Mapping[str, Any]]:
     kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])  # type: ignore[arg-type]
     while hasattr(kernel, "fn"):
         # Autotuners wrap the compiled function, which wraps the Python one.
         kernel = kernel.fn
-    if getattr(kernel, "__name__", None) != _KERNEL:
-        return None
     constants = kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"])  # type: ignore[arg-type]
     given: Mapping[str, Any] = node.kwargs["kwargs"]  # type: ignore[assignment]
-    arguments = {**constants, **given}
-    fmt = _format(arguments.get("SCALING_MODE"), arguments.get("SCALE_BLOCK_SIZE"))
-    return CastOp(_KERNEL, arguments["x_ptr"], "output_ptr", "scale_ptr", fmt)
+    return getattr(kernel, "__name__", "a Triton kernel"), {**constants, **given}
+
+
+def _returns_cast(node: fx.Node) -> bool:
+    """Does it return elements and scales, whatever dtypes it gives their bytes?"""
+    outputs = node.meta.get("val")
+    if isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    if not isinstance(outputs, (list, tuple)):
+        return False
+    return sum(isinstance(t, Tensor) and t.dtype in _BYTES for t in outputs) > 1
+
+
+def _may_be_cast(argument: Any) -> bool:
+    value = tensor_of(argument) if isinstance(argument, fx.Node) else None
+    return value is not None and value.ndim > 1 and value.dtype in HIGH_PRECISION
 
 
 def _format(mode: Any, block_size: Any) -> BlockFormat | None:

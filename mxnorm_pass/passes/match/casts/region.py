@@ -22,7 +22,7 @@ from mxnorm_pass.graph.nodes import (
 from mxnorm_pass.passes.match.casts.program import CONSTANTS, REDUCTIONS
 
 MAX_REGION = 200
-_HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
+HIGH_PRECISION = (torch.bfloat16, torch.float16, torch.float32)
 # dtypes in which a graph holds scales: E8M0's byte or its own type, and that of NVFP4.
 _BYTES, _E8M0, _E4M3 = torch.uint8, torch.float8_e8m0fnu, torch.float8_e4m3fn
 
@@ -164,7 +164,7 @@ def _is_blocked_view(node: fx.Node, values: fx.Node, per_byte: int) -> bool:
     source = tensor_of(node.args[0])  # type: ignore[arg-type]
     if source is None or not source.ndim or value.ndim < 2:
         return False
-    if value.dtype not in _HIGH_PRECISION:
+    if value.dtype not in HIGH_PRECISION:
         return False
     if result.dtype == _BYTES and _merges_blocks(source, value):
         return False

@@ -101,7 +101,7 @@ def _quantized_matmul(
     holds: Mapping[fx.Node, _Holds],
 ) -> QuantizedMatmul:
     nodes = _ancestors(matmul, inputs, (cast.values, cast.scales))
-    of_scales = frozenset(n for n in nodes if holds[n] is _Holds.SCALES)
+    of_scales = frozenset(n for n in nodes if holds[n] in (_Holds.SCALES, _Holds.BOTH_SCALES))
     operands = [n for n in inputs[matmul] if n in of_scales]
     blocked = operands[0] if len(operands) == 1 and is_blocked(cast.scales, operands[0]) else None
     name = linear_name(matmul) or matmul.name
@@ -109,22 +109,28 @@ def _quantized_matmul(
 
 
 class _Holds(Enum):
-    """What a node of a dequantisation is made of."""
+    """What a node of a dequantisation is made of: BOTH_SCALES of the blocks' and the tensor's."""
 
     VALUES = auto()
     SCALES = auto()
+    BOTH_SCALES = auto()
     PRODUCT = auto()
+
+
+_DECODED_SCALES = frozenset({_Holds.SCALES, _Holds.BOTH_SCALES})
 
 
 def _hold(
     node: fx.Node, holds: Mapping[fx.Node, _Holds], tensor_scale: fx.Node | None
 ) -> _Holds | None:
     """What ``node`` is made of, None if it is no step of a dequantisation."""
+    if _scales_scales(node, holds, tensor_scale):
+        return _Holds.BOTH_SCALES
     # Symbolic sizes are inputs too.
     tensors = [n for n in node.all_input_nodes if tensor_of(n) is not None]
     inputs = [n for n in tensors if n is not tensor_scale or node.target is not ops.dequantize]
     known = {holds.get(n) for n in inputs if n in holds or not is_constant(n)}
-    if known == {_Holds.VALUES, _Holds.SCALES}:
+    if len(known) == 2 and _Holds.VALUES in known and known & _DECODED_SCALES:
         return _Holds.PRODUCT if is_call(node, PRODUCTS) else None
     if len(known) != 1:
         return None
@@ -135,7 +141,17 @@ def _hold(
         return held
     tags = getattr(node.target, "tags", ())
     decodes = torch.Tag.pointwise in tags or is_call(node, _DECODING) or moves_bytes(node)
-    return held if held is _Holds.SCALES and decodes else None
+    return held if held in _DECODED_SCALES and decodes else None
+
+
+def _scales_scales(
+    node: fx.Node, holds: Mapping[fx.Node, _Holds], tensor_scale: fx.Node | None
+) -> bool:
+    """Does it multiply the blocks' scales by the tensor's, as a dequantisation may?"""
+    if tensor_scale is None or not is_call(node, (aten.mul.Tensor,)):
+        return False
+    others = [n for n in node.args if n is not tensor_scale]
+    return len(others) == 1 and holds.get(others[0]) is _Holds.SCALES  # type: ignore[arg-type]
 
 
 def _decodes_bytes(node: fx.Node, inputs: Sequence[fx.Node]) -> bool:

@@ -198,9 +198,32 @@ OTHERWISE: dict[str, Outputs] = {
 }
 
 
+class BothScales(Scaled):
+    """Blocks' scales are multiplied by the tensor's before they multiply the elements."""
+
+    times = 1
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.norm(x)
+        scale = y.abs().amax() / (448.0 * 6.0)
+        values, scales = with_tensor_scale(y, scale)
+        both = scales.float()
+        for _ in range(self.times):
+            both = both * scale
+        return self.first(elements_times_scales(values, both))
+
+
+class ScaledTwice(BothScales):
+    times = 2
+
+
 def run(outputs: Outputs, **options: Any) -> tuple[Report, Any, Any]:
+    return run_model(Scaled(outputs), **options)
+
+
+def run_model(model: nn.Module, **options: Any) -> tuple[Report, Any, Any]:
     torch._dynamo.reset()
-    model, x = Scaled(outputs), rows()
+    x = rows()
     options = {"inner": "aot_eager", "quantize": "existing", **options}
     with torch.no_grad(), mxnorm_pass.record() as report:
         want = model(x)
@@ -231,6 +254,28 @@ def test_a_scale_that_another_would_change_the_result_of(outputs: Outputs) -> No
 def test_exact_keeps_the_scale_and_all_bits(outputs: Outputs) -> None:
     report, got, want = run(outputs, estimator="exact")
     assert [site.status for site in report.sites] == ["fused"], str(report)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+ESCAPES = SkipReason.CAST_ESCAPES
+
+
+@pytest.mark.parametrize(
+    ("model", "estimator", "reason"),
+    [
+        (BothScales, "exact", None),
+        (BothScales, "mxnorm", ESCAPES),
+        (ScaledTwice, "exact", ESCAPES),
+        (ScaledTwice, "mxnorm", ESCAPES),
+    ],
+)
+def test_dequantisation_with_both_scales(
+    model: type[BothScales], estimator: str, reason: SkipReason | None
+) -> None:
+    """Of an estimate the tensor's scale is another, which so far no such product is given."""
+    torch.manual_seed(0)
+    report, got, want = run_model(model(lambda *_: None), estimator=estimator)
+    assert [site.reason for site in report.sites] == [reason], str(report)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
