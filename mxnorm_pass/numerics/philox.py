@@ -52,25 +52,33 @@ class Draw:
     def words(self, rows: int, columns: int, use: Use) -> Tensor:
         """[rows, columns] int64, uniform in [0, 2**32).
 
-        Word [r, c] is number c % 4 of the counter (c // 4, r, use, matmul) under the seed as key.
+        Word [r, c] is number c % 4 of the counter (use, c // 4, matmul, r) under the seed as key.
         So it depends on neither the number of rows nor that of columns.
         """
         device = self.seed.device
-        quads = torch.arange(-(-columns // _WORDS_PER_COUNTER), device=device)
+        quad = torch.arange(-(-columns // _WORDS_PER_COUNTER), device=device)
         row = torch.arange(rows, device=device).unsqueeze(-1)
-        third, fourth = (torch.full_like(row, n) for n in (use, _MATMUL_NUMBERS[self.matmul]))
-        words = philox(self.seed, (quads, row, third, fourth))
+        first, third = (torch.full_like(row, n) for n in (use, _MATMUL_NUMBERS[self.matmul]))
+        # Positions stand where the key is mixed in before anything is multiplied: a range times a
+        # large constant is computed in 32 bits by Inductor's C++ (torch 2.13).
+        words = philox(self.seed, (first, quad, third, row))
         return torch.stack(words, -1).flatten(-2)[:, :columns]
 
 
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="a compiled backward may draw another seed; pass seed= instead"
+)
 def draw_seed(device: torch.device | None = None) -> Tensor:
     """The one place that asks torch's generator: a seed, [] int64, that differs between ranks.
 
     Ranks that share a ``torch.manual_seed`` would round alike, and averaging their gradients would
-    not average the noise.
+    not average the noise. ``torch.compile`` breaks the graph here, so that the seed is an input of
+    what follows: where a random op's value is for the backward alone, AOTAutograd's partitioner
+    (torch 2.13) puts the op into both graphs and saves some of what comes of the first draw. Two
+    operands' transforms are then of different signs, and do not cancel.
     """
-    seed = torch.randint(_SEEDS, (), dtype=torch.int64, device=device)
-    return seed + _rank()
+    seed: Tensor = torch.randint(_SEEDS, (), dtype=torch.int64, device=device) + _rank()
+    return seed
 
 
 def _rank() -> int:

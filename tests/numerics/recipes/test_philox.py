@@ -52,15 +52,15 @@ def test_known_answers(counter: Counter, key: tuple[int, int], words: Counter) -
 
 
 @pytest.mark.parametrize("matmul, number", [("forward", 0), ("dgrad", 1), ("wgrad", 2)])
-@pytest.mark.parametrize("use, third", [(Use.SIGNS, 0), (Use.LEFT, 1), (Use.RIGHT, 2)])
+@pytest.mark.parametrize("use, first", [(Use.SIGNS, 0), (Use.LEFT, 1), (Use.RIGHT, 2)])
 def test_a_word_is_its_position_in_the_counter(
-    matmul: Matmul, number: int, use: Use, third: int
+    matmul: Matmul, number: int, use: Use, first: int
 ) -> None:
     key = (77, 0x80000001)
     words = Draw(seed_of(key), matmul).words(3, 10, use)
     for row in range(3):
         for column in range(10):
-            want = philox_of_integers((column // 4, row, third, number), key)[column % 4]
+            want = philox_of_integers((first, column // 4, number, row), key)[column % 4]
             assert words[row, column] == want
 
 
