@@ -37,7 +37,8 @@ def headroom(fmt: BlockFormat) -> float:
     A shared exponent of floor(log2 absmax) leaves elements of up to twice the largest power of two
     of the format, more than its largest element: of MXFP4 8 where 6 is the largest, hence 3/4 (of
     "even" scales less than 8). Other scales are rounded up, or, in NVFP4, to the nearest e4m3
-    number: there the largest element of a block may saturate, as it does in TransformerEngine.
+    number: there the largest element of every second block saturates, as in TransformerEngine, and
+    the mean of many falls short by what it loses.
     """
     if fmt.scale_mode not in ("floor", "even"):
         return 1.0
