@@ -11,18 +11,32 @@ from __future__ import annotations
 
 from mxnorm_pass.numerics.cast import mx_cast, mx_dequantize
 from mxnorm_pass.numerics.formats import BlockFormat, block_format
+from mxnorm_pass.numerics.hadamard import Hadamard, hadamard_transform
 from mxnorm_pass.numerics.layout import blocked_scales
-from mxnorm_pass.numerics.linear import mx_linear
+from mxnorm_pass.numerics.linear import mx_linear, recipe_linear
+from mxnorm_pass.numerics.matmul import cast_operand, recipe_matmul
 from mxnorm_pass.numerics.norm import inverse_rms, inverse_rms_vjp, mxnorm, mxnorm_vjp, normalize
 from mxnorm_pass.numerics.norm_cast import mxnorm_cast, mxnorm_cast_both
 from mxnorm_pass.numerics.nvfp4 import nvfp4_norm_tensor_scale, nvfp4_tensor_scale
+from mxnorm_pass.numerics.parse_recipe import recipe
+from mxnorm_pass.numerics.philox import Draw, draw_seed
+from mxnorm_pass.numerics.recipe import RECIPES, MatmulRecipe, OperandCast, Recipe
 from mxnorm_pass.numerics.rms import bound_of_normalized, rms_constant, rms_estimate
 
 __all__ = [
+    "RECIPES",
     "BlockFormat",
+    "Draw",
+    "Hadamard",
+    "MatmulRecipe",
+    "OperandCast",
+    "Recipe",
     "block_format",
     "blocked_scales",
     "bound_of_normalized",
+    "cast_operand",
+    "draw_seed",
+    "hadamard_transform",
     "inverse_rms",
     "inverse_rms_vjp",
     "mx_cast",
@@ -35,6 +49,9 @@ __all__ = [
     "normalize",
     "nvfp4_norm_tensor_scale",
     "nvfp4_tensor_scale",
+    "recipe",
+    "recipe_linear",
+    "recipe_matmul",
     "rms_constant",
     "rms_estimate",
 ]

@@ -19,6 +19,7 @@ from mxnorm_pass.numerics.formats import (
 )
 from mxnorm_pass.numerics.layout import block_size_of, blocked_scales_shape
 from mxnorm_pass.numerics.rms import blocks
+from mxnorm_pass.numerics.stochastic import headroom
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +69,17 @@ def quantize_alone(x: Tensor, fmt: BlockFormat) -> Quantized:
 
 
 def cast_blocks(
-    in_blocks: Tensor, absmax: Tensor, fmt: BlockFormat, tensor_scale: Tensor | None = None
+    in_blocks: Tensor,
+    absmax: Tensor,
+    fmt: BlockFormat,
+    tensor_scale: Tensor | None = None,
+    words: Tensor | None = None,
 ) -> Quantized:
-    """Cast blocks [..., K, B] in float32 under the scales that their absmaxes [..., K, 1] give."""
+    """Cast blocks [..., K, B] in float32 under the scales that their absmaxes [..., K, 1] give.
+
+    With random ``words`` [..., K, B] they are rounded stochastically, and are those of
+    :func:`mxnorm_pass.numerics.stochastic.headroom` times the blocks.
+    """
     if fmt.has_e8m0_scales:
         exponent = e8m0_exponent(absmax, fmt)
         scaled = divide(in_blocks, exponent, fmt)
@@ -80,7 +89,9 @@ def cast_blocks(
         block_scales = nvfp4.block_scales(absmax, tensor_scale)
         scaled = in_blocks * nvfp4.reciprocals(block_scales, tensor_scale)
         scales = block_scales.squeeze(-1)
-    values = round_to_elements(scaled, fmt.element).flatten(-2)
+    if words is not None:
+        scaled = scaled * headroom(fmt)
+    values = round_to_elements(scaled, fmt.element, words).flatten(-2)
     return Quantized(values, scales, fmt, tensor_scale)
 
 

@@ -9,16 +9,20 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass.numerics.formats import F32_MANTISSA_BITS, ElementFormat
+from mxnorm_pass.numerics.stochastic import round_stochastically
 
 _F32_BIAS = 127
 _HALF_BYTE = 4
+# In e4m3fn and in e5m2.
+_NAN = 0x7F
 
 
-def round_to_elements(x: Tensor, element: ElementFormat) -> Tensor:
-    """Round [..., D] to nearest, ties to even; finite values saturate.
+def round_to_elements(x: Tensor, element: ElementFormat, words: Tensor | None = None) -> Tensor:
+    """Round [..., D] to nearest, ties to even, or stochastically; finite values saturate.
 
     Args:
         x: float32.
+        words: random, of x's shape, see :func:`round_stochastically`; None for nearest.
 
     Returns:
         Of the element's dtype, [..., D], or [..., D / 2] where two share a byte. NaN stays NaN in
@@ -26,9 +30,11 @@ def round_to_elements(x: Tensor, element: ElementFormat) -> Tensor:
     """
     # Clamp first: float32 -> float8_e4m3fn overflows to NaN on CPU before torch 2.13.
     clamped = x.clamp(-element.max, element.max)
-    if element.bits == 8:
+    if element.bits == 8 and words is None:
         return clamped.to(element.dtype)
-    codes = _encode(clamped, element)
+    codes = _encode(clamped, element, words)
+    if element.bits == 8:
+        return torch.where(torch.isnan(x), _NAN, codes).view(element.dtype)
     return codes if element.per_byte == 1 else _pack(codes)
 
 
@@ -39,7 +45,7 @@ def element_values(values: Tensor, element: ElementFormat, dtype: torch.dtype) -
     return _decode(values if element.per_byte == 1 else _unpack(values), element).to(dtype)
 
 
-def _encode(x: Tensor, element: ElementFormat) -> Tensor:
+def _encode(x: Tensor, element: ElementFormat, words: Tensor | None) -> Tensor:
     """uint8 codes of float32 that is in the element's range, or NaN."""
     # Not by its magnitude alone: which sign a NaN has depends on the hardware.
     x = x.nan_to_num(0.0)
@@ -47,7 +53,8 @@ def _encode(x: Tensor, element: ElementFormat) -> Tensor:
     exponent = (magnitude.view(torch.int32) >> F32_MANTISSA_BITS) - _F32_BIAS
     exponent = exponent.clamp(min=element.min_exponent)
     # In units of the last place, of subnormals the same as of the smallest normal values.
-    units = torch.round(magnitude * _power_of_two(element.mantissa_bits - exponent))
+    units = magnitude * _power_of_two(element.mantissa_bits - exponent)
+    units = torch.round(units) if words is None else round_stochastically(units, words)
     # A mantissa that was rounded up to 2 carries over into the exponent's bits.
     code = ((exponent - element.min_exponent) << element.mantissa_bits) + units.to(torch.int32)
     sign = torch.signbit(x).to(torch.int32) << (element.bits - 1)
