@@ -136,6 +136,13 @@ class Recipe:
         return any(self.matmul(name).is_random for name in get_args(Matmul))
 
 
+def is_uniform(matmul: MatmulRecipe) -> bool:
+    """Are both operands of high precision, or rounded alike to nearest in blocks of rows?"""
+    cast = matmul.left
+    plain = not (cast.is_stochastic or cast.square_blocks)
+    return matmul.right == cast and plain and matmul.hadamard is None
+
+
 def in_format(fmt: BlockFormat | str) -> Recipe:
     """Both operands of the forward rounded to nearest; the backward in high precision."""
     cast = OperandCast(block_format(fmt))

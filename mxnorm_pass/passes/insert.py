@@ -10,8 +10,8 @@ After::
     activation -> cast -> dequantize -------> mm -> y
     weight ----> cast -> dequantize -> permute -> mm
 
-Only the forward matmul changes: the backward keeps the high-precision operands, so the casts are
-passed straight through.
+The backward keeps the high-precision operands, so the casts are passed straight through; where a
+recipe casts these, ``passes.recipes`` does.
 """
 
 from __future__ import annotations
@@ -45,18 +45,23 @@ class _Linear:
 
 def insert_casts(
     graph: fx.Graph, norms: Iterable[Norm], config: MXNormConfig, tracer: FunctionTracer
-) -> int:
-    """Quantise the linears that ``config.quantize`` names; returns how many."""
+) -> tuple[PlainLinear, ...]:
+    """Quantise the linears that ``config.quantize`` names, and return them.
+
+    Of a linear whose recipe leaves the forward in high precision the forward stays as it is.
+    """
     if config.quantize == "existing":
-        return 0
+        return ()
     fed = list(_norm_fed(norms))
-    inserted = 0
+    quantized = []
     for found in _all_linears(graph, fed) if config.quantize == "all" else fed:
         if obstacle(found.linear, config) is not None:
             continue
-        _quantize(graph, found, config.resolve(found.linear.name).config, tracer)
-        inserted += 1
-    return inserted
+        own = config.resolve(found.linear.name).config
+        if own.casts_forward:
+            _quantize(graph, found, own, tracer)
+        quantized.append(found.linear)
+    return tuple(quantized)
 
 
 def _norm_fed(norms: Iterable[Norm]) -> Iterator[_Linear]:

@@ -24,10 +24,11 @@ from mxnorm_pass.passes.garbage_collection import collector_paused
 from mxnorm_pass.passes.insert import insert_casts
 from mxnorm_pass.passes.match.decide import decide
 from mxnorm_pass.passes.match.fusion import Decision, Fusion, Refusal
-from mxnorm_pass.passes.match.linears.plain import linear_name
+from mxnorm_pass.passes.match.linears.plain import PlainLinear, linear_name
 from mxnorm_pass.passes.match.norms.find import Norm, find_norms
 from mxnorm_pass.passes.match.parts import parts_of, parts_of_created
 from mxnorm_pass.passes.match.skip import Skip
+from mxnorm_pass.passes.recipes import note_unreached, write_recipes
 from mxnorm_pass.passes.rewrite.estimate import expand_estimates
 from mxnorm_pass.passes.rewrite.fusion import rewrite
 from mxnorm_pass.report.reason import SkipReason
@@ -46,14 +47,14 @@ class Analysis:
     Attributes:
         before: the graph as it came in; casts may have been inserted since.
         decisions: one per norm, in graph order.
-        inserted: how many linears were given casts.
+        inserted: the linears that were given casts, or recipes.
         graph: a copy of the graph as it came in, if it is to be verified.
     """
 
     before: Snapshot
     norms: tuple[Norm, ...]
     decisions: tuple[Decision, ...]
-    inserted: int
+    inserted: tuple[PlainLinear, ...]
     matmul_modules: tuple[str, ...]
     graph: fx.Graph | None = None
 
@@ -97,12 +98,13 @@ def analyze(
     original = copied_graph(graph) if config.verify else None
     mark_parameters(graph, facts.parameters)
     mark_weights(graph, facts.weights)
+    note_unreached(graph)
     modules = _matmul_modules(graph)
     norms = find_norms(graph)
     untouched = facts.tensor_subclass is not None or facts.obstacle is not None
-    inserted = (
-        0 if untouched else insert_casts(graph, norms, config, FunctionTracer(decompositions))
-    )
+    tracer = FunctionTracer(decompositions)
+    inserted = () if untouched else insert_casts(graph, norms, config, tracer)
+    write_recipes(graph, inserted, config, tracer)
     decisions = decide(
         graph,
         norms,
@@ -148,7 +150,7 @@ def run_pass(
             rewrite(graph, fusion, tracer)
         drawing.add(fusion, created)
     expand_estimates(graph, tracer)
-    changed = bool(analysis.fusions) or analysis.inserted > 0
+    changed = bool(analysis.fusions or analysis.inserted)
     if changed:
         remove_dead(graph)
         graph.lint()
