@@ -41,9 +41,8 @@ def recipe_of_text(text: str) -> MatmulRecipe:
         return MatmulRecipe()
     try:
         fields = json.loads(text)
-        casts = (_cast(fields[name]) for name in ("left", "right"))
         hadamard = Hadamard(*fields["hadamard"]) if "hadamard" in fields else None
-        return MatmulRecipe(*casts, hadamard)
+        return MatmulRecipe(_cast(fields["left"]), _cast(fields["right"]), hadamard)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{text!r} is no recipe of a matmul: {error}") from None
 

@@ -57,7 +57,7 @@ def write_recipes(
     }
     for node in graph.find_nodes(op="call_function", target=ops.recipe_matmul):
         recipe = recipes.get(node.args[_KEY_POSITION])
-        matmul: Matmul = node.args[_MATMUL]  # type: ignore[assignment]
+        matmul: Matmul = node.args[_MATMUL]
         text = PLAIN if recipe is None else recipe_text(recipe.matmul(matmul))
         node.update_arg(_RECIPE, text)
         if text == PLAIN:

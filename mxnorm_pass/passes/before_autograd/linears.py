@@ -134,7 +134,7 @@ def _seed_of(scope: Scope, example: Tensor, seeds: dict[Scope, fx.Node]) -> fx.N
     with graph.inserting_after(last):
         seed = graph.placeholder("mxnorm_seed")
     seed.meta["example_value"] = example
-    seed._dynamo_source = None  # type: ignore[attr-defined]
+    seed._dynamo_source = None
     if scope.parent is not None:
         (caller,) = scope.callers
         caller.args = (*caller.args, seeds[scope.parent])
