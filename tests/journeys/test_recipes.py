@@ -23,7 +23,7 @@ from training import (
 
 import mxnorm_pass
 from mxnorm_pass import functional
-from mxnorm_pass.numerics.philox import draw_seed
+from mxnorm_pass.numerics.seed import draw_seed
 
 RECIPES: dict[str, Any] = {
     "mxfp8": "mxfp8",

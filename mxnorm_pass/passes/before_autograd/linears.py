@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.modules import module_path
-from mxnorm_pass.numerics.philox import draw_seed
+from mxnorm_pass.numerics.seed import draw_seed
 from mxnorm_pass.passes.before_autograd.provenance import example_value
 from mxnorm_pass.passes.before_autograd.scopes import Scope
 
