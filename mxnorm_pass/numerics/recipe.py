@@ -58,6 +58,14 @@ class OperandCast:
                 "'mxfp4', or leave them out"
             )
 
+    def __str__(self) -> str:
+        if self.format is None:
+            return "high precision"
+        words = [self.format.name]
+        words += ["stochastic"] if self.is_stochastic else []
+        words += ["in square blocks"] if self.square_blocks else []
+        return " ".join(words)
+
     @property
     def is_stochastic(self) -> bool:
         """Does its rounding need random words?"""
@@ -90,6 +98,11 @@ class MatmulRecipe:
     left: OperandCast = OperandCast()
     right: OperandCast = OperandCast()
     hadamard: Hadamard | None = None
+
+    def __str__(self) -> str:
+        left, right = str(self.left), str(self.right)
+        transform = "" if self.hadamard is None else f", Hadamard {self.hadamard.size}"
+        return (left if left == right else f"{left} times {right}") + transform
 
     @property
     def is_random(self) -> bool:

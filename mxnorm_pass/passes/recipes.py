@@ -17,9 +17,12 @@ from mxnorm_pass.graph.matmul import LINEAR_KEY, UNREACHED, is_matmul
 from mxnorm_pass.graph.nodes import is_backward
 from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.numerics.philox import Matmul
+from mxnorm_pass.numerics.recipe import OperandCast, in_format
 from mxnorm_pass.numerics.recipe_text import PLAIN, recipe_text
 from mxnorm_pass.options.config import MXNormConfig
-from mxnorm_pass.passes.match.linears.plain import PlainLinear
+from mxnorm_pass.passes.match.linears.castable import obstacle
+from mxnorm_pass.passes.match.linears.plain import PlainLinear, linear_name, plain_linear
+from mxnorm_pass.report.linear import LinearCasts
 
 # Among the arguments of ``recipe_matmul``.
 _KEY_POSITION, _MATMUL, _RECIPE = 3, 4, 5
@@ -62,6 +65,43 @@ def write_recipes(
         node.update_arg(_RECIPE, text)
         if text == PLAIN:
             _open(graph, node, tracer)
+
+
+def linear_casts(
+    graph: fx.Graph, cast: Iterable[PlainLinear], config: MXNormConfig
+) -> tuple[LinearCasts, ...]:
+    """What becomes of each of the forward's linears; nothing where no recipe was asked for."""
+    if not config.recipes:
+        return ()
+    matmuls = {linear.matmul: linear for linear in cast}
+    in_training = any(map(is_backward, graph.nodes))
+    found = []
+    for node in filter(is_matmul, graph.nodes):
+        if is_backward(node) or not linear_name(node):
+            continue
+        if node in matmuls:
+            found.append(_casts_of(matmuls[node], config, in_training))
+        else:
+            found.append(LinearCasts(linear_name(node), _HIGH, reason=_reason(node, config)))
+    return tuple(found)
+
+
+_HIGH = str(OperandCast())
+
+
+def _casts_of(linear: PlainLinear, config: MXNormConfig, in_training: bool) -> LinearCasts:
+    own = config.resolve(linear.name).config
+    recipe = own.recipe or in_format(own.cast_format)
+    backward = (str(recipe.dgrad), str(recipe.wgrad)) if in_training else ()
+    return LinearCasts(linear.name, str(recipe.forward), *backward)
+
+
+def _reason(node: fx.Node, config: MXNormConfig) -> str:
+    linear = plain_linear(node)
+    if linear is None:
+        return "a product of no activation with a weight"
+    why = obstacle(linear, config)
+    return f"a linear {why}" if why else "no norm feeds it, and quantize is 'norm-fed'"
 
 
 def _open(graph: fx.Graph, node: fx.Node, tracer: FunctionTracer) -> None:

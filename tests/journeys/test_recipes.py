@@ -150,6 +150,32 @@ def test_modules_choose_their_recipe() -> None:
     assert f"{layer}mlp.down_proj.weight" not in differing
 
 
+def test_the_report_says_what_each_linear_reads() -> None:
+    model = build_llama(layers=1)
+    rules = {"*gate_proj": {"recipe": None}, "*up_proj": False}
+    options = {"recipe": "mxfp4-rht-sr", "modules": rules}
+    with mxnorm_pass.record() as report:
+        train(compiled(model, **options), model)
+    (graph,) = report.graphs
+    layer, mxfp4 = "model.layers.0.", "mxfp4 e2m1 floor block 32 stochastic, Hadamard 64"
+    told = {linear.name.removeprefix(layer): linear for linear in graph.linears}
+    assert len(graph.linears) == 8
+    q, gate = told["self_attn.q_proj"], told["mlp.gate_proj"]
+    assert (q.forward, q.dgrad, q.wgrad) == ("high precision", mxfp4, mxfp4)
+    assert (gate.forward, gate.dgrad) == ("mxfp8 e4m3fn rceil block 32", "high precision")
+    assert told["mlp.up_proj"].reason == "a linear that `modules` turns off"
+    assert told["self_attn.o_proj"].reason == "no norm feeds it, and quantize is 'norm-fed'"
+    assert told["lm_head"].reason == "a linear that is cast only if `modules` names it"
+    assert f"3 linears: {layer.replace('0', '*')}self_attn.q_proj, " in str(report)
+    assert f"dgrad {mxfp4}; wgrad {mxfp4}" in str(report)
+    assert mxnorm_pass.Report.from_json(report.to_json()).graphs == report.graphs
+    norm = report.sites[0]
+    assert norm.near_miss and "its recipe leaves without a cast" in norm.near_miss.found
+    with mxnorm_pass.record() as plain:
+        train(compiled(model), model)
+    assert not plain.graphs[0].linears
+
+
 @some(["mxfp8"], recipe=RECIPES)
 def test_gradients_are_verified(recipe: Any) -> None:
     model = build_llama(layers=1)
