@@ -150,10 +150,13 @@ class Recipe:
 
 
 def is_uniform(matmul: MatmulRecipe) -> bool:
-    """Are both operands of high precision, or rounded alike to nearest in blocks of rows?"""
-    cast = matmul.left
-    plain = not (cast.is_stochastic or cast.square_blocks)
-    return matmul.right == cast and plain and matmul.hadamard is None
+    """Are both operands of high precision, or rounded to nearest in one format?
+
+    The right one, a weight, may be in square blocks.
+    """
+    left, right = matmul.left, matmul.right
+    alike = left.format == right.format and matmul.hadamard is None
+    return alike and not (left.is_stochastic or right.is_stochastic or left.square_blocks)
 
 
 def in_format(fmt: BlockFormat | str) -> Recipe:

@@ -114,9 +114,8 @@ def _validate_recipe(label: str, value: object) -> Recipe | None:
         raise invalid(
             label,
             value,
-            "a recipe whose forward rounds both operands to nearest in one format, in blocks along "
-            "rows, or casts none; of others the pass has no forward yet, such as "
-            "{'base': 'nvfp4', 'forward': 'nvfp4'} (functional.recipe_linear takes all of them)",
+            "a recipe whose forward rounds both operands to nearest in one format, with no "
+            "Hadamard transform, or casts none (functional.recipe_linear takes others)",
         )
     return found
 

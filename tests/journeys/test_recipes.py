@@ -33,6 +33,7 @@ RECIPES: dict[str, Any] = {
     "mxfp4-rht": "mxfp4-rht",
     "mxfp4-rht-sr": "mxfp4-rht-sr",
     "all of mxfp4-rht-sr": {"base": "mxfp4-rht-sr", "forward": "mxfp8"},
+    "nvfp4": "nvfp4",
     "nvfp4, weights in rows": {"base": "nvfp4", "forward": "nvfp4"},
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -62,7 +63,7 @@ def reference_for(model: Any, recipe: Any, *, seed: int = 0, **more: Any) -> nn.
 
 
 @some(
-    ["mxfp8-bf16-True", "mxfp4-rht-sr-fp32-False", f"{RANDOM}-bf16-True"],
+    ["mxfp8-bf16-True", "mxfp4-rht-sr-fp32-False", f"{RANDOM}-bf16-True", "nvfp4-bf16-False"],
     recipe=RECIPES,
     dtype=DTYPES,
     every_linear=[True, False],
@@ -237,7 +238,7 @@ def test_linears_that_no_recipe_reaches_stay_whole() -> None:
     "options, words",
     [
         ({"recipe": "mxfp5"}, "did you mean 'mxfp"),
-        ({"recipe": "nvfp4"}, "'forward': 'nvfp4'"),
+        ({"recipe": {"forward": {"format": "mxfp4", "hadamard": 32}}}, "no Hadamard transform"),
         ({"recipe": 3}, "None, a dict, or one of"),
         ({"recipe": {"backward": "mxfp8"}}, "'backward'"),
         ({"recipe": {"wgrad": {"format": "mxfp4", "hadamard": 48}}}, "power of two"),
