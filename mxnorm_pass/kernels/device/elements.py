@@ -178,7 +178,8 @@ def _e2m1_by_adding() -> str:
         "lop3.b32 $0, signs, $10, sizes, 0xEA;",
         "}",
     ]
-    return "\n".join(lines)
+    # On one line: Inductor quotes what a kernel reads, and not its line breaks.
+    return " ".join(lines)
 
 
 _E2M1_BY_ADDING = tl.constexpr(_e2m1_by_adding())
