@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from heapq import heappop, heappush
 
@@ -19,6 +19,7 @@ from mxnorm_pass.graph.nodes import (
     is_call,
     is_view,
     prims,
+    same_size,
     strip,
     tensor_of,
 )
@@ -53,6 +54,18 @@ class QuantizedMatmul:
     slice: tuple[fx.Node, ...]
     of_scales: frozenset[fx.Node] = frozenset()
     blocked_scales: fx.Node | None = None
+
+    def with_scales_of(self, cast: Cast, width: int) -> QuantizedMatmul:
+        """It, as it may read the scales of ``cast`` from an op whose rows are of this width.
+
+        The 128x4 layout depends on the rows, and a cast may have others than the op: of heads that
+        were normalised one by one, of all of a token's in one row.
+        """
+        scales = tensor_of(cast.scales)
+        assert scales is not None
+        if same_size(scales.shape[-1] * cast.format.block_size, width):
+            return self
+        return replace(self, blocked_scales=None)
 
 
 @dataclass(frozen=True)
