@@ -13,7 +13,7 @@ from mxnorm_pass.graph.code import call_text
 from mxnorm_pass.graph.nodes import is_backward, same_size, tensor_of
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.match.casts.find import Cast, UnknownCast, find_casts
-from mxnorm_pass.passes.match.fusion import Decision, Fusion, Refusal, scales_by_output
+from mxnorm_pass.passes.match.fusion import Decision, Fusion, Refusal, scales_by_rows
 from mxnorm_pass.passes.match.linears.consumer import (
     Consumer,
     WeightCast,
@@ -305,6 +305,8 @@ def _multiplied(consumer: Consumer, norm: Norm) -> str:
     if _wants_gain(consumer.cast, norm):
         scale = consumer.cast.tensor_scale
         return f"{consumer.name} multiplies what {scale} scales, which was chosen with the gain"
+    if consumer.weight is not None and not _takes_gain(consumer.weight):
+        return f"the scales of the weight of {consumer.name} are those of its size without the gain"
     return f"{consumer.name} multiplies {weight_text(consumer)}"
 
 
@@ -316,7 +318,7 @@ def _can_fold(consumer: Consumer, norm: Norm) -> bool:
     """
     if consumer.weight is None or _backward_reads(consumer.quantized):
         return False
-    if _wants_gain(consumer.cast, norm) or not _may_rescale(consumer.weight):
+    if _wants_gain(consumer.cast, norm) or not _takes_gain(consumer.weight):
         return False
     weight = tensor_of(consumer.weight.weight)
     return weight is not None and same_size(weight.shape[-1], norm.width)
@@ -324,16 +326,17 @@ def _can_fold(consumer: Consumer, norm: Norm) -> bool:
 
 def _wants_gain(cast: Cast, norm: Norm) -> bool:
     """Was the tensor's scale chosen for rows with their gain, and stays as it is?"""
-    return cast.tensor_scale is not None and not scales_by_output(norm, cast)
+    return cast.tensor_scale is not None and not scales_by_rows(norm, cast)
 
 
-def _may_rescale(weight: WeightCast) -> bool:
-    """May the folded weight have another tensor's scale, as far as the cast has one?
+def _takes_gain(weight: WeightCast) -> bool:
+    """Can its cast hold the weight times a gain of whatever size?
 
-    What scales a matmul's result would have to be told of it.
+    Scales in e4m3 need another tensor's scale then, of which what scales a matmul's result would
+    have to be told.
     """
     if weight.cast.tensor_scale is None:
-        return True
+        return weight.cast.format.has_e8m0_scales
     beside = readers_beside(weight.cast)
     known = all(reader.target is ops.dequantize for reader in beside)
     return known and any(reader in weight.slice for reader in beside)

@@ -9,7 +9,14 @@ from torch import Tensor, fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.fake import real_tensors
-from mxnorm_pass.graph.nodes import ancestors_after, same_value, tensor_of
+from mxnorm_pass.graph.nodes import (
+    ancestors_after,
+    is_dtype_cast,
+    is_view,
+    same_value,
+    strip,
+    tensor_of,
+)
 from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
@@ -29,16 +36,18 @@ from mxnorm_pass.report.site import Site
 _LARGEST_BOUND = 3800.0
 
 
-def scales_by_output(norm: Norm, cast: Cast) -> bool:
-    """Is the tensor scaled by a number of the norm's output?
+def scales_by_rows(norm: Norm, cast: Cast) -> bool:
+    """Is the tensor scaled by a number that is computed from the norm's rows?
 
-    Another was chosen for other rows, which the model's author knows.
+    Another was chosen for other rows, which the model's author knows. In a graph that was traced
+    with an estimate such a number may come from the exact norm, so it is x that counts.
     """
     scale = cast.tensor_scale
     if scale is None:
         return False
     is_own = any(node.target is ops.cast for node in cast.nodes)
-    return is_own or norm.output in ancestors_after(scale, norm.output)
+    x = strip(norm.x, is_view, is_dtype_cast)
+    return is_own or x in ancestors_after(scale, x)
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ class Fusion:
     def _rescales(self, cast: Cast) -> bool:
         """Is the tensor scaled by another number than the matched graph's?"""
         # "exact" changes no bit.
-        return self.estimator != "exact" and scales_by_output(self.norm, cast)
+        return self.estimator != "exact" and scales_by_rows(self.norm, cast)
 
     def bound_of(self, spec: NormCastSpec) -> float | None:
         """What bounds |x| / rms, to scale the tensor by; None if the elements are to say it."""

@@ -16,6 +16,7 @@ from mxnorm_pass.graph.nodes import (
     aten,
     dtype_of,
     forward_users,
+    interleaves,
     is_call,
     is_view,
     prims,
@@ -30,7 +31,7 @@ from mxnorm_pass.passes.match.linears.plain import linear_name
 LAYOUT = frozenset({aten.permute.default, aten.t.default, aten.transpose.int, aten.slice.Tensor})
 # What turns scales into numbers, beside pointwise ops.
 _DECODING = frozenset({aten.view.dtype, aten.where.self, aten.full_like.default, aten.full.default})
-_UNPACKING = frozenset({aten.stack.default, aten.index_put.default})
+_UNPACKING = frozenset({aten.index_put.default})
 _CONSTANTS = frozenset({aten.full.default, aten.scalar_tensor.default, aten.zeros.default})
 PRODUCTS = frozenset({aten.mul.Tensor, ops.dequantize})
 
@@ -173,7 +174,7 @@ def _decodes_bytes(node: fx.Node, inputs: Sequence[fx.Node]) -> bool:
     if any(dtype.is_floating_point for dtype in dtypes):
         return False
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return pointwise or is_call(node, _DECODING | _UNPACKING)
+    return pointwise or interleaves(node) or is_call(node, _DECODING | _UNPACKING)
 
 
 def is_constant(node: fx.Node) -> bool:
