@@ -58,6 +58,8 @@ def _compile(
     stored = recording.load(key) if job.config.inner == "inductor" else None
     job.prepare(stored)
     compiled = INNER[job.config.inner](job)
+    if job.seed is not None:
+        compiled = job.seed.wrap(compiled)
     if job.is_backward:
         return compiled
     results = stored.results if stored is not None else job.results or _retrace(job)

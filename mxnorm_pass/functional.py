@@ -19,9 +19,10 @@ from mxnorm_pass.numerics.norm import inverse_rms, inverse_rms_vjp, mxnorm, mxno
 from mxnorm_pass.numerics.norm_cast import mxnorm_cast, mxnorm_cast_both
 from mxnorm_pass.numerics.nvfp4 import nvfp4_norm_tensor_scale, nvfp4_tensor_scale
 from mxnorm_pass.numerics.parse_recipe import recipe
-from mxnorm_pass.numerics.philox import Draw, draw_seed
+from mxnorm_pass.numerics.philox import Draw
 from mxnorm_pass.numerics.recipe import RECIPES, MatmulRecipe, OperandCast, Recipe
 from mxnorm_pass.numerics.rms import bound_of_normalized, rms_constant, rms_estimate
+from mxnorm_pass.numerics.seed import draw_seed
 
 __all__ = [
     "RECIPES",

@@ -13,11 +13,13 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes import lower
 from mxnorm_pass.passes.before_autograd.provenance import note_backward, take_marks
 from mxnorm_pass.passes.before_autograd.scopes import Scope
 from mxnorm_pass.passes.joint import Analysis, GraphFacts, run_pass
+from mxnorm_pass.passes.recipes import open_linears
 from mxnorm_pass.report.site import PassResult
 
 
@@ -57,6 +59,7 @@ class MXNormPass(CustomGraphPass):
         self._decompositions = decompositions
 
     def __call__(self, graph: fx.Graph) -> None:
+        open_linears(graph, FunctionTracer(self._decompositions))
         provenance = take_marks(graph, self._scopes)
         if provenance is None:
             return

@@ -26,9 +26,10 @@ from mxnorm_pass.options.channel_order import check_channels
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.parse import ParsedOptions, inductor_setting
 from mxnorm_pass.passes.before_autograd.derivatives import inner_derivative
+from mxnorm_pass.passes.before_autograd.linears import SeedInput, mark_linears
 from mxnorm_pass.passes.before_autograd.plan import find_plan
 from mxnorm_pass.passes.before_autograd.plan_json import from_json as plan_from_json
-from mxnorm_pass.passes.before_autograd.provenance import mark_ends
+from mxnorm_pass.passes.before_autograd.provenance import copied_graph_module, mark_ends
 from mxnorm_pass.passes.before_autograd.regions import (
     names_in_layers,
     passed,
@@ -72,6 +73,7 @@ class CompileJob:
         differentiated: autograd differentiates the graph.
         plan: the estimates that are put into the graphs.
         originals: by scope number, what was found before there were estimates.
+        seed: the input that recipes draw from, which was added to the graph.
         plan_seconds: what deciding on the estimates has taken.
         by_scope: by scope number, what the pass did; empty after a warm cache.
     """
@@ -90,6 +92,7 @@ class CompileJob:
     plan: list[Substitution] = field(default_factory=list)
     originals: dict[int, Analysis] = field(default_factory=dict)
     plan_seconds: float = 0.0
+    seed: SeedInput | None = None
     by_scope: dict[int, PassResult] = field(default_factory=dict)
 
     @classmethod
@@ -124,11 +127,15 @@ class CompileJob:
         """
         if self.is_backward:
             return
+        if any(recipe.is_random for recipe in self.config.recipes):
+            # It may get an input, of which Dynamo has no source.
+            self.gm = copied_graph_module(self.gm)
         placeholders = _placeholders(self.gm)
         self.weight_nodes = {placeholders[i]: weight for i, weight in self.weights.items()}
         split_regions(self.gm, self.config, self.weight_nodes)
         self.scopes = scopes_of(self.gm)
         self.differentiated = _needs_gradients(self.example_inputs)
+        self._mark_linears()
         if stored is not None:
             self.differentiated = stored.differentiated
             self.plan = plan_from_json(stored.plan, self.scopes)
@@ -137,6 +144,17 @@ class CompileJob:
         for substitution in self.plan:
             substitute(substitution)
         mark_ends(self.scopes)
+
+    def _mark_linears(self) -> None:
+        """Let recipes reach the backward, which autograd is about to write."""
+        recipes = self.config.recipes
+        if not recipes or not self.differentiated:
+            return
+        self.seed = mark_linears(self.scopes, any(recipe.is_random for recipe in recipes))
+        if self.seed is not None:
+            self.example_inputs = [*self.example_inputs, self.seed.example]
+        # Their nodes are others now.
+        self.scopes = scopes_of(self.gm)
 
     def _find_plan(self) -> None:
         start = time.perf_counter()

@@ -29,6 +29,10 @@ LINEAR_OPERANDS: dict[Any, tuple[int, int]] = {
     aten.linear.default: (0, 1),
 }
 
+# In the meta of a linear's matmul: its key, and whether its backward cannot be told from others.
+LINEAR_KEY = "mxnorm_linear"
+UNREACHED = "mxnorm_unreached"
+
 
 def is_matmul(node: fx.Node) -> bool:
     return is_call(node, _MATMULS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mxnorm_pass.numerics import nvfp4
@@ -56,11 +57,33 @@ class Quantized:
 
 
 @torch.no_grad()
-def quantize(x: Tensor, fmt: BlockFormat, tensor_scale: Tensor | None = None) -> Quantized:
-    """Cast [..., D], float32, bfloat16 or float16, along the last dimension."""
+def quantize(
+    x: Tensor, fmt: BlockFormat, tensor_scale: Tensor | None = None, *, square_blocks: bool = False
+) -> Quantized:
+    """Cast [..., D], float32, bfloat16 or float16, along the last dimension.
+
+    With ``square_blocks`` B rows of a matrix [R, D] share their scales, too, so that a matrix and
+    its transpose have the same values (arXiv 2509.25149, section 4.3).
+    """
     in_blocks = blocks(x, fmt.block_size)
-    absmax = in_blocks.abs().amax(-1, keepdim=True).to(torch.float32)
+    absmax = absmaxes(in_blocks, square_blocks)
     return cast_blocks(in_blocks.to(torch.float32), absmax, fmt, tensor_scale)
+
+
+def absmaxes(in_blocks: Tensor, square_blocks: bool = False) -> Tensor:
+    """[..., K, 1] float32, the largest |x| of blocks [..., K, B], or of B x B elements."""
+    absmax = in_blocks.abs().amax(-1, keepdim=True)
+    if square_blocks:
+        absmax = _of_squares(absmax, in_blocks.shape[-1])
+    return absmax.to(torch.float32)
+
+
+def _of_squares(absmax: Tensor, size: int) -> Tensor:
+    """[R, K, 1], the largest of each run of ``size`` rows in all of them; the last may be short."""
+    rows = absmax.shape[0]
+    padded = F.pad(absmax, (0, 0, 0, 0, 0, -rows % size)).unflatten(0, (-1, size))
+    largest: Tensor = padded.amax(1, keepdim=True).expand_as(padded).flatten(0, 1)[:rows]
+    return largest
 
 
 def quantize_alone(x: Tensor, fmt: BlockFormat) -> Quantized:
@@ -114,7 +137,11 @@ def divide(x: Tensor, exponent: Tensor, fmt: BlockFormat) -> Tensor:
 
 
 def mx_cast(
-    x: Tensor, format: BlockFormat | str = "mxfp8", *, tensor_scale: Tensor | None = None
+    x: Tensor,
+    format: BlockFormat | str = "mxfp8",
+    *,
+    tensor_scale: Tensor | None = None,
+    square_blocks: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cast to a block format along the last dimension.
 
@@ -123,6 +150,7 @@ def mx_cast(
         format: a :class:`BlockFormat` or the name of one, see :func:`block_format`.
         tensor_scale: [] float32, of NVFP4 alone: what all block scales are divided by, such as
             :func:`nvfp4_tensor_scale` of ``x``; None for 1.
+        square_blocks: of a matrix, B rows share their scales, see :func:`quantize`.
 
     Returns:
         values [..., D] of the format's ``elem_dtype``, [..., D / 2] where two elements share a
@@ -132,12 +160,14 @@ def mx_cast(
         :func:`mxnorm_pass.numerics.e8m0.e8m0_exponent`).
 
     Raises:
-        ValueError: no such format, D is not divisible by its block size, or it takes no
-            ``tensor_scale``.
+        ValueError: no such format, D is not divisible by its block size, it takes no
+            ``tensor_scale``, or ``square_blocks`` of what is no matrix.
     """
     fmt = block_format(format)
     check_tensor_scale(tensor_scale, fmt)
-    quantized = quantize(x, fmt, tensor_scale)
+    if square_blocks and x.ndim != 2:
+        raise ValueError(f"square_blocks are of a matrix; x has shape {tuple(x.shape)}")
+    quantized = quantize(x, fmt, tensor_scale, square_blocks=square_blocks)
     return quantized.values, quantized.scales
 
 

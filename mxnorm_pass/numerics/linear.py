@@ -13,8 +13,9 @@ from mxnorm_pass.numerics.cast import Quantized
 from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.matmul import recipe_matmul
 from mxnorm_pass.numerics.parse_recipe import recipe as recipe_of
-from mxnorm_pass.numerics.philox import Draw, Matmul, draw_seed
+from mxnorm_pass.numerics.philox import Draw, Matmul
 from mxnorm_pass.numerics.recipe import Recipe, in_format
+from mxnorm_pass.numerics.seed import draw_seed
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mxnorm_pass.numerics import nvfp4
-from mxnorm_pass.numerics.cast import Quantized, cast_blocks
+from mxnorm_pass.numerics.cast import Quantized, absmaxes, cast_blocks
 from mxnorm_pass.numerics.hadamard import Hadamard
 from mxnorm_pass.numerics.philox import Draw, Use
 from mxnorm_pass.numerics.recipe import MatmulRecipe, OperandCast
@@ -44,26 +44,15 @@ def cast_operand(
         raise ValueError("an operand of high precision has no cast")
     x = x if hadamard is None else hadamard.transform(x, draw)
     in_blocks = blocks(x, fmt.block_size)
-    absmax = in_blocks.abs().amax(-1, keepdim=True)
-    if cast.square_blocks:
-        absmax = _of_square_blocks(absmax, fmt.block_size)
     tensor_scale = None if fmt.has_e8m0_scales else nvfp4.nvfp4_tensor_scale(x)
     words = _words(x, cast, draw, use)
     return cast_blocks(
         in_blocks.to(torch.float32),
-        absmax.to(torch.float32),
+        absmaxes(in_blocks, cast.square_blocks),
         fmt,
         tensor_scale,
         None if words is None else blocks(words, fmt.block_size),
     )
-
-
-def _of_square_blocks(absmax: Tensor, size: int) -> Tensor:
-    """[R, K, 1], the largest of each run of ``size`` rows in all of them; the last may be short."""
-    rows = absmax.shape[0]
-    padded = F.pad(absmax, (0, 0, 0, 0, 0, -rows % size)).unflatten(0, (-1, size))
-    largest: Tensor = padded.amax(1, keepdim=True).expand_as(padded).flatten(0, 1)[:rows]
-    return largest
 
 
 def _words(x: Tensor, cast: OperandCast, draw: Draw | None, use: Use) -> Tensor | None:

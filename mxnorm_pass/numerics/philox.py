@@ -25,8 +25,6 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD_BITS = 32
 _WORD = (1 << _WORD_BITS) - 1
 _WORDS_PER_COUNTER = 4
-# Seeds leave room for a rank to be added.
-_SEEDS = 2**62
 
 
 class Use(IntEnum):
@@ -42,7 +40,7 @@ class Draw:
     """The randomness of one matmul: no other one of the same seed sees the same words.
 
     Attributes:
-        seed: [] int64, of one linear in one step, see :func:`draw_seed`.
+        seed: [] int64, of one linear in one step, see ``seed.draw_seed``.
         matmul: of that linear.
     """
 
@@ -63,29 +61,6 @@ class Draw:
         # large constant is computed in 32 bits by Inductor's C++ (torch 2.13).
         words = philox(self.seed, (first, quad, third, row))
         return torch.stack(words, -1).flatten(-2)[:, :columns]
-
-
-@torch.compiler.disable(  # type: ignore[untyped-decorator]
-    reason="a compiled backward may draw another seed; pass seed= instead"
-)
-def draw_seed(device: torch.device | None = None) -> Tensor:
-    """The one place that asks torch's generator: a seed, [] int64, that differs between ranks.
-
-    Ranks that share a ``torch.manual_seed`` would round alike, and averaging their gradients would
-    not average the noise. ``torch.compile`` breaks the graph here, so that the seed is an input of
-    what follows: where a random op's value is for the backward alone, AOTAutograd's partitioner
-    (torch 2.13) puts the op into both graphs and saves some of what comes of the first draw. Two
-    operands' transforms are then of different signs, and do not cancel.
-    """
-    seed: Tensor = torch.randint(_SEEDS, (), dtype=torch.int64, device=device) + _rank()
-    return seed
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank()
-    return 0
 
 
 def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:

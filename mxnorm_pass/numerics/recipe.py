@@ -58,6 +58,14 @@ class OperandCast:
                 "'mxfp4', or leave them out"
             )
 
+    def __str__(self) -> str:
+        if self.format is None:
+            return "high precision"
+        words = [self.format.name]
+        words += ["stochastic"] if self.is_stochastic else []
+        words += ["in square blocks"] if self.square_blocks else []
+        return " ".join(words)
+
     @property
     def is_stochastic(self) -> bool:
         """Does its rounding need random words?"""
@@ -90,6 +98,11 @@ class MatmulRecipe:
     left: OperandCast = OperandCast()
     right: OperandCast = OperandCast()
     hadamard: Hadamard | None = None
+
+    def __str__(self) -> str:
+        left, right = str(self.left), str(self.right)
+        transform = "" if self.hadamard is None else f", Hadamard {self.hadamard.size}"
+        return (left if left == right else f"{left} times {right}") + transform
 
     @property
     def is_random(self) -> bool:
@@ -134,6 +147,16 @@ class Recipe:
     def is_random(self) -> bool:
         """Does one of its matmuls need a seed?"""
         return any(self.matmul(name).is_random for name in get_args(Matmul))
+
+
+def is_uniform(matmul: MatmulRecipe) -> bool:
+    """Are both operands of high precision, or rounded to nearest in one format?
+
+    The right one, a weight, may be in square blocks.
+    """
+    left, right = matmul.left, matmul.right
+    alike = left.format == right.format and matmul.hadamard is None
+    return alike and not (left.is_stochastic or right.is_stochastic or left.square_blocks)
 
 
 def in_format(fmt: BlockFormat | str) -> Recipe:

@@ -10,6 +10,9 @@
 ``mxnorm_pass::dequantize``          back to high precision (``functional.mx_dequantize``)
 ``mxnorm_pass::inverse_rms``         the estimate alone, differentiable (``functional.inverse_rms``)
 ``mxnorm_pass::inverse_rms_backward``  its derivative (``functional.inverse_rms_vjp``)
+``mxnorm_pass::linear``              a linear whose backward knows whose it is
+``mxnorm_pass::recipe_matmul``       a matmul that casts its operands
+                                     (``numerics.matmul.recipe_matmul``)
 ``mxnorm_pass::mark``                computes nothing; says where in a traced graph a place of
                                      Dynamo's graph is
 
@@ -26,6 +29,7 @@ from typing import Any
 from mxnorm_pass.ops.casts import cast, dequantize, tensor_scale
 from mxnorm_pass.ops.define import NAMESPACE, OPS, Op
 from mxnorm_pass.ops.estimates import inverse_rms, inverse_rms_backward
+from mxnorm_pass.ops.linears import linear, recipe_matmul
 from mxnorm_pass.ops.marks import mark
 from mxnorm_pass.ops.norm_casts import add_norm_cast, add_norm_cast_both, norm_cast, norm_cast_both
 
@@ -45,9 +49,11 @@ __all__ = [
     "dequantize",
     "inverse_rms",
     "inverse_rms_backward",
+    "linear",
     "mark",
     "norm_cast",
     "norm_cast_both",
     "normalizes",
+    "recipe_matmul",
     "tensor_scale",
 ]

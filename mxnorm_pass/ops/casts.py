@@ -12,12 +12,16 @@ from mxnorm_pass.ops.checks import check_blocks, check_quantized, check_rows
 from mxnorm_pass.ops.define import Op, define
 
 
-def _cast(x: Tensor, format: str, tensor_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _cast(
+    x: Tensor, format: str, tensor_scale: Tensor | None = None, square_blocks: bool = False
+) -> tuple[Tensor, Tensor]:
     fmt = _checked(x, format, tensor_scale)
-    return mx_cast(x.contiguous(), fmt, tensor_scale=tensor_scale)
+    return mx_cast(x.contiguous(), fmt, tensor_scale=tensor_scale, square_blocks=square_blocks)
 
 
-def _fake_cast(x: Tensor, format: str, tensor_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _fake_cast(
+    x: Tensor, format: str, tensor_scale: Tensor | None = None, square_blocks: bool = False
+) -> tuple[Tensor, Tensor]:
     return empty_cast(x, _checked(x, format, tensor_scale))
 
 
@@ -71,7 +75,8 @@ def _fake_tensor_scale(x: Tensor) -> Tensor:
 
 cast = define(
     Op(
-        "cast(Tensor x, str format, Tensor? tensor_scale=None) -> (Tensor values, Tensor scales)",
+        "cast(Tensor x, str format, Tensor? tensor_scale=None, bool square_blocks=False) "
+        "-> (Tensor values, Tensor scales)",
         _cast,
         _fake_cast,
     )

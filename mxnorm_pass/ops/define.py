@@ -43,6 +43,8 @@ class Op:
         traffic: how the report counts its bytes.
         part: what the report calls it in a site's part of the graph; "": as its neighbours.
         differentiable: it has a derivative, registered apart.
+        stays_whole: of its arguments; does a compiled graph call it, rather than what it consists
+            of?
         add_first: of an op of rows, the one that adds a residual first.
         along_rows_only: of an op that casts along D and T, the one that casts along D alone.
     """
@@ -54,6 +56,7 @@ class Op:
     traffic: Traffic = "pointwise"
     part: str = ""
     differentiable: bool = False
+    stays_whole: Callable[[Sequence[Any]], bool] | None = None
     add_first: Any = None
     along_rows_only: Any = None
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from mxnorm_pass.names import HEAD_NAMES, UnmatchedPattern, compile_pattern, nearest_names
 from mxnorm_pass.numerics.formats import BlockFormat, ScaleMode, block_format
 from mxnorm_pass.numerics.norm import Gradient
+from mxnorm_pass.numerics.recipe import Recipe
 from mxnorm_pass.numerics.rms import Estimator
 from mxnorm_pass.options.calibration import Calibration
 from mxnorm_pass.options.inductor import invalid
@@ -30,6 +31,7 @@ from mxnorm_pass.options.validate import (
     Quantize,
     TensorScale,
     check_agreement,
+    check_recipe,
 )
 
 # Estimated with block weights, kept exact, or exact since the calibration does not know the norm.
@@ -87,9 +89,12 @@ class MXNormConfig:
         tensor_scale: "bound" or "amax": NVFP4's scale of the tensor that a norm has normalised,
             from what bounds it, or from its largest element, which takes another pass over it.
             Where the bound is far above what rows have (p below 1, weights near 0) it is "amax".
+        recipe: what the three matmuls of a linear in training read: None (the forward in
+            ``format``, the backward in high precision), the name of a recipe or a dict, see
+            :func:`mxnorm_pass.functional.recipe`. It says what the forward's format is, too.
         modules: name pattern to False, True or a dict of overrides of estimator, p, gain,
-            gradient, format, elem_dtype, scale_mode and tensor_scale. A pattern is a glob, or a
-            regular expression after "re:"; see ``resolve``. Copied, so later changes to the
+            gradient, format, elem_dtype, scale_mode, tensor_scale and recipe. A pattern is a glob,
+            or a regular expression after "re:"; see ``resolve``. Copied, so later changes to the
             caller's dict are unseen.
         calibration: a :class:`mxnorm_pass.Calibration`, or the path of one, which is read here.
             Norms that it does not know stay exact. A rule that sets ``estimator`` overrules it.
@@ -114,6 +119,7 @@ class MXNormConfig:
     elem_dtype: torch.dtype = DEFAULT_ELEM_DTYPE
     scale_mode: ScaleMode = DEFAULT_SCALE_MODE
     tensor_scale: TensorScale = "bound"
+    recipe: Recipe | None = None
     modules: Mapping[str, bool | Mapping[str, Any]] = field(default_factory=dict)
     calibration: Calibration | None = None
     inner: Inner = "inductor"
@@ -125,6 +131,7 @@ class MXNormConfig:
         for name, validate in VALIDATORS.items():
             object.__setattr__(self, name, validate(name, getattr(self, name)))
         check_agreement(self.format, self.elem_dtype, self.scale_mode)
+        check_recipe(self.recipe, self.quantize, (self.format, self.elem_dtype, self.scale_mode))
         if self.calibration is not None:
             _check_agreement(self, self.calibration)
             object.__setattr__(self, "p", self.calibration.p)
@@ -132,10 +139,23 @@ class MXNormConfig:
     @property
     def cast_format(self) -> BlockFormat:
         """Of the casts that the backend inserts."""
+        if self.recipe is not None and self.recipe.forward.left.format is not None:
+            return self.recipe.forward.left.format
         if self.format == "mxfp8":
             return BlockFormat.of(self.elem_dtype, self.scale_mode)
         fmt = block_format(self.format)
         return replace(fmt, scale_mode=self.scale_mode) if fmt.has_e8m0_scales else fmt
+
+    @property
+    def casts_forward(self) -> bool:
+        """Do the linears that the backend casts read casts in the forward?"""
+        return self.recipe is None or self.recipe.forward.left.format is not None
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """All that any module may have."""
+        configs = (self, *(rule.config for rule in self._rules))
+        return tuple(config.recipe for config in configs if config.recipe is not None)
 
     def resolve(self, name: str, opt_in: bool = False) -> ModuleConfig:
         """Return what applies to the module of that full dotted name.
@@ -314,6 +334,10 @@ def _thaw_modules(
 
 def _make_rule(base: MXNormConfig, pattern: str, value: bool | Mapping[str, Any]) -> _Rule:
     overrides = {} if isinstance(value, bool) else dict(value)
+    if overrides.keys() & {"format", "elem_dtype", "scale_mode"}:
+        overrides.setdefault("recipe", None)
+    elif overrides.get("recipe") is not None:
+        overrides |= {"format": "mxfp8", "scale_mode": DEFAULT_SCALE_MODE}
     # Either says what elements are, so that one of the base gives way.
     if "format" in overrides:
         overrides.setdefault("elem_dtype", DEFAULT_ELEM_DTYPE)

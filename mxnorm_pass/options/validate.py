@@ -13,6 +13,8 @@ import torch
 from mxnorm_pass.names import check_pattern
 from mxnorm_pass.numerics.formats import ELEMENT_DTYPES, ScaleMode
 from mxnorm_pass.numerics.norm import Gradient
+from mxnorm_pass.numerics.parse_recipe import recipe
+from mxnorm_pass.numerics.recipe import RECIPES, Recipe, is_uniform
 from mxnorm_pass.numerics.rms import Estimator
 from mxnorm_pass.options.calibration import Calibration
 from mxnorm_pass.options.inductor import invalid, one_of
@@ -36,6 +38,7 @@ OVERRIDABLE = (
     "elem_dtype",
     "scale_mode",
     "tensor_scale",
+    "recipe",
 )
 Format = Literal["mxfp8", "mxfp6", "mxfp6 e2m3", "mxfp6 e3m2", "mxfp4", "nvfp4"]
 TensorScale = Literal["bound", "amax"]
@@ -97,6 +100,26 @@ def _validate_calibration(label: str, value: object) -> Calibration | None:
         raise invalid(label, value, f"the path of a calibration, but {error}") from None
 
 
+def _validate_recipe(label: str, value: object) -> Recipe | None:
+    if value is None:
+        return None
+    if not isinstance(value, (str, Mapping, Recipe)):
+        allowed = f"None, a dict, or one of {', '.join(map(repr, RECIPES))}"
+        raise invalid(label, value, allowed)
+    try:
+        found = recipe(value)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
+    if not is_uniform(found.forward):
+        raise invalid(
+            label,
+            value,
+            "a recipe whose forward rounds both operands to nearest in one format, with no "
+            "Hadamard transform, or casts none (functional.recipe_linear takes others)",
+        )
+    return found
+
+
 def _validate_modules(label: str, value: object) -> Mapping[str, bool | Mapping[str, Any]]:
     if not isinstance(value, Mapping):
         raise invalid(label, value, "a mapping from name pattern to True, False or a dict")
@@ -138,6 +161,22 @@ def check_agreement(
         raise invalid(label_of("scale_mode"), scale_mode, allowed)
 
 
+def check_recipe(recipe: Recipe | None, quantize: str, forward: tuple[str, object, str]) -> None:
+    """Raises a ValueError where other options say what a recipe says, or leave it nothing."""
+    if recipe is None:
+        return
+    if quantize == "existing":
+        allowed = "'norm-fed' or 'all' beside a recipe, which is of casts that the backend inserts"
+        raise invalid("quantize", quantize, allowed)
+    defaults = ("mxfp8", DEFAULT_ELEM_DTYPE, DEFAULT_SCALE_MODE)
+    for name, value, default in zip(
+        ("format", "elem_dtype", "scale_mode"), forward, defaults, strict=True
+    ):
+        if value != default:
+            allowed = "none beside a recipe: write it into the recipe's 'forward'"
+            raise invalid(name, value, allowed)
+
+
 def _validate_override(label: str, name: object, value: object) -> Any:
     if not isinstance(name, str) or name not in OVERRIDABLE:
         raise ValueError(
@@ -157,6 +196,7 @@ VALIDATORS: dict[str, _Validator] = {
     "elem_dtype": _validate_elem_dtype,
     "scale_mode": _choice(ScaleMode),
     "tensor_scale": _choice(TensorScale),
+    "recipe": _validate_recipe,
     "modules": _validate_modules,
     "calibration": _validate_calibration,
     "verify": _validate_bool,

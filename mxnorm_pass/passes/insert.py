@@ -10,8 +10,8 @@ After::
     activation -> cast -> dequantize -------> mm -> y
     weight ----> cast -> dequantize -> permute -> mm
 
-Only the forward matmul changes: the backward keeps the high-precision operands, so the casts are
-passed straight through.
+The backward keeps the high-precision operands, so the casts are passed straight through; where a
+recipe casts these, ``passes.recipes`` does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from mxnorm_pass import ops
-from mxnorm_pass.graph.build import call, outputs_of
+from mxnorm_pass.graph.build import call
 from mxnorm_pass.graph.nodes import aten, dtype_of, is_backward, is_transpose
 from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.numerics.formats import BlockFormat
@@ -33,6 +33,7 @@ from mxnorm_pass.passes.match.linears.plain import PlainLinear, plain_linear
 from mxnorm_pass.passes.match.linears.readers import CastIndex, readers
 from mxnorm_pass.passes.match.norms.find import Norm
 from mxnorm_pass.passes.rewrite.tensor_scale import norm_tensor_scale
+from mxnorm_pass.passes.rewrite.write_cast import write_cast
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,23 @@ class _Linear:
 
 def insert_casts(
     graph: fx.Graph, norms: Iterable[Norm], config: MXNormConfig, tracer: FunctionTracer
-) -> int:
-    """Quantise the linears that ``config.quantize`` names; returns how many."""
+) -> tuple[PlainLinear, ...]:
+    """Quantise the linears that ``config.quantize`` names, and return them.
+
+    Of a linear whose recipe leaves the forward in high precision the forward stays as it is.
+    """
     if config.quantize == "existing":
-        return 0
+        return ()
     fed = list(_norm_fed(norms))
-    inserted = 0
+    quantized = []
     for found in _all_linears(graph, fed) if config.quantize == "all" else fed:
         if obstacle(found.linear, config) is not None:
             continue
-        _quantize(graph, found, config.resolve(found.linear.name).config, tracer)
-        inserted += 1
-    return inserted
+        own = config.resolve(found.linear.name).config
+        if own.casts_forward:
+            _quantize(graph, found, own, tracer)
+        quantized.append(found.linear)
+    return tuple(quantized)
 
 
 def _norm_fed(norms: Iterable[Norm]) -> Iterator[_Linear]:
@@ -89,7 +95,8 @@ def _quantize(
     bound = _bound(graph, found, config, tracer)
     with graph.inserting_before(matmul):
         activation = _fake_quantize(graph, matmul, linear.activation, fmt, bound)
-        weight = _fake_quantize(graph, matmul, _rows(graph, linear), fmt)
+        square = config.recipe is not None and config.recipe.forward.right.square_blocks
+        weight = _fake_quantize(graph, matmul, _rows(graph, linear), fmt, square_blocks=square)
         if not linear.transposes:
             weight = call(graph, matmul, aten.permute.default, weight, [1, 0])
     activation_position, weight_position = linear.operand_positions
@@ -128,11 +135,11 @@ def _fake_quantize(
     source: fx.Node,
     fmt: BlockFormat,
     tensor_scale: fx.Node | None = None,
+    square_blocks: bool = False,
 ) -> fx.Node:
     if tensor_scale is None and not fmt.has_e8m0_scales:
         tensor_scale = call(graph, like, ops.tensor_scale, source)
     extra = () if tensor_scale is None else (tensor_scale,)
-    cast = call(graph, like, ops.cast, source, fmt.name, *extra)
-    values, scales = outputs_of(graph, like, cast)
+    values, scales = write_cast(graph, like, source, fmt, tensor_scale, square_blocks)
     dtype = dtype_of(source)
     return call(graph, like, ops.dequantize, values, scales, fmt.name, dtype, *extra)

@@ -24,12 +24,14 @@ from mxnorm_pass.passes.garbage_collection import collector_paused
 from mxnorm_pass.passes.insert import insert_casts
 from mxnorm_pass.passes.match.decide import decide
 from mxnorm_pass.passes.match.fusion import Decision, Fusion, Refusal
-from mxnorm_pass.passes.match.linears.plain import linear_name
+from mxnorm_pass.passes.match.linears.plain import PlainLinear, linear_name
 from mxnorm_pass.passes.match.norms.find import Norm, find_norms
 from mxnorm_pass.passes.match.parts import parts_of, parts_of_created
 from mxnorm_pass.passes.match.skip import Skip
+from mxnorm_pass.passes.recipes import linear_casts, note_unreached, write_recipes
 from mxnorm_pass.passes.rewrite.estimate import expand_estimates
 from mxnorm_pass.passes.rewrite.fusion import rewrite
+from mxnorm_pass.report.linear import LinearCasts
 from mxnorm_pass.report.reason import SkipReason
 from mxnorm_pass.report.site import Graph, PassResult, count_ops
 from mxnorm_pass.report.site_graphs import SiteGraphs
@@ -46,14 +48,16 @@ class Analysis:
     Attributes:
         before: the graph as it came in; casts may have been inserted since.
         decisions: one per norm, in graph order.
-        inserted: how many linears were given casts.
+        inserted: the linears that were given casts, or recipes.
+        linears: what becomes of all linears, where a recipe was asked for.
         graph: a copy of the graph as it came in, if it is to be verified.
     """
 
     before: Snapshot
     norms: tuple[Norm, ...]
     decisions: tuple[Decision, ...]
-    inserted: int
+    inserted: tuple[PlainLinear, ...]
+    linears: tuple[LinearCasts, ...]
     matmul_modules: tuple[str, ...]
     graph: fx.Graph | None = None
 
@@ -97,12 +101,14 @@ def analyze(
     original = copied_graph(graph) if config.verify else None
     mark_parameters(graph, facts.parameters)
     mark_weights(graph, facts.weights)
-    modules = _matmul_modules(graph)
+    note_unreached(graph)
     norms = find_norms(graph)
     untouched = facts.tensor_subclass is not None or facts.obstacle is not None
-    inserted = (
-        0 if untouched else insert_casts(graph, norms, config, FunctionTracer(decompositions))
-    )
+    tracer = FunctionTracer(decompositions)
+    modules = _matmul_modules(graph)
+    inserted = () if untouched else insert_casts(graph, norms, config, tracer)
+    linears = linear_casts(graph, inserted, config)
+    write_recipes(graph, inserted, config, tracer)
     decisions = decide(
         graph,
         norms,
@@ -111,7 +117,9 @@ def analyze(
         differentiated=facts.differentiated,
         obstacle=facts.obstacle,
     )
-    analysis = Analysis(before, tuple(norms), tuple(decisions), inserted, modules, original)
+    analysis = Analysis(
+        before, tuple(norms), tuple(decisions), inserted, linears, modules, original
+    )
     _check_calibration(analysis.fusions, config.calibration)
     return analysis
 
@@ -148,7 +156,7 @@ def run_pass(
             rewrite(graph, fusion, tracer)
         drawing.add(fusion, created)
     expand_estimates(graph, tracer)
-    changed = bool(analysis.fusions) or analysis.inserted > 0
+    changed = bool(analysis.fusions or analysis.inserted)
     if changed:
         remove_dead(graph)
         graph.lint()
@@ -169,6 +177,7 @@ class _Drawing:
     def __init__(self, analysis: Analysis) -> None:
         self._before = analysis.before
         self._decisions = list(analysis.decisions)
+        self._linears = analysis.linears
         parts = (parts_of(d, analysis.norms, analysis.before) for d in analysis.decisions)
         self._site_graphs = SiteGraphs(parts)
 
@@ -198,6 +207,7 @@ class _Drawing:
             after=after.code(),
             ops_before=_op_counts(before),
             ops_after=_op_counts(after),
+            linears=self._linears,
             sites=self._site_graphs.drawn(sites, moved, moved_after, alignment),
             traffic_before=moved.total,
             traffic_after=moved_after.total,

@@ -41,14 +41,18 @@ def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     kernels = 0
     for overload, make_call in _kernel_calls():
         for node in graph.find_nodes(op="call_function", target=overload):
-            args = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
-            reason = make_call(overload, args).why_no_kernel()
+            reason = make_call(overload, values_of(node)).why_no_kernel()
             if reason is not None:
                 log.debug("%s is decomposed: %s", node.name, reason)
             else:
                 _insert_kernel(graph, node, tracer)
                 kernels += 1
     return kernels + decompose(graph, decompositions)
+
+
+def values_of(node: fx.Node) -> list[Any]:
+    """The arguments, with fake tensors."""
+    return [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
 
 
 def _kernel_calls() -> list[tuple[Any, Callable[..., KernelCall]]]:
@@ -82,6 +86,8 @@ def decompose(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     replaced = 0
     for overload, op in ops.OPS.items():
         for node in graph.find_nodes(op="call_function", target=overload):
+            if op.stays_whole is not None and op.stays_whole(values_of(node)):
+                continue
             _replace(graph, node, tracer.graft(graph, node, op.reference, node.args))
             replaced += 1
     return replaced

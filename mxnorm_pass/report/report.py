@@ -13,6 +13,7 @@ from mxnorm_pass.files import write_text
 from mxnorm_pass.report.diff import ReportDiff, diff
 from mxnorm_pass.report.fold import fold
 from mxnorm_pass.report.json_values import json_value
+from mxnorm_pass.report.linear import linear_lines
 from mxnorm_pass.report.site import Graph, Site
 
 # A norm and the cast of its output in one op, with a residual add in front or not.
@@ -61,6 +62,7 @@ class Report:
                 f"{len(graph.sites) - fused} skipped"
             )
             lines += [indent(line, "  ") for line in site_lines(graph)]
+            lines += [indent(line, "  ") for line in linear_lines(graph.linears)]
             lines += [f"  ops: {changes}" for changes in [_op_changes(graph)] if changes]
         return "\n".join(lines)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from mxnorm_pass.report.linear import LinearCasts
 from mxnorm_pass.report.reason import SkipReason
 from mxnorm_pass.report.subgraph import Subgraph, Traffic
 
@@ -108,6 +109,7 @@ class Graph:
         ops_before, ops_after: how often each op is called.
         sites: what became of this graph's norms.
         traffic_before, traffic_after: estimated bytes that the graph moves.
+        linears: what became of its linears, where a recipe was asked for.
     """
 
     name: str
@@ -118,13 +120,15 @@ class Graph:
     sites: tuple[Site, ...] = ()
     traffic_before: Traffic | None = None
     traffic_after: Traffic | None = None
+    linears: tuple[LinearCasts, ...] = ()
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Graph:
         """Read back what :func:`json_value` and JSON have made of one."""
         sites = tuple(map(_site_from_dict, entry["sites"]))
         traffic = _parsed(entry, ("traffic_before", "traffic_after"), Traffic.from_dict)
-        return cls(**{**entry, "sites": sites, **traffic})
+        linears = tuple(LinearCasts(**fields) for fields in entry.get("linears", ()))
+        return cls(**{**entry, "sites": sites, "linears": linears, **traffic})
 
 
 def _site_from_dict(entry: dict[str, Any]) -> Site:

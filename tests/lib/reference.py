@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mxnorm_pass import functional
+from mxnorm_pass.passes.before_autograd.linears import linear_key
 
 NORM_FED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
@@ -128,6 +129,8 @@ class Recipe:
         sites: other recipes for single norms, by name.
         tensor_scale: "bound", "amax" or "none", of what norms make of NVFP4.
         backward: "high-precision", or "mx": torchao's MXFP8 training backward, or "mx-hp-wgrad".
+        training: the recipe of the linears' three matmuls; ``cast`` must be its forward's.
+        seed: of the step, that such a recipe draws from.
     """
 
     norm: dict[str, Any] = field(default_factory=dict)
@@ -141,6 +144,15 @@ class Recipe:
     sites: dict[str, Recipe] = field(default_factory=dict)
     backward: str = "high-precision"
     tensor_scale: str = "bound"
+    training: Any = None
+    seed: Tensor | None = None
+
+    @property
+    def fuses(self) -> bool:
+        """Are there casts for norms to be fused with?"""
+        if self.training is None:
+            return True
+        return functional.recipe(self.training).forward.left.format is not None
 
     @property
     def kept_cast(self) -> dict[str, Any]:
@@ -156,12 +168,16 @@ def reference_of(model: LlamaForCausalLM, recipe: Recipe) -> LlamaForCausalLM:
     for name, module in list(reference.named_modules()):
         parent, _, child = name.rpartition(".")
         owner = reference.get_submodule(parent)
-        if isinstance(module, LlamaRMSNorm) and (head or not name.endswith("model.norm")):
+        if (
+            isinstance(module, LlamaRMSNorm)
+            and recipe.fuses
+            and (head or not name.endswith("model.norm"))
+        ):
             setattr(owner, child, _Norm(module, recipe.sites.get(name, recipe)))
         elif isinstance(module, nn.Linear):
             called = _name_without_adapter(name)
             if called in cast or (recipe.every_linear and called not in plain):
-                setattr(owner, child, _Linear(module, recipe))
+                setattr(owner, child, _Linear(module, recipe, name))
     if recipe.head:
         # The model slices the last norm's output, which loses what hangs on it.
         reference.model.norm.register_forward_hook(_hand_to(reference.lm_head))
@@ -239,8 +255,9 @@ class _Fused:
 
 
 class _Linear(nn.Module):
-    def __init__(self, linear: nn.Linear, recipe: Recipe) -> None:
+    def __init__(self, linear: nn.Linear, recipe: Recipe, name: str) -> None:
         super().__init__()
+        self.name = name
         self.weight, self.bias = linear.weight, linear.bias
         self.recipe = recipe
         self.fused: _Fused | None = None
@@ -259,9 +276,18 @@ class _Linear(nn.Module):
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast("cpu", enabled=False):
+            if self.recipe.training is not None:
+                return self._in_training(x, weight, bias, options)
             if self.recipe.backward == "high-precision":
                 return functional.mx_linear(x, weight, bias, **in_a_format(options))
             return MXBackward.apply(x, weight, self.recipe, options)
+
+    def _in_training(self, x: Tensor, weight: Tensor, bias: Any, options: dict[str, Any]) -> Tensor:
+        seed = self.recipe.seed
+        own = None if seed is None else seed + linear_key(self.name)
+        given = {n: options[n] for n in ("quantized", "gain") if n in options}
+        recipe = self.recipe.training
+        return functional.recipe_linear(x, weight, bias, recipe=recipe, seed=own, **given)
 
 
 class MXBackward(torch.autograd.Function):

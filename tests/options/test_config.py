@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "elem_dtype": E4M3,
     "scale_mode": "rceil",
     "tensor_scale": "bound",
+    "recipe": None,
     "modules": {},
     "calibration": None,
     "inner": "inductor",
@@ -59,6 +60,7 @@ OVERRIDABLE = (
     "elem_dtype",
     "scale_mode",
     "tensor_scale",
+    "recipe",
 )
 
 
@@ -221,6 +223,7 @@ def test_overrides_apply_to_the_base_config() -> None:
         "elem_dtype": E5M2,
         "scale_mode": "even",
         "tensor_scale": "amax",
+        "recipe": None,
     }
     base = config(quantize="all", modules={"m.*": overrides})
     resolved = base.resolve("m.norm")

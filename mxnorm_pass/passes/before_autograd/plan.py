@@ -15,6 +15,7 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.before_autograd.provenance import (
     Provenance,
@@ -27,6 +28,7 @@ from mxnorm_pass.passes.before_autograd.substitution import Substitution, find_s
 from mxnorm_pass.passes.joint import Analysis, GraphFacts, analyze
 from mxnorm_pass.passes.match.fusion import Decision, Fusion
 from mxnorm_pass.passes.match.skip import Skip
+from mxnorm_pass.passes.recipes import open_linears
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def _trace(
     found: list[tuple[Analysis, Provenance]] = []
 
     def joint(gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        open_linears(gm.graph, FunctionTracer())
         provenance = take_marks(gm.graph, scopes)
         if provenance is not None:
             scope = provenance.scope

@@ -10,7 +10,7 @@ from torch import fx
 from torch._inductor.pattern_matcher import stable_topological_sort
 
 from mxnorm_pass import ops
-from mxnorm_pass.graph.build import call, outputs_of
+from mxnorm_pass.graph.build import call
 from mxnorm_pass.graph.nodes import aten
 from mxnorm_pass.passes.match.casts.find import Cast
 from mxnorm_pass.passes.match.fusion import Fusion
@@ -19,6 +19,7 @@ from mxnorm_pass.passes.match.linears.products import cast_use
 from mxnorm_pass.passes.match.norms.find import Norm
 from mxnorm_pass.passes.rewrite.casts import clone_dequantization, replace_cast
 from mxnorm_pass.passes.rewrite.shapes import byte_view, to_dtype
+from mxnorm_pass.passes.rewrite.write_cast import write_cast
 
 
 def with_flat_gain(graph: fx.Graph, norm: Norm) -> Norm:
@@ -77,8 +78,8 @@ def _cast_scaled_weight(
     replaced = {}
     if old.tensor_scale is not None:
         replaced[old.tensor_scale] = call(graph, at, ops.tensor_scale, scaled)
-    cast = call(graph, at, ops.cast, scaled, fmt.name, *replaced.values())
-    values, scales = outputs_of(graph, at, cast)
+    tensor_scale = next(iter(replaced.values()), None)
+    values, scales = write_cast(graph, at, scaled, fmt, tensor_scale, old.square_blocks)
     replaced[old.values] = byte_view(graph, at, values, old.values)
     replaced[old.scales] = byte_view(graph, at, scales, old.scales)
     return replaced

@@ -256,6 +256,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.copy.default: lambda into, source, *_: source.expand_as(into),
     ops.inverse_rms: _inverse_rms,
     ops.dequantize: _dequantize,
+    ops.recipe_matmul: lambda left, right, *_: left @ right.t(),
     # What it scales is taken as it is.
     ops.tensor_scale: lambda x: x.new_ones(()),
 }

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxnorm_pass.numerics.philox import Draw, Matmul, Use, draw_seed, philox
+from mxnorm_pass.numerics.philox import Draw, Matmul, Use, philox
+from mxnorm_pass.numerics.seed import draw_seed
 
 # counter, key, words: the lines "philox4x32 10" of Random123's kat_vectors.
 KNOWN_ANSWERS = [

@@ -51,6 +51,7 @@ class Cast:
         format: what it computes.
         nodes: everything from ``source`` (excluded) to values and scales.
         tensor_scale: node of the scale of the tensor, in formats that have one; None for 1.
+        square_blocks: rows share scales, too.
     """
 
     source: fx.Node
@@ -59,6 +60,7 @@ class Cast:
     format: BlockFormat
     nodes: frozenset[fx.Node]
     tensor_scale: fx.Node | None = None
+    square_blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def _has_size_of(node: fx.Node, other: fx.Node) -> bool:
 
 
 def _own_cast(node: fx.Node) -> Cast:
-    source, name, *tensor_scale = node.args
+    source, name, *options = node.args
+    tensor_scale = options[0] if options else None
     outputs = {user.args[1]: user for user in node.users}
     return Cast(
         source=source,  # type: ignore[arg-type]
@@ -146,7 +149,8 @@ def _own_cast(node: fx.Node) -> Cast:
         scales=outputs[1],
         format=block_format(name),  # type: ignore[arg-type]
         nodes=frozenset((node, *node.users)),
-        tensor_scale=next(iter(tensor_scale), None),  # type: ignore[arg-type]
+        tensor_scale=tensor_scale,  # type: ignore[arg-type]
+        square_blocks=options[1:] == [True],
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mxnorm_pass.graph.code import type_name
+from mxnorm_pass.graph.matmul import UNREACHED
 from mxnorm_pass.graph.nodes import tensor_of
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.match.linears.plain import PlainLinear
@@ -25,11 +26,16 @@ def obstacle(linear: PlainLinear, config: MXNormConfig) -> str | None:
         if config.turns_off(linear.name):
             return "that `modules` turns off"
         return "that is cast only if `modules` names it"
+    own = config.resolve(linear.name).config
+    if own.recipe is not None and linear.matmul.meta.get(UNREACHED):
+        return "whose backward no recipe reaches: it is no call of F.linear, or is in a branch"
     activation, weight = tensor_of(linear.activation), tensor_of(linear.weight)
     if activation is None or weight is None or activation.dtype != weight.dtype:
         return f"whose weight is {type_name(linear.weight)}"
-    block_size = config.resolve(linear.name).config.cast_format.block_size
-    if not all(isinstance(n, int) and n % block_size == 0 for n in weight.shape):
+    block_size = own.cast_format.block_size
+    if own.casts_forward and not all(
+        isinstance(n, int) and n % block_size == 0 for n in weight.shape
+    ):
         return f"whose weight {list(weight.shape)} is not in whole blocks of {block_size}"
     if activation.dtype not in _LINEAR_DTYPES:
         return "where only bf16 and f32 get casts"

@@ -48,7 +48,7 @@ def _reader_text(
         text = f"{linear.name}, a {kind} in {type_name(linear.activation).partition('[')[0]}"
         if linear.activation is not (reader.path[-1] if reader.path else output):
             return f"{text} that reads it as weight or bias"
-        return f"{text} {obstacle(linear, config) or 'without a cast'}"
+        return f"{text} {obstacle(linear, config) or _without_cast(linear, config)}"
     if reader.node.op == "output":
         return "an output of the graph"
     text, module = call_text(reader.node), module_path(reader.node)
@@ -58,6 +58,11 @@ def _reader_text(
         return text
     elsewhere = f" in {module_path(product)}" if module_path(product) != module else ""
     return f"{text}, which feeds {product.target}{elsewhere}"
+
+
+def _without_cast(linear: PlainLinear, config: MXNormConfig) -> str:
+    by_recipe = not config.resolve(linear.name).config.casts_forward
+    return "whose forward its recipe leaves without a cast" if by_recipe else "without a cast"
 
 
 def _fed_product(reader: fx.Node, known: set[fx.Node]) -> fx.Node | None:

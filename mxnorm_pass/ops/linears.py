@@ -1,0 +1,111 @@
+"""The op of a linear whose backward a recipe may cast, and that of its backward's matmuls.
+
+``linear`` is there for autograd, which makes of it two matmuls that know whose they are; in the
+graph that is rewritten it is opened again. What ``recipe_matmul`` casts is written into it then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mxnorm_pass.numerics import matmul as numerics
+from mxnorm_pass.numerics.checks import check_choice
+from mxnorm_pass.numerics.philox import Draw, Matmul
+from mxnorm_pass.numerics.recipe_text import PLAIN, recipe_of_text
+from mxnorm_pass.ops.define import Op, define, register_derivative
+
+
+def _recipe_matmul(
+    left: Tensor, right: Tensor, seed: Tensor | None, key: int, matmul: Matmul, recipe: str
+) -> Tensor:
+    plan = _checked(left, right, matmul, recipe)
+    if plan.is_random and seed is None:
+        raise ValueError(f"recipe_matmul: {recipe} is random and needs a seed")
+    draw = None if seed is None else Draw(seed + key, matmul)
+    return numerics.recipe_matmul(left, right, plan, draw)
+
+
+def _fake_recipe_matmul(
+    left: Tensor, right: Tensor, seed: Tensor | None, key: int, matmul: Matmul, recipe: str
+) -> Tensor:
+    _checked(left, right, matmul, recipe)
+    return right.new_empty((left.shape[0], right.shape[0]))
+
+
+def _checked(left: Tensor, right: Tensor, matmul: str, recipe: str) -> Any:
+    check_choice("matmul", matmul, ("forward", "dgrad", "wgrad"))
+    if left.ndim != 2 or right.ndim != 2:
+        raise ValueError(
+            f"recipe_matmul: left has shape {tuple(left.shape)} and right {tuple(right.shape)}; "
+            "they must be [M, C] and [R, C]"
+        )
+    return recipe_of_text(recipe)
+
+
+def _stays_whole(args: Sequence[Any]) -> bool:
+    """Random words are a thousand nodes, and Inductor's C++ for casts along T is not always valid.
+
+    There (torch 2.13) it declares one variable twice, for two reads of a bfloat16 maximum.
+    """
+    left, *_, recipe = args
+    return left.device.type == "cpu" or recipe_of_text(recipe).is_random
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, key: int
+) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _fake_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, key: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+recipe_matmul = define(
+    Op(
+        "recipe_matmul(Tensor left, Tensor right, Tensor? seed, int key, str matmul, str recipe) "
+        "-> Tensor",
+        _recipe_matmul,
+        _fake_recipe_matmul,
+        traffic="library",
+        stays_whole=_stays_whole,
+    )
+)
+linear = define(
+    Op(
+        "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? seed, int key) -> Tensor",
+        _linear,
+        _fake_linear,
+        traffic="library",
+        differentiable=True,
+    )
+)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, seed, ctx.key = inputs
+    ctx.save_for_backward(x, weight, seed)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, seed = ctx.saved_tensors
+    rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    grad_x = grad_weight = grad_bias = None
+    if needs_x:
+        dgrad = recipe_matmul(rows, weight.t(), seed, ctx.key, "dgrad", PLAIN)
+        grad_x = dgrad.reshape(x.shape)
+    if needs_weight:
+        grad_weight = recipe_matmul(rows.t(), inputs.t(), seed, ctx.key, "wgrad", PLAIN)
+    if needs_bias:
+        grad_bias = rows.sum(0)
+    return grad_x, grad_weight, grad_bias, None, None
+
+
+register_derivative(linear, _differentiate, _save_for_backward)

@@ -1,0 +1,112 @@
+"""Cast the operands of the backward's matmuls, in the joint graph, as recipes say.
+
+Each linear that was marked before autograd is opened into the ops that it always was. Those of
+which the pass casts the forward, or leaves it to high precision because the recipe does, get their
+recipe; of all others the backward's matmuls stay in high precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from mxnorm_pass import ops
+from mxnorm_pass.graph.build import created_nodes
+from mxnorm_pass.graph.matmul import LINEAR_KEY, UNREACHED, is_matmul
+from mxnorm_pass.graph.nodes import is_backward
+from mxnorm_pass.graph.trace import FunctionTracer
+from mxnorm_pass.numerics.philox import Matmul
+from mxnorm_pass.numerics.recipe import OperandCast, in_format
+from mxnorm_pass.numerics.recipe_text import PLAIN, recipe_text
+from mxnorm_pass.options.config import MXNormConfig
+from mxnorm_pass.passes.match.linears.castable import obstacle
+from mxnorm_pass.passes.match.linears.plain import PlainLinear, linear_name, plain_linear
+from mxnorm_pass.report.linear import LinearCasts
+
+# Among the arguments of ``recipe_matmul``.
+_KEY_POSITION, _MATMUL, _RECIPE = 3, 4, 5
+
+
+def open_linears(graph: fx.Graph, tracer: FunctionTracer) -> None:
+    """Put the ops of a linear in the place of each mark, and its key on the matmul."""
+    for node in graph.find_nodes(op="call_function", target=ops.linear):
+        x, weight, bias, _, key = node.args
+        with created_nodes(graph) as created:
+            reference = ops.OPS[ops.linear].reference
+            opened = tracer.graft(graph, node, reference, (x, weight, bias, None, key))
+        for new in filter(is_matmul, created):
+            new.meta[LINEAR_KEY] = key
+        node.replace_all_uses_with(opened)
+        graph.erase_node(node)
+
+
+def note_unreached(graph: fx.Graph) -> None:
+    """Note on the forward's matmuls whose backward no recipe reaches: they were not marked."""
+    if not any(map(is_backward, graph.nodes)):
+        return
+    for node in filter(is_matmul, graph.nodes):
+        if not is_backward(node) and LINEAR_KEY not in node.meta:
+            node.meta[UNREACHED] = True
+
+
+def write_recipes(
+    graph: fx.Graph, cast: Iterable[PlainLinear], config: MXNormConfig, tracer: FunctionTracer
+) -> None:
+    """Write the recipes of the linears in ``cast`` into their backward; open all other matmuls."""
+    recipes = {
+        linear.matmul.meta.get(LINEAR_KEY): config.resolve(linear.name).config.recipe
+        for linear in cast
+    }
+    for node in graph.find_nodes(op="call_function", target=ops.recipe_matmul):
+        recipe = recipes.get(node.args[_KEY_POSITION])
+        matmul: Matmul = node.args[_MATMUL]
+        text = PLAIN if recipe is None else recipe_text(recipe.matmul(matmul))
+        node.update_arg(_RECIPE, text)
+        if text == PLAIN:
+            _open(graph, node, tracer)
+
+
+def linear_casts(
+    graph: fx.Graph, cast: Iterable[PlainLinear], config: MXNormConfig
+) -> tuple[LinearCasts, ...]:
+    """What becomes of each of the forward's linears; nothing where no recipe was asked for."""
+    if not config.recipes:
+        return ()
+    matmuls = {linear.matmul: linear for linear in cast}
+    in_training = any(map(is_backward, graph.nodes))
+    found = []
+    for node in filter(is_matmul, graph.nodes):
+        if is_backward(node) or not linear_name(node):
+            continue
+        if node in matmuls:
+            found.append(_casts_of(matmuls[node], config, in_training))
+        else:
+            found.append(LinearCasts(linear_name(node), _HIGH, reason=_reason(node, config)))
+    return tuple(found)
+
+
+_HIGH = str(OperandCast())
+
+
+def _casts_of(linear: PlainLinear, config: MXNormConfig, in_training: bool) -> LinearCasts:
+    own = config.resolve(linear.name).config
+    recipe = own.recipe or in_format(own.cast_format)
+    backward = (str(recipe.dgrad), str(recipe.wgrad)) if in_training else ()
+    return LinearCasts(linear.name, str(recipe.forward), *backward)
+
+
+def _reason(node: fx.Node, config: MXNormConfig) -> str:
+    linear = plain_linear(node)
+    if linear is None:
+        return "a product of no activation with a weight"
+    why = obstacle(linear, config)
+    return f"a linear {why}" if why else "no norm feeds it, and quantize is 'norm-fed'"
+
+
+def _open(graph: fx.Graph, node: fx.Node, tracer: FunctionTracer) -> None:
+    left, right, _, *rest = node.args
+    reference = ops.OPS[ops.recipe_matmul].reference
+    product = tracer.graft(graph, node, reference, (left, right, None, *rest))
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
