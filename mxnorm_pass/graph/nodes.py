@@ -133,6 +133,22 @@ def is_every_other(node: fx.Node) -> bool:
     return bool(start in (0, 1) and step == 2 and reaches_end and even)
 
 
+def interleaves(node: fx.Node) -> bool:
+    """Does it put elements of several tensors side by side, one of each in turn?"""
+    value = tensor_of(node)
+    if value is None or not is_call(node, (aten.stack.default, aten.cat.default)):
+        return False
+    tensors, *dims = node.args
+    dim = dims[0] if dims else node.kwargs.get("dim", 0)
+    if not isinstance(dim, int) or dim % value.ndim != value.ndim - 1:
+        return False
+    if node.target is aten.stack.default:
+        return True
+    # As Inductor spells a stack.
+    parts = map(tensor_of, tensors)  # type: ignore[arg-type]
+    return all(part is not None and same_size(part.shape[-1], 1) for part in parts)
+
+
 def is_transpose(node: fx.Node) -> bool:
     """Does the node swap the dimensions of a matrix?"""
     value = tensor_of(node)

@@ -107,8 +107,8 @@ class SkipReason(Enum):
     )
     NO_WEIGHT_CAST = (
         "gain='fold' needs the cast of the high-precision weight in the graph",
-        "`gain='fold'` is asked for, but a weight arrives quantised, or the backward reads the "
-        "casts.",
+        "`gain='fold'` is asked for, but a weight arrives quantised, the backward reads the "
+        "casts, or NVFP4's scales were chosen for what they scale without it.",
         "Use `gain='auto'` or `'activation'`.",
     )
     BACKWARD = (

@@ -23,6 +23,7 @@ from training import assert_gradients_equal, train
 
 import mxnorm_pass
 from mxnorm_pass import SkipReason, functional
+from mxnorm_pass.errors import VerificationError
 
 BF16 = torch.bfloat16
 
@@ -171,3 +172,11 @@ def test_exact_changes_no_bit(fmt: Format, layers: int) -> None:
     assert [(s.norm, s.consumers) for s in report.fused] == expected_sites(layers)
     assert torch.equal(got, want)
     assert_gradients_equal(gradients, want_gradients)
+
+
+@some(["nvfp4"], fmt={name: fmt for name, fmt in FORMATS.items() if "fp4" in name})
+def test_verify_says_what_it_cannot_check(fmt: Format) -> None:
+    model = build_llama(BF16, layers=1)
+    quantize_(model, QATConfig(fmt.config, step="prepare"), filter_fn=is_converted)
+    with pytest.raises(VerificationError, match="reads the bits of elements that share a byte"):
+        train(compiled(model, verify=True), model)

@@ -192,3 +192,35 @@ def test_the_bound_takes_no_pass_over_the_output() -> None:
     assert result.graph.ops_after.get("aten.max.default", 0) == 0
     assert result.graph.ops_after["aten.amax.default"] == 1
     assert "aten.rsqrt.default" not in result.graph.ops_after
+
+
+@pytest.mark.parametrize(("rows", "width"), [(128, 64), (64, 64), (128, 48)])
+@pytest.mark.parametrize("estimator", ["mxnorm", "exact"])
+def test_heads_are_normalised_one_by_one(rows: int, width: int, estimator: str) -> None:
+    """The matmul's scales lie as its own rows want it, not as the norm's shorter ones."""
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(rows, 2, width, generator=generator).to(BF16)
+    gain = torch.logspace(-2, 1, width).to(BF16)
+    weight = torch.randn(64, 2 * width, generator=generator).to(BF16)
+
+    def forward(x: Tensor, gain: Tensor, values: Tensor, scales: Tensor) -> list[Tensor]:
+        kwargs = QuantizeTensorToNVFP4Kwargs(
+            is_swizzled_scales=True, use_dynamic_per_tensor_scale=False
+        )
+        cast = NVFP4Tensor(values, scales, 16, BF16, None, None, True, False, kwargs)
+        return [F.linear(hf_norm(x, gain).flatten(1), cast)]
+
+    inputs = [heads, gain, *swizzled(weight, None)]
+    with sm100():
+        traced = functional_graph(forward, *(torch.empty_like(t, device="cuda") for t in inputs))
+    (site,) = run_pass(traced.graph, MXNormConfig(estimator=estimator)).sites
+    traced.recompile()
+    assert site.status == "fused", str(site)
+    (got,) = Emulated(traced).run(*inputs)
+    options = {"eps": EPS, "estimator": estimator, "norm_dtype": BF16, "out_dtype": BF16}
+    *quantized, _ = functional.mxnorm_cast(heads, gain, format="nvfp4", **options)
+    rows_of_matmul = functional.mx_dequantize(*quantized, BF16, format="nvfp4").flatten(1)
+    quantized = functional.mx_cast(weight, "nvfp4")
+    assert torch.equal(
+        got, rows_of_matmul @ functional.mx_dequantize(*quantized, BF16, format="nvfp4").t()
+    )

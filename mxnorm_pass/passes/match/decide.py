@@ -13,9 +13,10 @@ from mxnorm_pass.graph.code import call_text
 from mxnorm_pass.graph.nodes import is_backward, same_size, tensor_of
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.match.casts.find import Cast, UnknownCast, find_casts
-from mxnorm_pass.passes.match.fusion import Decision, Fusion, Refusal
+from mxnorm_pass.passes.match.fusion import Decision, Fusion, Refusal, scales_by_rows
 from mxnorm_pass.passes.match.linears.consumer import (
     Consumer,
+    WeightCast,
     casts_by_matmul,
     weight_cast,
     weight_text,
@@ -142,12 +143,12 @@ def _decide(norm: Norm, context: _Context) -> Decision:
 
 def _tensor_scale_escape(fusion: Fusion) -> Skip | None:
     """The refusal where something reads a tensor's scale that another would have to replace."""
-    linears = [c.linear for c in fusion.consumers]
-    rescaled = [c for cast in fusion.casts if cast.rescales for c in cast.consumers]
-    for consumer in rescaled:
-        node = not_only_scaled_by(consumer.cast, linears)
+    rescaled = (c.cast for cast in fusion.casts if cast.rescales for c in cast.consumers)
+    for cast in dict.fromkeys(rescaled):
+        linears = [c.linear for c in fusion.consumers if c.cast == cast]
+        node = not_only_scaled_by(cast, linears)
         if node is not None:
-            detail = f"{node.name} ({call_text(node)}), with the scale {consumer.cast.tensor_scale}"
+            detail = f"{node.name} ({call_text(node)}), with the scale {cast.tensor_scale}"
             expected = "each linear's result multiplied once by the tensor's scale, and no more"
             return Skip(SkipReason.CAST_ESCAPES, detail, node, expected)
     return None
@@ -188,6 +189,7 @@ def _consumers(norm: Norm, read_by: Sequence[Reader], context: _Context) -> _Con
             weight = weight_cast(matmul, reader.cast, context.by_matmul)
             rounds_to = narrowest_dtype((norm.output, *reader.path))
             product = dequantization(reader.cast, matmul)
+            matmul = matmul.with_scales_of(reader.cast, norm.width)
             consumer = Consumer(matmul, reader, reader.cast, weight, rounds_to, product)
             found.consumers.append(consumer)
     found.consumers.sort(key=lambda c: c.linear.matmul)
@@ -291,15 +293,20 @@ def _gain_mode(
     if not missing:
         return "fold"
     if config.gain == "fold":
-        texts = "; ".join(map(_multiplied, missing))
+        texts = "; ".join(_multiplied(c, norm) for c in missing)
         expected = f"a cast of each linear's [N, {norm.width}] weight, for the forward alone"
         return Skip(SkipReason.NO_WEIGHT_CAST, texts, missing[0].linear.matmul, expected)
     return "activation"
 
 
-def _multiplied(consumer: Consumer) -> str:
+def _multiplied(consumer: Consumer, norm: Norm) -> str:
     if _backward_reads(consumer.quantized):
         return f"the backward of {consumer.name} multiplies what its forward has cast"
+    if _wants_gain(consumer.cast, norm):
+        scale = consumer.cast.tensor_scale
+        return f"{consumer.name} multiplies what {scale} scales, which was chosen with the gain"
+    if consumer.weight is not None and not _takes_gain(consumer.weight):
+        return f"the scales of the weight of {consumer.name} are those of its size without the gain"
     return f"{consumer.name} multiplies {weight_text(consumer)}"
 
 
@@ -311,13 +318,28 @@ def _can_fold(consumer: Consumer, norm: Norm) -> bool:
     """
     if consumer.weight is None or _backward_reads(consumer.quantized):
         return False
-    if consumer.weight.cast.tensor_scale is not None:
-        # What scales a matmul's result would have to be told of the folded weight's scale.
-        beside = readers_beside(consumer.weight.cast)
-        if any(reader.target is not ops.dequantize for reader in beside):
-            return False
+    if _wants_gain(consumer.cast, norm) or not _takes_gain(consumer.weight):
+        return False
     weight = tensor_of(consumer.weight.weight)
     return weight is not None and same_size(weight.shape[-1], norm.width)
+
+
+def _wants_gain(cast: Cast, norm: Norm) -> bool:
+    """Was the tensor's scale chosen for rows with their gain, and stays as it is?"""
+    return cast.tensor_scale is not None and not scales_by_rows(norm, cast)
+
+
+def _takes_gain(weight: WeightCast) -> bool:
+    """Can its cast hold the weight times a gain of whatever size?
+
+    Scales in e4m3 need another tensor's scale then, of which what scales a matmul's result would
+    have to be told.
+    """
+    if weight.cast.tensor_scale is None:
+        return weight.cast.format.has_e8m0_scales
+    beside = readers_beside(weight.cast)
+    known = all(reader.target is ops.dequantize for reader in beside)
+    return known and any(reader in weight.slice for reader in beside)
 
 
 def _with_transposed_casts(fusion: Fusion, reads: Sequence[Read]) -> Fusion:

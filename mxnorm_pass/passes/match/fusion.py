@@ -9,7 +9,14 @@ from torch import Tensor, fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.fake import real_tensors
-from mxnorm_pass.graph.nodes import ancestors_after, same_value, tensor_of
+from mxnorm_pass.graph.nodes import (
+    ancestors_after,
+    is_dtype_cast,
+    is_view,
+    same_value,
+    strip,
+    tensor_of,
+)
 from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
@@ -27,6 +34,20 @@ from mxnorm_pass.report.site import Site
 # With this bound it is 2^-2, four binades above the smallest normal number of e4m3; beyond, as with
 # p < 1 in wide rows, weak blocks would be lost.
 _LARGEST_BOUND = 3800.0
+
+
+def scales_by_rows(norm: Norm, cast: Cast) -> bool:
+    """Is the tensor scaled by a number that is computed from the norm's rows?
+
+    Another was chosen for other rows, which the model's author knows. In a graph that was traced
+    with an estimate such a number may come from the exact norm, so it is x that counts.
+    """
+    scale = cast.tensor_scale
+    if scale is None:
+        return False
+    is_own = any(node.target is ops.cast for node in cast.nodes)
+    x = strip(norm.x, is_view, is_dtype_cast)
+    return is_own or x in ancestors_after(scale, x)
 
 
 @dataclass(frozen=True)
@@ -91,7 +112,7 @@ class Fusion:
         """One for each different cast that consumers read, in order."""
         found: list[FusedCast] = []
         for consumer in self.consumers:
-            new = FusedCast(self.spec_of(consumer), (consumer,), self._rescales(consumer))
+            new = FusedCast(self.spec_of(consumer), (consumer,), self._rescales(consumer.cast))
             same = next((i for i, cast in enumerate(found) if cast.is_that_of(new)), None)
             if same is None:
                 found.append(new)
@@ -125,16 +146,10 @@ class Fusion:
             return cast.format.without_log2
         return cast.format
 
-    def _rescales(self, consumer: Consumer) -> bool:
-        """Is the tensor scaled by another number than the matched graph's?
-
-        "exact" changes no bit, and a number that is none of the norm's was chosen for other rows.
-        """
-        given = consumer.cast.tensor_scale
-        if given is None or self.estimator == "exact":
-            return False
-        is_own = any(node.target is ops.cast for node in consumer.cast.nodes)
-        return is_own or self.norm.output in ancestors_after(given, self.norm.output)
+    def _rescales(self, cast: Cast) -> bool:
+        """Is the tensor scaled by another number than the matched graph's?"""
+        # "exact" changes no bit.
+        return self.estimator != "exact" and scales_by_rows(self.norm, cast)
 
     def bound_of(self, spec: NormCastSpec) -> float | None:
         """What bounds |x| / rms, to scale the tensor by; None if the elements are to say it."""
@@ -165,9 +180,14 @@ class Fusion:
         return tuple(t.cast for t in self.transposed if self.cast_beside(t) == cast)
 
     def cast_beside(self, transposed: TransposedCast) -> FusedCast | None:
-        """The first that is of the same format and the same rounding."""
+        """The first that is of the same format, the same rounding and the same tensor's scale."""
         wanted = (self._format_of(transposed.cast), transposed.rounds_to)
-        return next((c for c in self.casts if (c.spec.format, c.spec.out_dtype) == wanted), None)
+        scale = transposed.cast.tensor_scale
+        for cast in self.casts:
+            same_scale = not cast.rescales and same_value(cast.tensor_scale, scale)
+            if same_scale and (cast.spec.format, cast.spec.out_dtype) == wanted:
+                return cast
+        return None
 
     def refused(self, skip: Skip) -> Refusal:
         names = tuple(dict.fromkeys(c.name for c in self.consumers))

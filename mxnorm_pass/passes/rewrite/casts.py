@@ -85,26 +85,24 @@ def _redirect_casts(
     graph: fx.Graph, at: fx.Node, consumers: Sequence[Consumer], new: _Results
 ) -> None:
     matmuls = {c.linear.matmul for c in consumers}
-    products = {(c.cast, c.linear.matmul): c.dequantized for c in consumers}
     views: dict[object, fx.Node] = {}
     for cast in dict.fromkeys(c.cast for c in consumers):
-        use = cast_use(cast)
         new_values = _shared_view(graph, at, new.values, cast.values, views)
-        exclusive = all(m.matmul in matmuls for m in use.matmuls)
-        for matmul in use.matmuls:
-            if matmul.matmul not in matmuls:
+        exclusive = all(m.matmul in matmuls for m in cast_use(cast).matmuls)
+        for consumer in consumers:
+            if consumer.cast != cast:
                 continue
-            old_scales = matmul.blocked_scales or cast.scales
+            linear, product = consumer.linear, consumer.dequantized
+            old_scales = linear.blocked_scales or cast.scales
             new_scales = _shared_view(graph, at, new.scales, old_scales, views)
             replaced = {cast.values: new_values, old_scales: new_scales}
-            product = products[cast, matmul.matmul]
             if product is not None:
                 dequantized = _shared_dequantization(graph, new, product, views)
                 replaced[product] = _shared_view(graph, product, dequantized, product, views)
             if exclusive:
                 replace_cast(cast, replaced)
             else:
-                clone_dequantization(graph, matmul.slice, matmul.matmul, replaced)
+                clone_dequantization(graph, linear.slice, linear.matmul, replaced)
 
 
 def replace_cast(cast: Cast, replaced: Mapping[fx.Node, fx.Node]) -> None:

@@ -27,8 +27,8 @@ def share_rho(
         _expand_derivative(graph, derivative, block_weights, tracer)
     fusion.norm.anchor.replace_all_uses_with(rho)
     late = [n for n in rho.args[0].all_input_nodes if n > rho]  # type: ignore[union-attr]
-    if late:
-        # Such as a gain of 1 + w, which the model computes after the statistic.
+    if late or any(user < rho for user in rho.users):
+        # Such as a gain of 1 + w, or a tensor's scale, which come after the statistic.
         stable_topological_sort(graph)
 
 

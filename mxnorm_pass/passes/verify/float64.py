@@ -89,7 +89,12 @@ class Float64Interpreter:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _read(node, env[n]))
         function = self._function(node)
         with torch.set_grad_enabled(not is_backward(node)):
-            return _to_float64(function(*args, **kwargs))
+            try:
+                return _to_float64(function(*args, **kwargs))
+            except (NotImplementedError, RuntimeError):
+                if any(isinstance(a, Tensor) and a.is_complex() for a in args):
+                    raise _reads_bits(node) from None
+                raise
 
     def _function(self, node: fx.Node) -> Callable[..., Any]:
         target: Any = node.target
@@ -124,6 +129,13 @@ class Float64Interpreter:
         nodes = [n for n in outputs if isinstance(n, fx.Node)]  # type: ignore[union-attr]
         values = dict(zip(nodes, interpreter.run(nodes, operands), strict=True))
         return tuple(values.get(n) for n in outputs)  # type: ignore[union-attr, arg-type]
+
+
+def _reads_bits(node: fx.Node) -> VerificationError:
+    return VerificationError(
+        f"verify: {node} ({node.target}) reads the bits of elements that share a byte, which "
+        "stand for what was cast, so the graph cannot be checked in float64"
+    )
 
 
 def _read(reader: fx.Node, value: Any) -> Any:

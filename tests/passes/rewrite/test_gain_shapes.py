@@ -7,6 +7,8 @@ from typing import Any
 import exporting
 import pytest
 import torch
+import torch.nn.functional as F
+from hand_casts import E4M3_FLOOR, dequantize
 from matching import (
     BF16,
     F32,
@@ -24,6 +26,8 @@ from matching import (
 )
 from pairwise import pairwise
 from torch import Tensor, nn
+
+from mxnorm_pass import SkipReason
 
 pytestmark = expected_warnings
 
@@ -112,3 +116,30 @@ def test_adaptive_norm_of_a_batch_of_one(options: dict[str, Any]) -> None:
     (site,) = run(model, x, condition, **options)[1].sites
     assert site.status == "fused"
     assert run(model, inputs(), inputs(2, 64), **options)[1].sites[0].status == "skipped"
+
+
+class DividedRows(nn.Module):
+    """Each quarter of a row, and of a weight's row, is multiplied as a row of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.RMSNorm(WIDTH, eps=1e-5)
+        nn.init.uniform_(self.norm.weight, 0.1, 3.0)
+        self.weight = nn.Parameter(torch.randn(64, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        quarters, weight = (t.view(-1, WIDTH // 4) for t in (self.norm(x), self.weight))
+        return F.linear(dequantize(*E4M3_FLOOR(quarters)), dequantize(*E4M3_FLOOR(weight)))
+
+
+def test_a_gain_of_rows_that_are_divided_is_not_folded() -> None:
+    """It has other numbers for each part, which the weight's rows know nothing of."""
+    model, x = DividedRows(), inputs()
+    got, report = run(model, x, quantize="existing")
+    assert [site.gain for site in report.sites] == ["activation"], str(report)
+    with torch.no_grad():
+        want = model(x)
+    assert (got - want).norm() <= 0.3 * want.norm()
+    (site,) = run(model, x, quantize="existing", gain="fold")[1].sites
+    assert site.reason is SkipReason.NO_WEIGHT_CAST

@@ -17,7 +17,15 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import is_fake
 
 from mxnorm_pass.graph.fake import real_tensors
-from mxnorm_pass.graph.nodes import aten, is_call, is_every_other, is_view, prims, tensor_of
+from mxnorm_pass.graph.nodes import (
+    aten,
+    interleaves,
+    is_call,
+    is_every_other,
+    is_view,
+    prims,
+    tensor_of,
+)
 from mxnorm_pass.numerics.e8m0 import round_up_to_e8m0
 
 CONSTANTS = frozenset({aten.full.default, aten.scalar_tensor.default, aten.full_like.default})
@@ -149,8 +157,8 @@ def _step(node: fx.Node, index: dict[fx.Node, int]) -> _Step | None:
         return _block_reduction(node, encode)
     if is_every_other(node):
         return _Step(_every_other, (encode(node.args[0]), node.args[2]), ())
-    if is_call(node, (aten.stack.default,)):
-        return _stack_step(node, encode)
+    if interleaves(node):
+        return _Step(_interleaved, tuple(map(encode, node.args[0])), ())  # type: ignore[arg-type]
     if "asm_str" in node.kwargs:
         return _assembly_step(node, encode)
     tags = getattr(node.target, "tags", ())
@@ -167,15 +175,6 @@ def _assembly_step(node: fx.Node, encode: Callable[[Any], Any]) -> _Step | None:
     if instruction is None or len(node.args) != 1 or node.kwargs.get("dtype") != torch.uint16:
         return None
     return _Step(instruction, (encode(node.args[0]),), ())
-
-
-def _stack_step(node: fx.Node, encode: Callable[[Any], Any]) -> _Step | None:
-    """Tensors as every other element of one, as of two half bytes."""
-    tensors, *dims = node.args
-    value = tensor_of(node)
-    if value is None or [d % value.ndim for d in dims] != [value.ndim - 1]:  # type: ignore[operator]
-        return None
-    return _Step(_interleaved, tuple(map(encode, tensors)), ())  # type: ignore[arg-type]
 
 
 def _attribute_step(node: fx.Node) -> _Step | None:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from mxnorm_pass.graph.nodes import (
     aten,
     forward_users,
+    interleaves,
     is_backward,
     is_call,
     is_dtype_cast,
@@ -142,7 +143,7 @@ def _is_within_blocks(node: fx.Node, blocks: Tensor) -> bool:
     if node.target in REDUCTIONS:
         source = tensor_of(node.args[0])  # type: ignore[arg-type]
         return source is not None and same_shape(source.shape, blocks.shape)
-    if is_every_other(node) or is_call(node, (aten.stack.default,)):
+    if is_every_other(node) or interleaves(node):
         return True
     operands = [t for n in _operands(node) if (t := tensor_of(n)) is not None]
     return all(_meets_its_block(operand, value, blocks.shape[-1]) for operand in operands)

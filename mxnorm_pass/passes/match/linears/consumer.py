@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from mxnorm_pass.graph.code import type_name
-from mxnorm_pass.graph.nodes import is_call, is_transpose, is_view, strip, tensor_of
+from mxnorm_pass.graph.nodes import (
+    is_call,
+    is_transpose,
+    is_view,
+    same_size,
+    strip,
+    tensor_of,
+)
 from mxnorm_pass.passes.match.casts.find import Cast
 from mxnorm_pass.passes.match.linears.plain import transposes_weight
 from mxnorm_pass.passes.match.linears.products import LAYOUT, QuantizedMatmul, cast_use, is_constant
@@ -55,7 +62,21 @@ def weight_cast(
     transpositions += transposes_weight(matmul.matmul)
     if value is None or value.ndim != 2 or transpositions % 2 == 0:
         return None
+    if not same_size(value.shape[-1], _contracted(matmul.matmul, activation, values)):
+        # The weight's rows, or those of the activation, were divided into several.
+        return None
     return WeightCast(others[0], weight, own.slice)
+
+
+def _contracted(matmul: fx.Node, cast: Cast, values: Container[fx.Node]) -> int | None:
+    """How many elements a row of the activation has in the matmul."""
+    operands = (n for n in matmul.all_input_nodes if n is cast.values or n in values)
+    operand = next(operands, None)
+    value = None if operand is None else tensor_of(operand)
+    if value is None:
+        return None
+    is_packed = value.dtype.itemsize == 1
+    return value.shape[-1] * (cast.format.element.per_byte if is_packed else 1)
 
 
 @dataclass(frozen=True)

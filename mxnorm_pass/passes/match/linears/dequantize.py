@@ -19,8 +19,8 @@ from torch import Tensor, fx
 from mxnorm_pass import ops
 from mxnorm_pass.graph.fake import real_tensors
 from mxnorm_pass.graph.nodes import (
-    aten,
     dtype_of,
+    interleaves,
     is_backward,
     is_call,
     is_transpose,
@@ -71,7 +71,7 @@ def _multiplies_blocks(product: fx.Node, cast: Cast, linear: QuantizedMatmul) ->
     inside = {*linear.slice, cast.values, cast.scales}
     for node in linear.slice:
         # Nothing is broadcast on the way, so that values and scales are as many as in the cast.
-        keeps_elements = is_view(node) or is_call(node, (aten.stack.default,))
+        keeps_elements = is_view(node) or interleaves(node)
         if node < product and not keeps_elements and not _keeps_shape(node, inside):
             return False
     operands = product.args

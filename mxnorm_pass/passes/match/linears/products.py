@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from heapq import heappop, heappush
 
@@ -16,9 +16,11 @@ from mxnorm_pass.graph.nodes import (
     aten,
     dtype_of,
     forward_users,
+    interleaves,
     is_call,
     is_view,
     prims,
+    same_size,
     strip,
     tensor_of,
 )
@@ -29,7 +31,7 @@ from mxnorm_pass.passes.match.linears.plain import linear_name
 LAYOUT = frozenset({aten.permute.default, aten.t.default, aten.transpose.int, aten.slice.Tensor})
 # What turns scales into numbers, beside pointwise ops.
 _DECODING = frozenset({aten.view.dtype, aten.where.self, aten.full_like.default, aten.full.default})
-_UNPACKING = frozenset({aten.stack.default, aten.index_put.default})
+_UNPACKING = frozenset({aten.index_put.default})
 _CONSTANTS = frozenset({aten.full.default, aten.scalar_tensor.default, aten.zeros.default})
 PRODUCTS = frozenset({aten.mul.Tensor, ops.dequantize})
 
@@ -53,6 +55,18 @@ class QuantizedMatmul:
     slice: tuple[fx.Node, ...]
     of_scales: frozenset[fx.Node] = frozenset()
     blocked_scales: fx.Node | None = None
+
+    def with_scales_of(self, cast: Cast, width: int) -> QuantizedMatmul:
+        """It, as it may read the scales of ``cast`` from an op whose rows are of this width.
+
+        The 128x4 layout depends on the rows, and a cast may have others than the op: of heads that
+        were normalised one by one, of all of a token's in one row.
+        """
+        scales = tensor_of(cast.scales)
+        assert scales is not None
+        if same_size(scales.shape[-1] * cast.format.block_size, width):
+            return self
+        return replace(self, blocked_scales=None)
 
 
 @dataclass(frozen=True)
@@ -160,7 +174,7 @@ def _decodes_bytes(node: fx.Node, inputs: Sequence[fx.Node]) -> bool:
     if any(dtype.is_floating_point for dtype in dtypes):
         return False
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return pointwise or is_call(node, _DECODING | _UNPACKING)
+    return pointwise or interleaves(node) or is_call(node, _DECODING | _UNPACKING)
 
 
 def is_constant(node: fx.Node) -> bool:

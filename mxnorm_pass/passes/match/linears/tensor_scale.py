@@ -12,6 +12,7 @@ from mxnorm_pass import ops
 from mxnorm_pass.graph.nodes import (
     ancestors_after,
     aten,
+    is_backward,
     is_call,
     is_dtype_cast,
     is_view,
@@ -36,11 +37,17 @@ def not_only_scaled_by(cast: Cast, linears: Collection[QuantizedMatmul]) -> fx.N
 
     ``_scaled_mm`` leaves the tensors' scales to the graph, which multiplies the result by their
     product. If each matmul of the cast is scaled once, by ``dequantize`` or afterwards, and
-    nothing else reads the scale, another one gives what it gives with another cast.
+    nothing else reads the scale or the cast, another one gives what it gives with another cast.
+
+    Args:
+        linears: those of the cast that are to read another one.
     """
     scale = cast.tensor_scale
     if scale is None:
         return None
+    if (reader := _backward_reader(cast, linears)) is not None:
+        return reader
+    squares = {linear.matmul for linear in linears if _multiplies_itself(cast, linear)}
     scaled: Counter[fx.Node] = Counter()
     pending = [(scale, user) for user in readers_beside(cast)]
     while pending:
@@ -52,12 +59,25 @@ def not_only_scaled_by(cast: Cast, linears: Collection[QuantizedMatmul]) -> fx.N
             pending += [(user, reader) for reader in user.users]
         else:
             matmul = _scaled_result(user, source)
-            if matmul is None:
+            if matmul is None or matmul in squares:
                 return user
             scaled[matmul] += 1
     of_cast = {use.matmul for use in cast_use(cast).matmuls}
-    wrong = [n for n in {*of_cast, *scaled} if n not in of_cast or scaled[n] != 1]
+    rescaled = of_cast & {linear.matmul for linear in linears}
+    wrong = [n for n in {*of_cast, *scaled} if n not in rescaled or scaled[n] != 1]
     return min(wrong, default=None)
+
+
+def _backward_reader(cast: Cast, linears: Collection[QuantizedMatmul]) -> fx.Node | None:
+    """The first backward reader of the cast: whose scale it goes with nothing says."""
+    held = {cast.values, cast.scales, *(node for linear in linears for node in linear.slice)}
+    return min((user for node in held for user in node.users if is_backward(user)), default=None)
+
+
+def _multiplies_itself(cast: Cast, linear: QuantizedMatmul) -> bool:
+    """Does the tensor's scale count twice, as in X Xᵀ?"""
+    values = {cast.values, *linear.slice} - linear.of_scales
+    return sum(arg in values for arg in linear.matmul.args if isinstance(arg, fx.Node)) > 1
 
 
 def _scales_once(node: fx.Node, source: fx.Node, scale: fx.Node) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hand_casts import E4M3_FLOOR, dequantize
 from matching import expected_warnings
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -195,6 +196,7 @@ OTHERWISE: dict[str, Outputs] = {
     "bias scaled": lambda m, a, s: F.linear(a, m.first.weight, m.first.bias) * s,
     "returned": lambda m, a, s: (F.linear(a, m.first.weight) * s, s),
     "unscaled, too": lambda m, a, s: (y := F.linear(a, m.first.weight), y * s),
+    "times itself": lambda m, a, s: (a @ a.t()) * s,
 }
 
 
@@ -250,6 +252,15 @@ def test_a_scale_that_another_would_change_the_result_of(outputs: Outputs) -> No
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_each_compiler_spells_it_in_a_known_way(inner: str) -> None:
+    """Inductor takes stacks of half bytes apart."""
+    report, (got,), (want,) = run(READ_ONCE["scaled"], inner=inner, estimator="exact")
+    assert [site.status for site in report.sites] == ["fused"], str(report)
+    # Each element may round to its neighbour.
+    assert (got - want).norm() <= 0.01 * want.norm()
+
+
 @pytest.mark.parametrize("outputs", [*READ_ONCE.values(), *OTHERWISE.values()])
 def test_exact_keeps_the_scale_and_all_bits(outputs: Outputs) -> None:
     report, got, want = run(outputs, estimator="exact")
@@ -277,6 +288,155 @@ def test_dequantisation_with_both_scales(
     report, got, want = run_model(model(lambda *_: None), estimator=estimator)
     assert [site.reason for site in report.sites] == [reason], str(report)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_another_linear_that_is_off_reads_the_cast() -> None:
+    """Its product would be scaled by what the fused cast has."""
+    report, got, want = run(READ_ONCE["both"], modules={"second*": False})
+    assert [site.reason for site in report.sites] == [ESCAPES], str(report)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+class Unscaled(torch.autograd.Function):
+    """Times the scale, of which the gradient knows nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+class BackwardReads(Scaled):
+    """The weight's gradient is a product with what was cast, without the tensor's scale."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.norm(x)
+            scale = y.abs().amax() / (448.0 * 6.0)
+            cast = elements_times_scales(*with_tensor_scale(y, scale))
+        return Unscaled.apply(F.linear(cast, self.first.weight), scale)
+
+
+def test_a_backward_without_the_scale() -> None:
+    model = BackwardReads(READ_ONCE["scaled"])
+    gradients = []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="mxnorm", options={"inner": "aot_eager"})
+    with mxnorm_pass.record() as report:
+        for run_it in (model, compiled):
+            model.zero_grad()
+            run_it(rows()).square().sum().backward()
+            gradients.append(model.first.weight.grad)
+    assert [site.reason for site in report.sites] == [ESCAPES], str(report)
+    assert torch.equal(*gradients)
+
+
+# Scales that were chosen with the gain, or beside the weight
+
+
+class SmallGain(Scaled):
+    """The scale is that of rows with their gain, which makes them small."""
+
+    def __init__(self) -> None:
+        super().__init__(READ_ONCE["scaled"])
+        nn.init.constant_(self.norm.weight, 0.01)
+        self.register_buffer("largest", torch.tensor(0.05))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, scale = self.norm(x), self.largest / (448.0 * 6.0)
+        weight = dequantize(*E4M3_FLOOR(self.first.weight))
+        return F.linear(elements_times_scales(*with_tensor_scale(y, scale)), weight) * scale
+
+
+class NoWeightScale(Scaled):
+    """With the gain in it, the weight would be too small for scales in e4m3."""
+
+    def __init__(self) -> None:
+        super().__init__(READ_ONCE["scaled"])
+        nn.init.constant_(self.norm.weight, 0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        scale = y.abs().amax() / (448.0 * 6.0)
+        weight = elements_times_scales(*nvfp4(self.first.weight))
+        return F.linear(elements_times_scales(*with_tensor_scale(y, scale)), weight) * scale
+
+
+class WeightScaleTwice(Scaled):
+    """What scales the result is computed anew, and not what the weight was cast with."""
+
+    def __init__(self) -> None:
+        super().__init__(READ_ONCE["scaled"])
+        nn.init.uniform_(self.norm.weight, 0.1, 3.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.first.weight
+        scales = [weight.abs().amax() / (448.0 * 6.0) for _ in range(2)]
+        cast = elements_times_scales(*with_tensor_scale(weight, scales[0]))
+        return F.linear(elements_times_scales(*nvfp4(self.norm(x))), cast) * scales[1]
+
+
+@pytest.mark.parametrize("model", [SmallGain, NoWeightScale, WeightScaleTwice])
+def test_the_gain_is_not_folded(model: Callable[[], Scaled]) -> None:
+    report, (got,), (want,) = run_model(model())
+    assert [site.gain for site in report.sites] == ["activation"], str(report)
+    assert (got - want).norm() <= 0.3 * want.norm()
+    report, *_ = run_model(model(), gain="fold")
+    assert [site.reason for site in report.sites] == [SkipReason.NO_WEIGHT_CAST], str(report)
+
+
+class HighPrecisionBackward(torch.autograd.Function):
+    """A product of casts, whose gradients are those of the product of what is cast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        cast = dequantize(*E4M3_FLOOR(weight))
+        return elements_times_scales(*with_tensor_scale(x, scale)) @ cast.t() * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.t() @ x, None
+
+
+class ComputedLate(SmallGain):
+    """The scale is computed behind the norm's statistic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, scale = self.norm(x), self.largest / (448.0 * 6.0)
+        return HighPrecisionBackward.apply(y, self.first.weight, scale)
+
+
+class OfTheExactNorm(SmallGain):
+    """The scale reads the norm beside the Function that casts it, and stays exact."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        scale = y.abs().amax() / (448.0 * 6.0)
+        return HighPrecisionBackward.apply(y, self.first.weight, scale)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gain"), [(ComputedLate, "auto"), (OfTheExactNorm, "auto"), (OfTheExactNorm, "fold")]
+)
+def test_scales_in_training(kind: type[SmallGain], gain: str) -> None:
+    model, results = kind(), []
+    torch._dynamo.reset()
+    options = {"inner": "aot_eager", "gain": gain}
+    compiled = torch.compile(model, backend="mxnorm", options=options)
+    with mxnorm_pass.record() as report:
+        for run_it in (model, compiled):
+            model.zero_grad()
+            y = run_it(rows())
+            y.square().sum().backward()
+            results.append((y, model.first.weight.grad, model.norm.weight.grad))
+    assert [site.status for site in report.sites] == ["fused"], str(report)
+    for want, got in zip(*results, strict=True):
+        assert (got - want).norm() <= 0.3 * want.norm()
 
 
 def test_packed_bytes_without_a_norm() -> None:
