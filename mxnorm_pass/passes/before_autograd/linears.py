@@ -38,6 +38,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A seed leaves room for a key to be added.
 _KEY_BITS = 62
 
+# The linears to mark in each scope.
+_Found = list[tuple[Scope, list[fx.Node]]]
+
 
 @dataclass(frozen=True)
 class SeedInput:
@@ -56,6 +59,32 @@ class SeedInput:
         return lambda *args: compiled(*args, draw_seed(self.device))
 
 
+@dataclass(frozen=True)
+class UnusedSeed:
+    """A draw for a graph that is not differentiated, with which nothing is done.
+
+    A reentrant checkpoint runs one, and later, from the generator's state at that time, the graph
+    that is. If the first drew nothing, all checkpoints of all steps would draw from one state.
+    """
+
+    device: torch.device
+
+    def wrap(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """Have each call draw a seed."""
+
+        def call(*args: Any) -> Any:
+            draw_seed(self.device)
+            return compiled(*args)
+
+        return call
+
+
+def unused_seed(scopes: Sequence[Scope]) -> UnusedSeed | None:
+    """The draw of a graph in which :func:`mark_linears` would find something to mark."""
+    device = _device_of(_found(scopes))
+    return None if device is None else UnusedSeed(device)
+
+
 def linear_key(name: str, call: int = 0) -> int:
     """What is added to a step's seed for one call of the linear of that dotted name."""
     digest = hashlib.sha256(f"{name}#{call}".encode()).digest()
@@ -71,8 +100,8 @@ def mark_linears(scopes: Sequence[Scope], random: bool) -> SeedInput | None:
     Returns:
         The input that the whole has got, if it has got one.
     """
-    found = [(scope, _linears(scope)) for scope in scopes if _is_reached(scope)]
-    device = next((_device(nodes[0]) for _, nodes in found if nodes), None)
+    found = _found(scopes)
+    device = _device_of(found)
     if device is None:
         return None
     seed = SeedInput(_example(found), device) if random else None
@@ -87,6 +116,10 @@ def mark_linears(scopes: Sequence[Scope], random: bool) -> SeedInput | None:
             calls[name] += 1
         scope.gm.recompile()
     return seed
+
+
+def _found(scopes: Sequence[Scope]) -> _Found:
+    return [(scope, _linears(scope)) for scope in scopes if _is_reached(scope)]
 
 
 def _is_reached(scope: Scope) -> bool:
@@ -114,13 +147,12 @@ def _operands(node: fx.Node) -> list[Any]:
     return [given.get(name) for name in _OPERANDS]
 
 
-def _device(node: fx.Node) -> torch.device:
-    value = example_value(node)
-    assert value is not None
-    return value.device
+def _device_of(found: _Found) -> torch.device | None:
+    values = (example_value(node) for _, nodes in found for node in nodes)
+    return next((value.device for value in values if value is not None), None)
 
 
-def _example(found: Sequence[tuple[Scope, list[fx.Node]]]) -> Tensor:
+def _example(found: _Found) -> Tensor:
     like = next(example_value(nodes[0]) for _, nodes in found if nodes)
     assert isinstance(like, FakeTensor)
     with like.fake_mode:
