@@ -34,7 +34,7 @@ from mxnorm_pass.passes.before_autograd.linears import (
 )
 from mxnorm_pass.passes.before_autograd.plan import find_plan
 from mxnorm_pass.passes.before_autograd.plan_json import from_json as plan_from_json
-from mxnorm_pass.passes.before_autograd.provenance import copied_graph_module, mark_ends
+from mxnorm_pass.passes.before_autograd.provenance import copied_with_bodies, mark_ends
 from mxnorm_pass.passes.before_autograd.regions import (
     names_in_layers,
     passed,
@@ -133,8 +133,8 @@ class CompileJob:
         if self.is_backward:
             return
         if self._is_random:
-            # It may get an input, of which Dynamo has no source.
-            self.gm = copied_graph_module(self.gm)
+            # It may get an input, and so may bodies in it, of which Dynamo knows nothing.
+            self.gm = copied_with_bodies(self.gm)
         placeholders = _placeholders(self.gm)
         self.weight_nodes = {placeholders[i]: weight for i, weight in self.weights.items()}
         split_regions(self.gm, self.config, self.weight_nodes)
@@ -170,8 +170,7 @@ class CompileJob:
     @property
     def _may_be_recomputed(self) -> bool:
         """May a graph that is not differentiated be one of training, in a reentrant checkpoint?"""
-        wanted = _require_gradients(self.example_inputs)
-        return self._is_random and wanted and not torch.is_inference_mode_enabled()
+        return self._is_random and _require_gradients(self.example_inputs)
 
     def _find_plan(self) -> None:
         start = time.perf_counter()

@@ -25,7 +25,8 @@ def _recipe_matmul(
     plan = _checked(left, right, matmul, recipe)
     if plan.is_random and seed is None:
         raise ValueError(f"recipe_matmul: {recipe} is random and needs a seed")
-    draw = None if seed is None else Draw(seed + key, matmul)
+    # One seed serves a graph, whose linears may be on several devices.
+    draw = None if seed is None else Draw(seed.to(left.device) + key, matmul)
     return numerics.recipe_matmul(left, right, plan, draw)
 
 

@@ -73,7 +73,9 @@ class UnusedSeed:
         """Have each call draw a seed."""
 
         def call(*args: Any) -> Any:
-            draw_seed(self.device)
+            # Known at the call alone: Dynamo compiles outside of inference mode.
+            if not torch.is_inference_mode_enabled():
+                draw_seed(self.device)
             return compiled(*args)
 
         return call
