@@ -157,7 +157,7 @@ class CompileJob:
         if not self.differentiated:
             self.seed = unused_seed(self.scopes) if self._may_be_recomputed else None
             return
-        self.seed = seed = mark_linears(self.scopes, self._is_random)
+        self.seed = seed = mark_linears(self.scopes, self._is_random, self.config.prefix)
         if seed is not None:
             self.example_inputs = [*self.example_inputs, seed.example]
         # Their nodes are others now.

@@ -93,11 +93,13 @@ def linear_key(name: str, call: int = 0) -> int:
     return int.from_bytes(digest[:8], "big") >> (64 - _KEY_BITS)
 
 
-def mark_linears(scopes: Sequence[Scope], random: bool) -> SeedInput | None:
+def mark_linears(scopes: Sequence[Scope], random: bool, prefix: str = "") -> SeedInput | None:
     """Edit the marks into the scopes' graphs, in place.
 
     Args:
         random: may a recipe need a seed?
+        prefix: of names, which keys leave out: each graph has a seed of its own, and equal layers
+            that are compiled on their own share what is compiled.
 
     Returns:
         The input that the whole has got, if it has got one.
@@ -113,7 +115,7 @@ def mark_linears(scopes: Sequence[Scope], random: bool) -> SeedInput | None:
         if seed is not None:
             seeds[scope] = _seed_of(scope, seed.example, seeds)
         for node in nodes:
-            name = module_path(node)
+            name = module_path(node).removeprefix(prefix)
             _mark(node, seeds.get(scope), linear_key(name, calls.setdefault(name, 0)))
             calls[name] += 1
         scope.gm.recompile()
