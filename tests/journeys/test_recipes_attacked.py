@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from training import Gradients, assert_gradients_close, assert_gradients_equal, gradients_of
 
 import mxnorm_pass
@@ -174,3 +181,52 @@ def test_one_seed_serves_linears_on_several_devices() -> None:
     recipe = recipe_text(functional.recipe("mxfp4-rht-sr").dgrad)
     left, right = (torch.ones(32, 64, device="meta") for _ in range(2))
     assert matmul(left, right, draw_seed(), 0, "dgrad", recipe).device.type == "meta"
+
+
+def test_a_layers_draws_do_not_depend_on_the_model_around_it() -> None:
+    """Equal layers that are compiled on their own share what is compiled, keys included."""
+    model, x = mlp(), tokens(32, 64)
+    gradients = []
+    for prefix in ("model.layers.0", "model.layers.1"):
+        torch._dynamo.reset()
+        fast = compiled(model, prefix=prefix)
+        torch.manual_seed(0)
+        model.zero_grad()
+        fast(x).square().sum().backward()
+        gradients.append(gradients_of(model))
+    assert_gradients_equal(*gradients)
+
+
+class _Matmuls(TorchDispatchMode):
+    """Counts the calls of each matmul."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in func._schema.name:
+            self.calls[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("saved, recomputed", [(True, 0), (False, 1)])
+def test_policies_of_selective_checkpoints_are_asked_about_matmuls(
+    saved: bool, recomputed: int
+) -> None:
+    model, x = mlp(), tokens(2, 32, 64)
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        is_matmul = op is torch.ops.aten.addmm.default
+        kept = saved and is_matmul and len(args) == 3
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+
+    def layer(x: Tensor) -> Tensor:
+        return checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+
+    loss = compiled(layer, recipe="mxfp4")(x).sum()
+    with _Matmuls() as matmuls:
+        loss.backward()
+    assert matmuls.calls["aten::addmm"] == recomputed

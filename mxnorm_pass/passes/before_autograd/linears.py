@@ -31,6 +31,7 @@ from mxnorm_pass.graph.modules import module_path
 from mxnorm_pass.numerics.philox import draw_seed
 from mxnorm_pass.passes.before_autograd.provenance import example_value
 from mxnorm_pass.passes.before_autograd.scopes import Scope
+from mxnorm_pass.passes.before_autograd.selective import ask_about_matmuls
 
 _LINEARS = (torch.nn.functional.linear, torch._C._nn.linear)
 _OPERANDS = ("input", "weight", "bias")
@@ -118,6 +119,7 @@ def mark_linears(scopes: Sequence[Scope], random: bool, prefix: str = "") -> See
             name = module_path(node).removeprefix(prefix)
             _mark(node, seeds.get(scope), linear_key(name, calls.setdefault(name, 0)))
             calls[name] += 1
+        ask_about_matmuls(scope.gm)
         scope.gm.recompile()
     return seed
 
