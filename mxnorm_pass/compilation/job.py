@@ -26,10 +26,15 @@ from mxnorm_pass.options.channel_order import check_channels
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.parse import ParsedOptions, inductor_setting
 from mxnorm_pass.passes.before_autograd.derivatives import inner_derivative
-from mxnorm_pass.passes.before_autograd.linears import SeedInput, mark_linears
+from mxnorm_pass.passes.before_autograd.linears import (
+    SeedInput,
+    UnusedSeed,
+    mark_linears,
+    unused_seed,
+)
 from mxnorm_pass.passes.before_autograd.plan import find_plan
 from mxnorm_pass.passes.before_autograd.plan_json import from_json as plan_from_json
-from mxnorm_pass.passes.before_autograd.provenance import copied_graph_module, mark_ends
+from mxnorm_pass.passes.before_autograd.provenance import copied_with_bodies, mark_ends
 from mxnorm_pass.passes.before_autograd.regions import (
     names_in_layers,
     passed,
@@ -73,7 +78,7 @@ class CompileJob:
         differentiated: autograd differentiates the graph.
         plan: the estimates that are put into the graphs.
         originals: by scope number, what was found before there were estimates.
-        seed: the input that recipes draw from, which was added to the graph.
+        seed: what each call draws: the input of recipes that was added to the graph.
         plan_seconds: what deciding on the estimates has taken.
         by_scope: by scope number, what the pass did; empty after a warm cache.
     """
@@ -92,7 +97,7 @@ class CompileJob:
     plan: list[Substitution] = field(default_factory=list)
     originals: dict[int, Analysis] = field(default_factory=dict)
     plan_seconds: float = 0.0
-    seed: SeedInput | None = None
+    seed: SeedInput | UnusedSeed | None = None
     by_scope: dict[int, PassResult] = field(default_factory=dict)
 
     @classmethod
@@ -127,9 +132,9 @@ class CompileJob:
         """
         if self.is_backward:
             return
-        if any(recipe.is_random for recipe in self.config.recipes):
-            # It may get an input, of which Dynamo has no source.
-            self.gm = copied_graph_module(self.gm)
+        if self._is_random:
+            # It may get an input, and so may bodies in it, of which Dynamo knows nothing.
+            self.gm = copied_with_bodies(self.gm)
         placeholders = _placeholders(self.gm)
         self.weight_nodes = {placeholders[i]: weight for i, weight in self.weights.items()}
         split_regions(self.gm, self.config, self.weight_nodes)
@@ -147,14 +152,25 @@ class CompileJob:
 
     def _mark_linears(self) -> None:
         """Let recipes reach the backward, which autograd is about to write."""
-        recipes = self.config.recipes
-        if not recipes or not self.differentiated:
+        if not self.config.recipes or self._obstacle is not None:
             return
-        self.seed = mark_linears(self.scopes, any(recipe.is_random for recipe in recipes))
-        if self.seed is not None:
-            self.example_inputs = [*self.example_inputs, self.seed.example]
+        if not self.differentiated:
+            self.seed = unused_seed(self.scopes) if self._may_be_recomputed else None
+            return
+        self.seed = seed = mark_linears(self.scopes, self._is_random, self.config.prefix)
+        if seed is not None:
+            self.example_inputs = [*self.example_inputs, seed.example]
         # Their nodes are others now.
         self.scopes = scopes_of(self.gm)
+
+    @property
+    def _is_random(self) -> bool:
+        return any(recipe.is_random for recipe in self.config.recipes)
+
+    @property
+    def _may_be_recomputed(self) -> bool:
+        """May a graph that is not differentiated be one of training, in a reentrant checkpoint?"""
+        return self._is_random and _require_gradients(self.example_inputs)
 
     def _find_plan(self) -> None:
         start = time.perf_counter()
@@ -299,8 +315,11 @@ def _describe(value: Any) -> str:
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> bool:
     """May autograd differentiate the graph?"""
-    tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and _require_gradients(example_inputs)
+
+
+def _require_gradients(example_inputs: Sequence[Any]) -> bool:
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
 _IN_A_BRANCH = Skip(

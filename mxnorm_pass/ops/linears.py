@@ -25,7 +25,8 @@ def _recipe_matmul(
     plan = _checked(left, right, matmul, recipe)
     if plan.is_random and seed is None:
         raise ValueError(f"recipe_matmul: {recipe} is random and needs a seed")
-    draw = None if seed is None else Draw(seed + key, matmul)
+    # One seed serves a graph, whose linears may be on several devices.
+    draw = None if seed is None else Draw(seed.to(left.device) + key, matmul)
     return numerics.recipe_matmul(left, right, plan, draw)
 
 
@@ -58,7 +59,13 @@ def _stays_whole(args: Sequence[Any]) -> bool:
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, key: int
 ) -> Tensor:
-    return F.linear(x, weight, bias)
+    # As a matrix: of one that requires no gradient, as in the graph, F.linear makes batches.
+    y = F.linear(_as_matrix(x), weight, bias)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
 
 
 def _fake_linear(
@@ -89,20 +96,23 @@ linear = define(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, seed, ctx.key = inputs
-    ctx.save_for_backward(x, weight, seed)
+    x, weight, _, seed, ctx.key = inputs
+    needs_x, needs_weight, *_ = ctx.needs_input_grad
+    ctx.x_shape = x.shape
+    # What is saved must not change until then, be it read or not.
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, seed)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, seed = ctx.saved_tensors
-    rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    rows = _as_matrix(grad)
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     grad_x = grad_weight = grad_bias = None
     if needs_x:
         dgrad = recipe_matmul(rows, weight.t(), seed, ctx.key, "dgrad", PLAIN)
-        grad_x = dgrad.reshape(x.shape)
+        grad_x = dgrad.reshape(ctx.x_shape)
     if needs_weight:
-        grad_weight = recipe_matmul(rows.t(), inputs.t(), seed, ctx.key, "wgrad", PLAIN)
+        grad_weight = recipe_matmul(rows.t(), _as_matrix(x).t(), seed, ctx.key, "wgrad", PLAIN)
     if needs_bias:
         grad_bias = rows.sum(0)
     return grad_x, grad_weight, grad_bias, None, None

@@ -31,12 +31,16 @@ from mxnorm_pass.graph.modules import module_path
 from mxnorm_pass.numerics.seed import draw_seed
 from mxnorm_pass.passes.before_autograd.provenance import example_value
 from mxnorm_pass.passes.before_autograd.scopes import Scope
+from mxnorm_pass.passes.before_autograd.selective import ask_about_matmuls
 
 _LINEARS = (torch.nn.functional.linear, torch._C._nn.linear)
 _OPERANDS = ("input", "weight", "bias")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A seed leaves room for a key to be added.
 _KEY_BITS = 62
+
+# The linears to mark in each scope.
+_Found = list[tuple[Scope, list[fx.Node]]]
 
 
 @dataclass(frozen=True)
@@ -56,23 +60,53 @@ class SeedInput:
         return lambda *args: compiled(*args, draw_seed(self.device))
 
 
+@dataclass(frozen=True)
+class UnusedSeed:
+    """A draw for a graph that is not differentiated, with which nothing is done.
+
+    A reentrant checkpoint runs one, and later, from the generator's state at that time, the graph
+    that is. If the first drew nothing, all checkpoints of all steps would draw from one state.
+    """
+
+    device: torch.device
+
+    def wrap(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """Have each call draw a seed."""
+
+        def call(*args: Any) -> Any:
+            # Known at the call alone: Dynamo compiles outside of inference mode.
+            if not torch.is_inference_mode_enabled():
+                draw_seed(self.device)
+            return compiled(*args)
+
+        return call
+
+
+def unused_seed(scopes: Sequence[Scope]) -> UnusedSeed | None:
+    """The draw of a graph in which :func:`mark_linears` would find something to mark."""
+    device = _device_of(_found(scopes))
+    return None if device is None else UnusedSeed(device)
+
+
 def linear_key(name: str, call: int = 0) -> int:
     """What is added to a step's seed for one call of the linear of that dotted name."""
     digest = hashlib.sha256(f"{name}#{call}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> (64 - _KEY_BITS)
 
 
-def mark_linears(scopes: Sequence[Scope], random: bool) -> SeedInput | None:
+def mark_linears(scopes: Sequence[Scope], random: bool, prefix: str = "") -> SeedInput | None:
     """Edit the marks into the scopes' graphs, in place.
 
     Args:
         random: may a recipe need a seed?
+        prefix: of names, which keys leave out: each graph has a seed of its own, and equal layers
+            that are compiled on their own share what is compiled.
 
     Returns:
         The input that the whole has got, if it has got one.
     """
-    found = [(scope, _linears(scope)) for scope in scopes if _is_reached(scope)]
-    device = next((_device(nodes[0]) for _, nodes in found if nodes), None)
+    found = _found(scopes)
+    device = _device_of(found)
     if device is None:
         return None
     seed = SeedInput(_example(found), device) if random else None
@@ -82,11 +116,16 @@ def mark_linears(scopes: Sequence[Scope], random: bool) -> SeedInput | None:
         if seed is not None:
             seeds[scope] = _seed_of(scope, seed.example, seeds)
         for node in nodes:
-            name = module_path(node)
+            name = module_path(node).removeprefix(prefix)
             _mark(node, seeds.get(scope), linear_key(name, calls.setdefault(name, 0)))
             calls[name] += 1
+        ask_about_matmuls(scope.gm)
         scope.gm.recompile()
     return seed
+
+
+def _found(scopes: Sequence[Scope]) -> _Found:
+    return [(scope, _linears(scope)) for scope in scopes if _is_reached(scope)]
 
 
 def _is_reached(scope: Scope) -> bool:
@@ -114,13 +153,12 @@ def _operands(node: fx.Node) -> list[Any]:
     return [given.get(name) for name in _OPERANDS]
 
 
-def _device(node: fx.Node) -> torch.device:
-    value = example_value(node)
-    assert value is not None
-    return value.device
+def _device_of(found: _Found) -> torch.device | None:
+    values = (example_value(node) for _, nodes in found for node in nodes)
+    return next((value.device for value in values if value is not None), None)
 
 
-def _example(found: Sequence[tuple[Scope, list[fx.Node]]]) -> Tensor:
+def _example(found: _Found) -> Tensor:
     like = next(example_value(nodes[0]) for _, nodes in found if nodes)
     assert isinstance(like, FakeTensor)
     with like.fake_mode:

@@ -145,6 +145,15 @@ def copied_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
+def copied_with_bodies(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy that shares no graph with ``gm``, nor any body of a higher-order op in it."""
+    copied = copied_graph_module(gm)
+    for name, child in gm._modules.items():
+        if isinstance(child, fx.GraphModule):
+            setattr(copied, name, copied_with_bodies(child))
+    return copied
+
+
 def _insert(graph: fx.Graph, before: fx.Node, values: list[fx.Node], *place: int) -> None:
     with graph.inserting_before(before):
         graph.call_function(ops.mark, (values, *place))

@@ -15,7 +15,7 @@ from torch import fx
 from mxnorm_pass.graph.modules import module_path, rename_modules
 from mxnorm_pass.graph.weights import Weight
 from mxnorm_pass.options.config import MXNormConfig
-from mxnorm_pass.passes.before_autograd.provenance import copied_graph_module
+from mxnorm_pass.passes.before_autograd.provenance import copied_with_bodies
 from mxnorm_pass.passes.before_autograd.scopes import Scope, kind_of_call
 from mxnorm_pass.report.site import Site
 
@@ -178,9 +178,8 @@ def _give_own_body(
 
 
 def _renamed_copy(body: fx.GraphModule, renaming: Renaming) -> fx.GraphModule:
-    copied = copied_graph_module(body)
-    for name, child in body._modules.items():
-        if isinstance(child, fx.GraphModule):
-            setattr(copied, name, _renamed_copy(child, renaming))
-    rename_modules(copied.graph, renaming)
+    copied = copied_with_bodies(body)
+    for module in copied.modules():
+        if isinstance(module, fx.GraphModule):
+            rename_modules(module.graph, renaming)
     return copied

@@ -28,7 +28,10 @@ def obstacle(linear: PlainLinear, config: MXNormConfig) -> str | None:
         return "that is cast only if `modules` names it"
     own = config.resolve(linear.name).config
     if own.recipe is not None and linear.matmul.meta.get(UNREACHED):
-        return "whose backward no recipe reaches: it is no call of F.linear, or is in a branch"
+        return (
+            "whose backward no recipe reaches: it is no call of F.linear, or in a branch or a "
+            "region of its own"
+        )
     activation, weight = tensor_of(linear.activation), tensor_of(linear.weight)
     if activation is None or weight is None or activation.dtype != weight.dtype:
         return f"whose weight is {type_name(linear.weight)}"
