@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -50,10 +51,12 @@ def _checked(left: Tensor, right: Tensor, matmul: str, recipe: str) -> Any:
 def _stays_whole(args: Sequence[Any]) -> bool:
     """Random words are a thousand nodes, and Inductor's C++ for casts along T is not always valid.
 
-    There (torch 2.13) it declares one variable twice, for two reads of a bfloat16 maximum.
+    There (torch 2.13) it declares one variable twice, for two reads of a bfloat16 maximum. What is
+    padded depends on the size of the contraction, which may be known at each call alone.
     """
     left, *_, recipe = args
-    return left.device.type == "cpu" or recipe_of_text(recipe).is_random
+    unknown = isinstance(left.shape[-1], torch.SymInt)
+    return left.device.type == "cpu" or unknown or recipe_of_text(recipe).is_random
 
 
 def _linear(

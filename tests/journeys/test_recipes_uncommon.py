@@ -20,8 +20,8 @@ from training import Gradients, assert_gradients_close, assert_gradients_equal, 
 
 import mxnorm_pass
 from mxnorm_pass import functional, ops
-from mxnorm_pass.numerics.philox import draw_seed
 from mxnorm_pass.numerics.recipe_text import recipe_text
+from mxnorm_pass.numerics.seed import draw_seed
 
 RANDOM = {"base": "mxfp4-rht-sr", "forward": "mxfp8"}
 
