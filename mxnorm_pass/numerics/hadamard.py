@@ -1,6 +1,6 @@
 """The random Hadamard transform, which spreads an outlier over its block.
 
-Sources: Tseng et al. 2025, "Training LLMs with MXFP4", arXiv 2502.20586, section 3.2;
+Sources: Tseng et al. 2025, "Training LLMs with MXFP4", arXiv 2502.20586, section 3;
 NVIDIA 2025, "Pretraining Large Language Models with NVFP4", arXiv 2509.25149, section 4.2.
 """
 

@@ -151,9 +151,6 @@ def test_a_gradient_that_nobody_needs_changes_no_other(frozen: str) -> None:
     assert_bits_equal(only, everything[2 if frozen == "x" else 1])
 
 
-# --- with a norm --------------------------------------------------------------------------------
-
-
 def test_a_norms_cast_stands_in_for_the_forwards() -> None:
     x, weight, grad = operands(BF16)
     scale = gain(96, BF16)
@@ -167,9 +164,6 @@ def test_a_norms_cast_stands_in_for_the_forwards() -> None:
     assert_bits_equal(got[0], want)
     plain = run(lambda y, w: recipe_linear(y, w, recipe="mxfp8"), y, weight, grad)
     assert_all_equal(got[1:], plain[1:])
-
-
-# --- randomness ---------------------------------------------------------------------------------
 
 
 def seeded(linear: Linear, seed: int) -> tuple[Tensor, ...]:

@@ -66,9 +66,6 @@ def plain_mxfp4(x: Tensor) -> Tensor:
     return (nearest64(in_blocks / exponent.exp2()) * exponent.exp2()).flatten(-2)
 
 
-# --- against brute force and torchao ----------------------------------------------------------
-
-
 def test_plain_mxfp4_is_the_specifications() -> None:
     a, b = normal(5, 96), normal(7, 96, seed=1)
     want = plain_mxfp4(a) @ plain_mxfp4(b).t()
@@ -113,9 +110,6 @@ def test_square_blocks_are_those_of_brute_force(rows: int) -> None:
             scale = (block.abs().amax() / 6 / outer).to(torch.float8_e4m3fn).double() * outer
             want = nearest64(block / scale) * scale
             torch.testing.assert_close(got[i : i + 16, j : j + 16].double(), want)
-
-
-# --- stochastic rounding ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mxfp4-sr", "mxfp4-rht-sr"])
@@ -168,7 +162,7 @@ def test_rounding_to_nearest_saturates_where_stochastic_does_not() -> None:
 
 
 # Size of the outliers and least factor by which the transform has less variance. Measured: 1.2
-# and 3.7; the bounds of arXiv 2502.20586, theorem 3.2, differ by 1.4 and 4.7, see bounds().
+# and 3.7; bounds of the kind of arXiv 2502.20586 differ by 1.4 and 4.7, see bounds().
 VARIANCE = [(5.0, 1.1), (30.0, 2.5)]
 
 
@@ -183,14 +177,15 @@ def test_the_transform_reduces_the_variance_of_outliers(scale: float, factor: fl
 
 
 def bounds(a: Tensor, b: Tensor, g: int, epsilon: float = 0.05) -> float:
-    """Without over with the transform: b |A|_inf |B|_inf over |A| |B| log(2 b / epsilon)."""
+    """Without over with the transform: g |A|_inf |B|_inf over |A| |B| log(2 g / epsilon).
+
+    Of a sum of g rounded products, and of the same where a transform has spread each row: its
+    elements are subgaussian, so all g are below |A| sqrt(2 log(2 g / epsilon) / g).
+    """
     left, right = (x.double().unflatten(-1, (-1, g)) for x in (a, b))
     without = g * torch.einsum("mk,rk->mr", left.abs().amax(-1), right.abs().amax(-1))
     norms = torch.einsum("mk,rk->mr", left.norm(dim=-1), right.norm(dim=-1))
     return float(without.sum() / (norms.sum() * math.log(2 * g / epsilon)))
-
-
-# --- the transform, seeds, shapes ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("g", [2, 32, 64, 256])
