@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
-# They leave room for a rank to be added.
-_SEEDS = 2**62
+# They leave room for a rank and a key to be added.
+_SEED_BITS = 62
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
@@ -21,7 +23,7 @@ def draw_seed(device: torch.device | None = None) -> Tensor:
     (torch 2.13) puts the op into both graphs and saves some of what comes of the first draw. Two
     operands' transforms are then of different signs, and do not cancel.
     """
-    seed: Tensor = torch.randint(_SEEDS, (), dtype=torch.int64, device=device) + _rank()
+    seed: Tensor = torch.randint(2**_SEED_BITS, (), dtype=torch.int64, device=device) + _rank()
     return seed
 
 
@@ -30,3 +32,9 @@ def _rank() -> int:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
     return 0
+
+
+def linear_key(name: str, call: int = 0) -> int:
+    """What is added to a step's seed for one call of the linear of that dotted name."""
+    digest = hashlib.sha256(f"{name}#{call}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> (64 - _SEED_BITS)

@@ -23,7 +23,7 @@ from training import (
 
 import mxnorm_pass
 from mxnorm_pass import functional
-from mxnorm_pass.numerics.seed import draw_seed
+from mxnorm_pass.numerics.seed import draw_seed, linear_key
 
 RECIPES: dict[str, Any] = {
     "mxfp8": "mxfp8",
@@ -128,8 +128,6 @@ def test_calls_of_one_linear_draw_anew() -> None:
     fast = compiled(model, recipe="mxfp4-sr", quantize="all")
     fast(x).sum().backward()
     seed_of = torch.manual_seed(0) and draw_seed()
-    from mxnorm_pass.passes.before_autograd.linears import linear_key
-
     weight = model.linear.weight.detach().clone().requires_grad_()
     y = x
     for call in (0, 1):

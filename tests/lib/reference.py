@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mxnorm_pass import functional
-from mxnorm_pass.passes.before_autograd.linears import linear_key
+from mxnorm_pass.numerics.seed import linear_key
 
 NORM_FED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 

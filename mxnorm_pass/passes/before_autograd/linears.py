@@ -16,7 +16,6 @@ passed on; bodies that are differentiated by themselves, or not run, keep their 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.modules import module_path
-from mxnorm_pass.numerics.seed import draw_seed
+from mxnorm_pass.numerics.seed import draw_seed, linear_key
 from mxnorm_pass.passes.before_autograd.provenance import example_value
 from mxnorm_pass.passes.before_autograd.scopes import Scope
 from mxnorm_pass.passes.before_autograd.selective import ask_about_matmuls
@@ -36,8 +35,6 @@ from mxnorm_pass.passes.before_autograd.selective import ask_about_matmuls
 _LINEARS = (torch.nn.functional.linear, torch._C._nn.linear)
 _OPERANDS = ("input", "weight", "bias")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# A seed leaves room for a key to be added.
-_KEY_BITS = 62
 
 # The linears to mark in each scope.
 _Found = list[tuple[Scope, list[fx.Node]]]
@@ -86,12 +83,6 @@ def unused_seed(scopes: Sequence[Scope]) -> UnusedSeed | None:
     """The draw of a graph in which :func:`mark_linears` would find something to mark."""
     device = _device_of(_found(scopes))
     return None if device is None else UnusedSeed(device)
-
-
-def linear_key(name: str, call: int = 0) -> int:
-    """What is added to a step's seed for one call of the linear of that dotted name."""
-    digest = hashlib.sha256(f"{name}#{call}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> (64 - _KEY_BITS)
 
 
 def mark_linears(scopes: Sequence[Scope], random: bool, prefix: str = "") -> SeedInput | None:
