@@ -187,7 +187,11 @@ _E2M1_BY_ADDING = tl.constexpr(_e2m1_by_adding())
 
 @triton.jit
 def add_to_e2m1(y, factor):
-    """Words of e2m1 of ``y`` [M, K, B] times ``factor`` [M, K], positive or NaN."""
+    """Words of e2m1 of ``y`` [M, K, B] times ``factor`` [M, K], positive or NaN.
+
+    Exact where an eighth of the factor is: from 2^-123 on, or a power of two. What is below belongs
+    to rows of more than 2^120.
+    """
     signs = tl.where(factor == factor, 0x88888888, 0).to(tl.uint32)
     return tl.inline_asm_elementwise(
         _E2M1_BY_ADDING,

@@ -52,8 +52,8 @@ def divide(x, divisor, inverse, guess):
 
     One step of Newton's, whose remainder float32 holds exactly. It is right from any such guess
     where the divisor has few bits, and otherwise from one that such a step has made, if the
-    inverse is the nearest (Markstein 1990). The hardware's division is the same behind
-    a branch, which keeps those of several blocks from overlapping.
+    inverse is the nearest (Markstein 1990). The hardware's division is the same behind a branch,
+    which keeps those of several blocks from overlapping.
     """
     if INTERPRETED:
         return tl.div_rn(x, divisor)
