@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass.numerics.formats import NEAREST, SCALE_MODES
+from mxnorm_pass.numerics.matmul import Operand
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
 MAX_WIDTH = 65536
 # The constant's p-th power must stay in float32's range.
 MAX_P = 16.0
+MAX_HADAMARD = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK_SIZES = (16, 32, 64, 128)
 # Ada and Hopper are the first chips that convert to float8.
@@ -27,17 +29,10 @@ def uncovered(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | No
         x: [..., D], real or fake.
         others: what else the kernel would read.
     """
-    if x.device.type != "cuda":
-        return f"x is on {x.device.type}; the kernels run on CUDA devices"
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if capability(x.device) < _MIN_CAPABILITY:
-        return f"compute capability {capability(x.device)} has no float8; {_MIN_CAPABILITY} has"
-    tensors = [x, *(t for t in others if t is not None)]
-    for tensor in tensors:
-        if tensor.device != x.device:
-            return f"x is on {x.device}, another tensor on {tensor.device}"
-    dtypes = [tensor.dtype for tensor in tensors]
+    reason = _uncovered_device(x, *others)
+    if reason is not None:
+        return reason
+    dtypes = [tensor.dtype for tensor in (x, *others) if tensor is not None]
     for dtype in (*dtypes, spec.norm_dtype or torch.float32, spec.out_dtype):
         if dtype not in DTYPES:
             return f"{dtype} is none of {', '.join(map(str, DTYPES))}"
@@ -51,9 +46,24 @@ def uncovered(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | No
         return f"scale mode {fmt.scale_mode!r}; the kernels know {', '.join(SCALE_MODES)}"
     if spec.estimator == "mxnorm" and spec.p > MAX_P:
         return f"p = {spec.p}; the kernels take p up to {MAX_P}"
-    if isinstance(x.numel(), int) and x.numel() == 0:
-        return "there are no rows"
+    return _no_elements(x)
+
+
+def _uncovered_device(x: Tensor, *others: Tensor | None) -> str | None:
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type}; the kernels run on CUDA devices"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if capability(x.device) < _MIN_CAPABILITY:
+        return f"compute capability {capability(x.device)} has no float8; {_MIN_CAPABILITY} has"
+    for tensor in others:
+        if tensor is not None and tensor.device != x.device:
+            return f"x is on {x.device}, another tensor on {tensor.device}"
     return None
+
+
+def _no_elements(x: Tensor) -> str | None:
+    return "there are no rows" if isinstance(x.numel(), int) and x.numel() == 0 else None
 
 
 def uncovered_both(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | None:
@@ -62,6 +72,23 @@ def uncovered_both(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str
     if rows % size != 0:
         return f"{rows} rows, which {size} does not divide"
     return uncovered(x, spec, *others)
+
+
+def uncovered_operand(x: Tensor, operand: Operand, *others: Tensor | None) -> str | None:
+    """The same for the kernel that casts operands.
+
+    Args:
+        x: [R, C].
+        others: seed and tensor scale.
+    """
+    fmt, hadamard = operand.cast.format, operand.hadamard
+    if fmt is None:
+        return "the operand has no format"
+    if fmt.scale_mode not in (*SCALE_MODES, NEAREST) or fmt.block_size not in _BLOCK_SIZES:
+        return f"{fmt.name}; the kernels know blocks of {_BLOCK_SIZES}"
+    if hadamard is not None and hadamard.size > MAX_HADAMARD:
+        return f"a Hadamard transform of {hadamard.size}; a kernel takes at most {MAX_HADAMARD}"
+    return _uncovered_device(x, *others) or _no_elements(x)
 
 
 def capability(device: torch.device) -> tuple[int, int]:

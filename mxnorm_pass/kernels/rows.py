@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mxnorm_pass.kernels import coverage
+from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.layout import blocked_scales_shape
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 from mxnorm_pass.numerics.rms import rms_constant
@@ -158,6 +159,20 @@ def statistic_factors(
     return 1.0 / blocks, 1.0 / c
 
 
+def element_constants(fmt: BlockFormat, device: torch.device) -> dict[str, Any]:
+    """What a cast is specialised on."""
+    elem = fmt.element
+    return {
+        "MODE": fmt.scale_mode,
+        "ELEM_DTYPE": TRITON_DTYPES[elem.dtype],
+        "BITS": elem.bits,
+        "MAX_EXPONENT": elem.max_exponent,
+        "MANTISSA_BITS": elem.mantissa_bits,
+        "MAX_MANTISSA": elem.max_mantissa,
+        "CONVERTS": elem.bits < 8 and converts(device),
+    }
+
+
 def constants(
     spec: NormCastSpec,
     x: Tensor,
@@ -165,8 +180,7 @@ def constants(
     block_weights: Tensor | None,
     total_dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """What all kernels are specialised on."""
-    elem = spec.format.element
+    """What kernels of norms are specialised on."""
     norm_dtype = spec.norm_dtype or torch.float32
     product = norm_dtype if weight is None else torch.promote_types(norm_dtype, weight.dtype)
     exact = spec.estimator == "exact"
@@ -179,13 +193,7 @@ def constants(
         "EPS": spec.eps,
         "FACTOR": factor,
         "SCALE": scale,
-        "MODE": spec.format.scale_mode,
-        "ELEM_DTYPE": TRITON_DTYPES[elem.dtype],
-        "BITS": elem.bits,
-        "MAX_EXPONENT": elem.max_exponent,
-        "MANTISSA_BITS": elem.mantissa_bits,
-        "MAX_MANTISSA": elem.max_mantissa,
-        "CONVERTS": elem.bits < 8 and converts(x.device),
+        **element_constants(spec.format, x.device),
         "NORM_DTYPE": TRITON_DTYPES[norm_dtype],
         "PRODUCT_DTYPE": TRITON_DTYPES[product],
         "OUT_DTYPE": TRITON_DTYPES[spec.out_dtype],

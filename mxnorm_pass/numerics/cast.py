@@ -96,11 +96,11 @@ def cast_blocks(
     absmax: Tensor,
     fmt: BlockFormat,
     tensor_scale: Tensor | None = None,
-    words: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> Quantized:
     """Cast blocks [..., K, B] in float32 under the scales that their absmaxes [..., K, 1] give.
 
-    With random ``words`` [..., K, B] they are rounded stochastically, and are those of
+    With random ``numbers`` [..., K, B] they are rounded stochastically, and are those of
     :func:`mxnorm_pass.numerics.stochastic.headroom` times the blocks.
     """
     if fmt.has_e8m0_scales:
@@ -112,9 +112,9 @@ def cast_blocks(
         block_scales = nvfp4.block_scales(absmax, tensor_scale)
         scaled = in_blocks * nvfp4.reciprocals(block_scales, tensor_scale)
         scales = block_scales.squeeze(-1)
-    if words is not None:
+    if numbers is not None:
         scaled = scaled * headroom(fmt)
-    values = round_to_elements(scaled, fmt.element, words).flatten(-2)
+    values = round_to_elements(scaled, fmt.element, numbers).flatten(-2)
     return Quantized(values, scales, fmt, tensor_scale)
 
 

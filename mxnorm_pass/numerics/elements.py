@@ -17,12 +17,12 @@ _HALF_BYTE = 4
 _NAN = 0x7F
 
 
-def round_to_elements(x: Tensor, element: ElementFormat, words: Tensor | None = None) -> Tensor:
+def round_to_elements(x: Tensor, element: ElementFormat, numbers: Tensor | None = None) -> Tensor:
     """Round [..., D] to nearest, ties to even, or stochastically; finite values saturate.
 
     Args:
         x: float32.
-        words: random, of x's shape, see :func:`round_stochastically`; None for nearest.
+        numbers: random, of x's shape, see :func:`round_stochastically`; None for nearest.
 
     Returns:
         Of the element's dtype, [..., D], or [..., D / 2] where two share a byte. NaN stays NaN in
@@ -30,9 +30,9 @@ def round_to_elements(x: Tensor, element: ElementFormat, words: Tensor | None = 
     """
     # Clamp first: float32 -> float8_e4m3fn overflows to NaN on CPU before torch 2.13.
     clamped = x.clamp(-element.max, element.max)
-    if element.bits == 8 and words is None:
+    if element.bits == 8 and numbers is None:
         return clamped.to(element.dtype)
-    codes = _encode(clamped, element, words)
+    codes = _encode(clamped, element, numbers)
     if element.bits == 8:
         return torch.where(torch.isnan(x), _NAN, codes).view(element.dtype)
     return codes if element.per_byte == 1 else _pack(codes)
@@ -45,7 +45,7 @@ def element_values(values: Tensor, element: ElementFormat, dtype: torch.dtype) -
     return _decode(values if element.per_byte == 1 else _unpack(values), element).to(dtype)
 
 
-def _encode(x: Tensor, element: ElementFormat, words: Tensor | None) -> Tensor:
+def _encode(x: Tensor, element: ElementFormat, numbers: Tensor | None) -> Tensor:
     """uint8 codes of float32 that is in the element's range, or NaN."""
     # Not by its magnitude alone: which sign a NaN has depends on the hardware.
     x = x.nan_to_num(0.0)
@@ -54,7 +54,7 @@ def _encode(x: Tensor, element: ElementFormat, words: Tensor | None) -> Tensor:
     exponent = exponent.clamp(min=element.min_exponent)
     # In units of the last place, of subnormals the same as of the smallest normal values.
     units = magnitude * _power_of_two(element.mantissa_bits - exponent)
-    units = torch.round(units) if words is None else round_stochastically(units, words)
+    units = torch.round(units) if numbers is None else round_stochastically(units, numbers)
     # A mantissa that was rounded up to 2 carries over into the exponent's bits.
     code = ((exponent - element.min_exponent) << element.mantissa_bits) + units.to(torch.int32)
     sign = torch.signbit(x).to(torch.int32) << (element.bits - 1)

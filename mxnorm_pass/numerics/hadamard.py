@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass.numerics.checks import check_choice
-from mxnorm_pass.numerics.philox import Draw, Use
+from mxnorm_pass.numerics.philox import BITS, Draw, Use
 
 Signs = Literal["random", "fixed", "none"]
 
 # Bit i is set where sign i is negative. TransformerEngine's (get_wgrad_sign_vector in
 # pytorch/tensor/nvfp4_tensor.py), so that its runs can be repeated.
-_FIXED_SIGNS: Final = 0xD7E8
-_FIXED_COUNT: Final = 16
-_TOP_BIT: Final = 31
+FIXED_SIGNS: Final = 0xD7E8
+FIXED_COUNT: Final = 16
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,11 @@ class Hadamard:
         if self.signs == "none":
             return None
         if self.signs == "fixed":
-            bits = _FIXED_SIGNS >> (torch.arange(self.size, device=device) % _FIXED_COUNT)
+            bits = FIXED_SIGNS >> (torch.arange(self.size, device=device) % FIXED_COUNT)
             return 1.0 - 2.0 * (bits & 1)
         if draw is None:
             raise ValueError("random signs need a seed")
-        return 1.0 - 2.0 * (draw.words(1, self.size, Use.SIGNS)[0] >> _TOP_BIT)
+        return 1.0 - 2.0 * (draw.numbers(1, self.size, Use.SIGNS)[0] >> (BITS - 1))
 
 
 def hadamard_transform(x: Tensor, size: int, signs: Tensor | None = None) -> Tensor:

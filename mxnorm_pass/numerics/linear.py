@@ -31,6 +31,19 @@ class _Forward:
     weight: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class _Seeds:
+    """Of a linear, and of what wgrad draws of its input; None where nothing is random."""
+
+    own: Tensor | None
+    input: Tensor | None
+
+    def draw(self, matmul: Matmul) -> Draw | None:
+        if self.own is None:
+            return None
+        return Draw(self.own, matmul, self.input if matmul == "wgrad" else None)
+
+
 class _RecipeLinear(torch.autograd.Function):
     """Each matmul from its own casts of the high-precision tensors, straight through the casts."""
 
@@ -40,28 +53,29 @@ class _RecipeLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        seed: Tensor | None,
+        seeds: _Seeds,
         recipe: Recipe,
         reads: _Forward,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, seed)
+        ctx.save_for_backward(x, weight, seeds.own, seeds.input)
         ctx.recipe, ctx.has_bias = recipe, bias is not None
         left = _as_matrix(x) if reads.input is None else reads.input
-        draw = _draw(seed, "forward")
+        draw = seeds.draw("forward")
         y = recipe_matmul(left, reads.weight, recipe.forward, draw, bias=bias, dtype=weight.dtype)
         return y.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        x, weight, seed = ctx.saved_tensors
+        x, weight, *saved = ctx.saved_tensors
+        seeds = _Seeds(*saved)
         grad, recipe = _as_matrix(grads[0]), ctx.recipe
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            dgrad = recipe_matmul(grad, weight.t(), recipe.dgrad, _draw(seed, "dgrad"))
+            dgrad = recipe_matmul(grad, weight.t(), recipe.dgrad, seeds.draw("dgrad"))
             grad_x = dgrad.reshape(x.shape)
         if ctx.needs_input_grad[1]:
-            draw = _draw(seed, "wgrad")
+            draw = seeds.draw("wgrad")
             grad_weight = recipe_matmul(grad.t(), _as_matrix(x).t(), recipe.wgrad, draw)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0)
@@ -72,10 +86,6 @@ def _as_matrix(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _draw(seed: Tensor | None, matmul: Matmul) -> Draw | None:
-    return None if seed is None else Draw(seed, matmul)
-
-
 def recipe_linear(
     x: Tensor,
     weight: Tensor,
@@ -83,6 +93,7 @@ def recipe_linear(
     *,
     recipe: Recipe | str | Mapping[str, Any],
     seed: Tensor | None = None,
+    input_seed: Tensor | None = None,
     quantized: tuple[Tensor, ...] | None = None,
     gain: Tensor | None = None,
 ) -> Tensor:
@@ -102,6 +113,9 @@ def recipe_linear(
             generator, in the forward, whether or not a gradient is taken: so a layer that is
             recomputed in the backward repeats its draws, and two backward passes of one forward
             are equal. Under ``torch.compile`` that breaks the graph, see :func:`draw_seed`.
+        input_seed: [] int64, of what wgrad draws of ``x``: its rounding, and the signs of the
+            transform of both operands. Linears that read one ``x`` under one input seed share its
+            cast; the rounding of their gradients stays independent. None for ``seed``.
         quantized: (values, scales) of the forward's activation where they come from somewhere
             else than ``x``, above all from :func:`mxnorm_cast`; of NVFP4 a tensor scale may follow.
         gain: [K], the norm's gain to fold into the forward's weight before its cast (McLean et al.
@@ -112,7 +126,7 @@ def recipe_linear(
         [..., N] of x's dtype; differentiable once in x, weight and bias.
 
     Raises:
-        ValueError: no such recipe, the seed is no [] int64, x and weight do not fit together, or
+        ValueError: no such recipe, a seed is no [] int64, x and weight do not fit together, or
             ``quantized`` is given for a forward that casts nothing or transforms.
     """
     plan = recipe_of(recipe)
@@ -122,7 +136,8 @@ def recipe_linear(
     if plan.is_random and seed is None:
         seed = draw_seed(x.device)
     reads = _Forward(_given(quantized, plan), _folded(weight, gain))
-    y: Tensor = _RecipeLinear.apply(x, weight, bias, _checked_seed(seed), plan, reads)  # type: ignore[no-untyped-call]
+    seeds = _Seeds(_checked_seed(seed), _checked_seed(input_seed))
+    y: Tensor = _RecipeLinear.apply(x, weight, bias, seeds, plan, reads)  # type: ignore[no-untyped-call]
     return y
 
 

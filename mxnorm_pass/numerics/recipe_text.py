@@ -1,4 +1,4 @@
-"""Recipes of matmuls as text, in which they cross the schemas of ops."""
+"""Recipes of matmuls and operands as text, in which they cross the schemas of ops."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, Final
 
 from mxnorm_pass.numerics.formats import block_format
 from mxnorm_pass.numerics.hadamard import Hadamard
+from mxnorm_pass.numerics.matmul import Operand
+from mxnorm_pass.numerics.philox import Use
 from mxnorm_pass.numerics.recipe import MatmulRecipe, OperandCast
 
 # Both operands in high precision.
@@ -18,16 +20,26 @@ def recipe_text(recipe: MatmulRecipe) -> str:
     """The text that :func:`recipe_of_text` reads; "" for high precision."""
     if recipe == MatmulRecipe():
         return PLAIN
-    fields: dict[str, Any] = {"left": _operand(recipe.left), "right": _operand(recipe.right)}
-    if recipe.hadamard is not None:
-        fields["hadamard"] = [recipe.hadamard.size, recipe.hadamard.signs]
-    return json.dumps(fields)
+    fields: dict[str, Any] = {"left": _cast_fields(recipe.left)}
+    fields["right"] = _cast_fields(recipe.right)
+    return json.dumps(fields | _hadamard_fields(recipe.hadamard))
 
 
-def _operand(cast: OperandCast) -> list[Any] | None:
+def operand_text(operand: Operand) -> str:
+    """The text that :func:`operand_of_text` reads."""
+    fields = {"matmul": operand.matmul, "use": operand.use.value}
+    fields["cast"] = _cast_fields(operand.cast)
+    return json.dumps(fields | _hadamard_fields(operand.hadamard))
+
+
+def _cast_fields(cast: OperandCast) -> list[Any] | None:
     if cast.format is None:
         return None
     return [cast.format.name, cast.rounding, cast.square_blocks]
+
+
+def _hadamard_fields(hadamard: Hadamard | None) -> dict[str, Any]:
+    return {} if hadamard is None else {"hadamard": [hadamard.size, hadamard.signs]}
 
 
 @cache
@@ -41,10 +53,28 @@ def recipe_of_text(text: str) -> MatmulRecipe:
         return MatmulRecipe()
     try:
         fields = json.loads(text)
-        hadamard = Hadamard(*fields["hadamard"]) if "hadamard" in fields else None
-        return MatmulRecipe(_cast(fields["left"]), _cast(fields["right"]), hadamard)
+        return MatmulRecipe(_cast(fields["left"]), _cast(fields["right"]), _hadamard(fields))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{text!r} is no recipe of a matmul: {error}") from None
+
+
+@cache
+def operand_of_text(text: str) -> Operand:
+    """The operand that :func:`operand_text` wrote.
+
+    Raises:
+        ValueError: it did not write that.
+    """
+    try:
+        fields = json.loads(text)
+        cast, hadamard = _cast(fields["cast"]), _hadamard(fields)
+        return Operand(cast, hadamard, fields["matmul"], Use(fields["use"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{text!r} is no operand of a matmul: {error}") from None
+
+
+def _hadamard(fields: dict[str, Any]) -> Hadamard | None:
+    return Hadamard(*fields["hadamard"]) if "hadamard" in fields else None
 
 
 def _cast(fields: list[Any] | None) -> OperandCast:

@@ -9,26 +9,24 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass.numerics.formats import BlockFormat
-
-# float32 holds a uniform number of as many bits exactly.
-_UNIFORM_BITS = 24
-_WORD_BITS = 32
+from mxnorm_pass.numerics.philox import BITS
 
 
-def round_stochastically(x: Tensor, words: Tensor) -> Tensor:
-    """To the integer below or above; above with the probability of the fraction, within 2**-24.
+def round_stochastically(x: Tensor, numbers: Tensor) -> Tensor:
+    """To the integer below or above; above with the probability of the fraction, within 2**-17.
 
     Args:
         x: float32, non-negative.
-        words: of its shape, integers in [0, 2**32), of which the upper 24 bits count.
+        numbers: of its shape, integers in [0, 2**16).
 
     Returns:
         float32; integers stay what they are.
     """
     below = torch.floor(x)
-    # Compared, not added: x + uniform is rounded itself, and may move an integer.
-    uniform = (words >> (_WORD_BITS - _UNIFORM_BITS)).to(torch.float32) * 2.0**-_UNIFORM_BITS
-    return below + (x - below > uniform).to(torch.float32)
+    # The middle of each of 2**16 strata. Compared, not added: a sum is rounded itself, and may move
+    # an integer.
+    uniform = (numbers.to(torch.float32) + 0.5) * 2.0**-BITS
+    return below + (x - below >= uniform).to(torch.float32)
 
 
 def headroom(fmt: BlockFormat) -> float:

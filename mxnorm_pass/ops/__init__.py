@@ -11,6 +11,9 @@
 ``mxnorm_pass::inverse_rms``         the estimate alone, differentiable (``functional.inverse_rms``)
 ``mxnorm_pass::inverse_rms_backward``  its derivative (``functional.inverse_rms_vjp``)
 ``mxnorm_pass::linear``              a linear whose backward knows whose it is
+``mxnorm_pass::operand_cast``        an operand of a matmul, transformed or rounded at random
+                                     (``functional.cast_operand``)
+``mxnorm_pass::operand_tensor_scale``  NVFP4's scale of such an operand
 ``mxnorm_pass::recipe_matmul``       a matmul that casts its operands
                                      (``numerics.matmul.recipe_matmul``)
 ``mxnorm_pass::mark``                computes nothing; says where in a traced graph a place of
@@ -32,6 +35,7 @@ from mxnorm_pass.ops.estimates import inverse_rms, inverse_rms_backward
 from mxnorm_pass.ops.linears import linear, recipe_matmul
 from mxnorm_pass.ops.marks import mark
 from mxnorm_pass.ops.norm_casts import add_norm_cast, add_norm_cast_both, norm_cast, norm_cast_both
+from mxnorm_pass.ops.operands import operand_cast, operand_tensor_scale
 
 
 def normalizes(target: Any) -> bool:
@@ -54,6 +58,8 @@ __all__ = [
     "norm_cast",
     "norm_cast_both",
     "normalizes",
+    "operand_cast",
+    "operand_tensor_scale",
     "recipe_matmul",
     "tensor_scale",
 ]

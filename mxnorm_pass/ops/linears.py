@@ -7,6 +7,7 @@ graph that is rewritten it is opened again. What ``recipe_matmul`` casts is writ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,24 +16,52 @@ from torch import Tensor
 
 from mxnorm_pass.numerics import matmul as numerics
 from mxnorm_pass.numerics.checks import check_choice
-from mxnorm_pass.numerics.philox import Draw, Matmul
+from mxnorm_pass.numerics.philox import Matmul
+from mxnorm_pass.numerics.recipe import MatmulRecipe
 from mxnorm_pass.numerics.recipe_text import PLAIN, recipe_of_text
 from mxnorm_pass.ops.define import Op, define, register_derivative
+from mxnorm_pass.ops.operands import draw_of, read_operand
 
 
 def _recipe_matmul(
-    left: Tensor, right: Tensor, seed: Tensor | None, key: int, matmul: Matmul, recipe: str
+    left: Tensor,
+    right: Tensor,
+    seed: Tensor | None,
+    key: int,
+    right_key: int,
+    matmul: Matmul,
+    recipe: str,
 ) -> Tensor:
     plan = _checked(left, right, matmul, recipe)
     if plan.is_random and seed is None:
         raise ValueError(f"recipe_matmul: {recipe} is random and needs a seed")
-    # One seed serves a graph, whose linears may be on several devices.
-    draw = None if seed is None else Draw(seed.to(left.device) + key, matmul)
-    return numerics.recipe_matmul(left, right, plan, draw)
+    draw = draw_of(left.device, seed, key, right_key, matmul)
+    return numerics.recipe_matmul(left, right, plan, draw, matmul=matmul)
+
+
+def written_matmul(
+    left: Tensor,
+    right: Tensor,
+    seed: Tensor | None,
+    key: int,
+    right_key: int,
+    matmul: Matmul,
+    recipe: str,
+) -> Tensor:
+    """``recipe_matmul`` by the ops that cast and widen each of its operands."""
+    plan = _checked(left, right, matmul, recipe)
+    read = partial(read_operand, seed, key, right_key)
+    return numerics.recipe_matmul(left, right, plan, None, matmul=matmul, read=read)
 
 
 def _fake_recipe_matmul(
-    left: Tensor, right: Tensor, seed: Tensor | None, key: int, matmul: Matmul, recipe: str
+    left: Tensor,
+    right: Tensor,
+    seed: Tensor | None,
+    key: int,
+    right_key: int,
+    matmul: Matmul,
+    recipe: str,
 ) -> Tensor:
     _checked(left, right, matmul, recipe)
     return right.new_empty((left.shape[0], right.shape[0]))
@@ -49,18 +78,28 @@ def _checked(left: Tensor, right: Tensor, matmul: str, recipe: str) -> Any:
 
 
 def _stays_whole(args: Sequence[Any]) -> bool:
-    """Random words are a thousand nodes, and Inductor's C++ for casts along T is not always valid.
-
-    There (torch 2.13) it declares one variable twice, for two reads of a bfloat16 maximum. What is
-    padded depends on the size of the contraction, which may be known at each call alone.
-    """
+    """What is not written as ops: see :func:`is_writable`, and ``operands``."""
     left, *_, recipe = args
-    unknown = isinstance(left.shape[-1], torch.SymInt)
-    return left.device.type == "cpu" or unknown or recipe_of_text(recipe).is_random
+    plan = recipe_of_text(recipe)
+    return left.device.type == "cpu" or plan.is_random or not is_writable(left.shape[-1], plan)
+
+
+def is_writable(contraction: Any, recipe: MatmulRecipe) -> bool:
+    """Is there an op for what becomes of each operand?
+
+    What is padded depends on the size of the contraction, which each call alone may know.
+    """
+    casts = (recipe.left.format, recipe.right.format)
+    return not isinstance(contraction, torch.SymInt) and (recipe.hadamard is None or all(casts))
 
 
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, key: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    key: int,
+    input_key: int,
 ) -> Tensor:
     # As a matrix: of one that requires no gradient, as in the graph, F.linear makes batches.
     y = F.linear(_as_matrix(x), weight, bias)
@@ -72,15 +111,20 @@ def _as_matrix(x: Tensor) -> Tensor:
 
 
 def _fake_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, key: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    key: int,
+    input_key: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 recipe_matmul = define(
     Op(
-        "recipe_matmul(Tensor left, Tensor right, Tensor? seed, int key, str matmul, str recipe) "
-        "-> Tensor",
+        "recipe_matmul(Tensor left, Tensor right, Tensor? seed, int key, int right_key, "
+        "str matmul, str recipe) -> Tensor",
         _recipe_matmul,
         _fake_recipe_matmul,
         traffic="library",
@@ -89,7 +133,8 @@ recipe_matmul = define(
 )
 linear = define(
     Op(
-        "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? seed, int key) -> Tensor",
+        "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? seed, int key, int input_key) "
+        "-> Tensor",
         _linear,
         _fake_linear,
         traffic="library",
@@ -99,7 +144,7 @@ linear = define(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, seed, ctx.key = inputs
+    x, weight, _, seed, ctx.key, ctx.input_key = inputs
     needs_x, needs_weight, *_ = ctx.needs_input_grad
     ctx.x_shape = x.shape
     # What is saved must not change until then, be it read or not.
@@ -112,13 +157,15 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     grad_x = grad_weight = grad_bias = None
     if needs_x:
-        dgrad = recipe_matmul(rows, weight.t(), seed, ctx.key, "dgrad", PLAIN)
+        keys = (ctx.key, ctx.key)
+        dgrad = recipe_matmul(rows, weight.t(), seed, *keys, "dgrad", PLAIN)
         grad_x = dgrad.reshape(ctx.x_shape)
     if needs_weight:
-        grad_weight = recipe_matmul(rows.t(), _as_matrix(x).t(), seed, ctx.key, "wgrad", PLAIN)
+        keys, columns = (ctx.key, ctx.input_key), _as_matrix(x).t()
+        grad_weight = recipe_matmul(rows.t(), columns, seed, *keys, "wgrad", PLAIN)
     if needs_bias:
         grad_bias = rows.sum(0)
-    return grad_x, grad_weight, grad_bias, None, None
+    return grad_x, grad_weight, grad_bias, None, None, None
 
 
 register_derivative(linear, _differentiate, _save_for_backward)

@@ -23,14 +23,12 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import unwrap_constants
 from mxnorm_pass.graph.trace import FunctionTracer
-from mxnorm_pass.kernels.coverage import DTYPES
 from mxnorm_pass.numerics.formats import block_format
 from mxnorm_pass.ops.define import KernelCall
+from mxnorm_pass.passes.dequantized import dequantized_dtype, dequantizing_readers
+from mxnorm_pass.passes.lower_operands import lower_operand_casts
 
 log = logging.getLogger(__name__)
-
-# Among the arguments of ``dequantize``.
-_FORMAT, _DTYPE, _TENSOR_SCALE = 2, 3, 4
 
 
 def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
@@ -38,7 +36,7 @@ def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     drop_unread_casts(graph)
     unwrap_constants(graph)
     tracer = FunctionTracer(decompositions)
-    kernels = 0
+    kernels = lower_operand_casts(graph, tracer)
     for overload, make_call in _kernel_calls():
         for node in graph.find_nodes(op="call_function", target=overload):
             reason = make_call(overload, values_of(node)).why_no_kernel()
@@ -95,7 +93,7 @@ def decompose(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
 
 def _insert_kernel(graph: fx.Graph, node: fx.Node, tracer: FunctionTracer) -> None:
     dequantized = _dequantized(node)
-    dtype: Any = dequantized[0].args[_DTYPE] if dequantized else None
+    dtype = dequantized_dtype(dequantized)
     results = tracer.graft(graph, node, _kernel(node.target, dtype), node.args)
     if dequantized:
         values, scales = _value_positions(node.target)
@@ -113,35 +111,10 @@ def _value_positions(op: Any) -> tuple[int, int]:
 
 
 def _dequantized(node: fx.Node) -> list[fx.Node]:
-    """The ``dequantize`` nodes that alone read the op's values and scales, as what they are, to one
-    dtype that the kernels know; none where there are other readers."""
-    positions = _value_positions(node.target)
-    results = {user.args[1]: user for user in node.users}
-    values, scales = (results.get(i) for i in positions)
-    if values is None or scales is None:
-        return []
-    readers = list(values.users)
-    if list(scales.users) != readers:
-        return []
-    for reader in readers:
-        if reader.target is not ops.dequantize or reader.args[:2] != (values, scales):
-            return []
-        if not _undoes(reader, node):
-            return []
-    dtypes = {reader.args[_DTYPE] for reader in readers}
-    return readers if len(dtypes) == 1 and dtypes <= set(DTYPES) else []
-
-
-def _undoes(dequantize: fx.Node, cast: fx.Node) -> bool:
-    """Does it read elements, scales and the tensor's scale as the op wrote them?"""
-    names = [argument.name for argument in cast.target._schema.arguments]  # type: ignore[union-attr]
-    written, scale = (cast.args[names.index(name)] for name in ("format", "tensor_scale"))
-    if (dequantize.args[_TENSOR_SCALE:] or (None,)) != (scale,):
-        return False
-    # Scale modes say how scales were chosen, not what they are.
-    formats = [block_format(name) for name in (dequantize.args[_FORMAT], written)]  # type: ignore[arg-type]
-    read, wrote = ((f.element, f.block_size, f.scale_dtype) for f in formats)
-    return read == wrote
+    """Those that alone read the op's values and scales, to undo its cast."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    written, scale = (node.args[names.index(name)] for name in ("format", "tensor_scale"))
+    return dequantizing_readers(node, _value_positions(node.target), block_format(written), scale)  # type: ignore[arg-type]
 
 
 @cache

@@ -7,34 +7,40 @@ recipe; of all others the backward's matmuls stay in high precision.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
 from torch import fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import created_nodes
+from mxnorm_pass.graph.cleanup import merge_equal, remove_dead
 from mxnorm_pass.graph.matmul import LINEAR_KEY, UNREACHED, is_matmul
-from mxnorm_pass.graph.nodes import is_backward
+from mxnorm_pass.graph.nodes import aten, is_backward, is_transpose, is_view
 from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.numerics.philox import Matmul
-from mxnorm_pass.numerics.recipe import OperandCast, in_format
-from mxnorm_pass.numerics.recipe_text import PLAIN, recipe_text
+from mxnorm_pass.numerics.recipe import MatmulRecipe, OperandCast, in_format
+from mxnorm_pass.numerics.recipe_text import recipe_text
+from mxnorm_pass.ops.linears import is_writable, written_matmul
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.match.linears.castable import obstacle
 from mxnorm_pass.passes.match.linears.plain import PlainLinear, linear_name, plain_linear
 from mxnorm_pass.report.linear import LinearCasts
 
 # Among the arguments of ``recipe_matmul``.
-_KEY_POSITION, _MATMUL, _RECIPE = 3, 4, 5
+_KEY_POSITION, _MATMUL, _RECIPE = 3, 5, 6
+# Of the partitioner (torch 2.13): an operand's cast is made when it is multiplied. It is none that
+# the partitioner would recompute, and so that of a weight would be kept from forward to backward.
+_IN_BACKWARD = "must_be_in_backward"
 
 
 def open_linears(graph: fx.Graph, tracer: FunctionTracer) -> None:
     """Put the ops of a linear in the place of each mark, and its key on the matmul."""
     for node in graph.find_nodes(op="call_function", target=ops.linear):
-        x, weight, bias, _, key = node.args
+        x, weight, bias, _, key, input_key = node.args
         with created_nodes(graph) as created:
             reference = ops.OPS[ops.linear].reference
-            opened = tracer.graft(graph, node, reference, (x, weight, bias, None, key))
+            opened = tracer.graft(graph, node, reference, (x, weight, bias, None, key, input_key))
         for new in filter(is_matmul, created):
             new.meta[LINEAR_KEY] = key
         node.replace_all_uses_with(opened)
@@ -58,13 +64,20 @@ def write_recipes(
         linear.matmul.meta.get(LINEAR_KEY): config.resolve(linear.name).config.recipe
         for linear in cast
     }
+    written = False
     for node in graph.find_nodes(op="call_function", target=ops.recipe_matmul):
         recipe = recipes.get(node.args[_KEY_POSITION])
         matmul: Matmul = node.args[_MATMUL]
-        text = PLAIN if recipe is None else recipe_text(recipe.matmul(matmul))
-        node.update_arg(_RECIPE, text)
-        if text == PLAIN:
+        plan = MatmulRecipe() if recipe is None else recipe.matmul(matmul)
+        node.update_arg(_RECIPE, recipe_text(plan))
+        if plan == MatmulRecipe():
             _open(graph, node, tracer)
+        elif is_writable(node.args[0].meta["val"].shape[-1], plan):
+            _write(graph, node, tracer)
+            written = True
+    if written:
+        merge_equal(filter(_is_read, list(graph.nodes)))
+        remove_dead(graph)
 
 
 def linear_casts(
@@ -102,6 +115,26 @@ def _reason(node: fx.Node, config: MXNormConfig) -> str:
         return "a product of no activation with a weight"
     why = obstacle(linear, config)
     return f"a linear {why}" if why else "no norm feeds it, and quantize is 'norm-fed'"
+
+
+def _write(graph: fx.Graph, node: fx.Node, tracer: FunctionTracer) -> None:
+    """Cast and widen the operands by ops of their own."""
+    with created_nodes(graph) as created:
+        product = tracer.graft(graph, node, written_matmul, node.args)
+    for new in created:
+        if new.target in _CASTS:
+            new.meta["partitioner_tag"] = _IN_BACKWARD
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
+
+
+def _is_read(node: fx.Node) -> bool:
+    """Is it on the way from an operand of the backward to what is multiplied?"""
+    own = (*_CASTS, ops.dequantize, operator.getitem, aten.constant_pad_nd.default)
+    return is_backward(node) and (node.target in own or is_view(node) or is_transpose(node))
+
+
+_CASTS = (ops.cast, ops.operand_cast, ops.tensor_scale, ops.operand_tensor_scale)
 
 
 def _open(graph: fx.Graph, node: fx.Node, tracer: FunctionTracer) -> None:

@@ -264,6 +264,9 @@ class _Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         options = dict(self.recipe.kept_cast)
+        if not hasattr(x, "first_reader"):
+            x.first_reader = self.name  # type: ignore[attr-defined]
+        first_reader = x.first_reader  # type: ignore[attr-defined]
         fused = getattr(x, "fused", self.fused)
         if fused is not None:
             x = fused.output
@@ -277,17 +280,21 @@ class _Linear(nn.Module):
             bias = None if bias is None else bias.to(dtype)
         with torch.autocast("cpu", enabled=False):
             if self.recipe.training is not None:
-                return self._in_training(x, weight, bias, options)
+                return self._in_training(x, weight, bias, options, first_reader)
             if self.recipe.backward == "high-precision":
                 return functional.mx_linear(x, weight, bias, **in_a_format(options))
             return MXBackward.apply(x, weight, self.recipe, options)
 
-    def _in_training(self, x: Tensor, weight: Tensor, bias: Any, options: dict[str, Any]) -> Tensor:
+    def _in_training(
+        self, x: Tensor, weight: Tensor, bias: Any, options: dict[str, Any], first_reader: str
+    ) -> Tensor:
         seed = self.recipe.seed
-        own = None if seed is None else seed + linear_key(self.name)
         given = {n: options[n] for n in ("quantized", "gain") if n in options}
+        if seed is not None:
+            given["seed"] = seed + linear_key(self.name)
+            given["input_seed"] = seed + linear_key(first_reader)
         recipe = self.recipe.training
-        return functional.recipe_linear(x, weight, bias, recipe=recipe, seed=own, **given)
+        return functional.recipe_linear(x, weight, bias, recipe=recipe, **given)
 
 
 class MXBackward(torch.autograd.Function):

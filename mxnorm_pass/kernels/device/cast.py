@@ -46,10 +46,18 @@ def dequantize(
     BITS: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
     LARGEST: tl.constexpr,
+    noise=None,
+    headroom: tl.constexpr = 1.0,
 ):
-    """Elements of blocks ``y``, times what :func:`scale_blocks` made: ``Quantized.dequantize``."""
+    """Elements of blocks ``y``, times what :func:`scale_blocks` made: ``Quantized.dequantize``.
+
+    Args:
+        noise, headroom: see ``elements.to_elements``.
+    """
     x = scaled(y, factor, MODE)
-    if BITS == 8:
+    if noise is not None:
+        elements = round_to_element(x * headroom, BITS, MANTISSA_BITS, LARGEST, noise)
+    elif BITS == 8:
         elements = to_float8(x, ELEM_DTYPE, MANTISSA_BITS, LARGEST).to(tl.float32)
     else:
         elements = round_to_element(x, BITS, MANTISSA_BITS, LARGEST)

@@ -1,8 +1,9 @@
-"""Device functions: float32 rounded to elements, to nearest even, and elements in bytes.
+"""Device functions: float32 rounded to elements, to nearest even or at random, and in bytes.
 
 What ``numerics.elements`` computes. The hardware converts to float8, and to 6 and 4 bits from
 Blackwell on; elsewhere, and in Triton's interpreter, which loses the carry of float8, float32's
-own rounding does it: of a sum whose last place is the element's.
+own rounding does it: of a sum whose last place is the element's. At random the sum is that of the
+element, noise of up to a step, and rounding toward zero.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mxnorm_pass.kernels.device.rounding import INTERPRETED, widen
+from mxnorm_pass.kernels.device.rounding import INTERPRETED, add_toward_zero, widen
 
 
 @triton.jit
-def to_float8(x, dtype: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.constexpr):
+def to_float8(
+    x, dtype: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.constexpr, noise=None
+):
     """``x``, float32, as float8: saturated at ``largest``, NaN stays NaN."""
-    if INTERPRETED:
-        size = size_codes(x, 8, mantissa_bits, largest) & 0x7F
+    if INTERPRETED or noise is not None:
+        size = size_codes(x, 8, mantissa_bits, largest, noise) & 0x7F
         sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
         return (tl.where(x == x, size, 0x7F) | sign).to(tl.uint8).to(dtype, bitcast=True)
     # The hardware's conversion saturates.
@@ -34,18 +37,27 @@ def to_elements(
     mantissa_bits: tl.constexpr,
     largest: tl.constexpr,
     CONVERTS: tl.constexpr,
+    noise=None,
+    headroom: tl.constexpr = 1.0,
 ):
     """Elements of blocks ``y`` [M, K, B] times ``factor`` [M, K], which ``mode`` has made.
 
     Args:
         factor: float32, finite or NaN; 0 or NaN where there is NaN in the block.
         CONVERTS: does the hardware convert to less than 8 bits?
+        noise: [M, K, B], see ``noise.noise_of``, to round at random; None: to nearest even.
+        headroom: what is multiplied by besides, in float32, where there is noise.
 
     Returns:
         ``dtype`` [M, K, B]; elements of 4 bits as uint32 [M, K, B / 8]. NaN stays NaN in float8;
         in fewer bits it becomes 0.
     """
-    if bits == 8:
+    if noise is not None:
+        x = scaled(y, factor, mode) * headroom
+        if bits == 8:
+            return to_float8(x, dtype, mantissa_bits, largest, noise)
+        return to_narrow(x, factor, dtype, bits, mantissa_bits, largest, False, noise)
+    elif bits == 8:
         return to_float8(scaled(y, factor, mode), dtype, mantissa_bits, largest)
     elif bits == 6 or CONVERTS or INTERPRETED:
         x = scaled(y, factor, mode)
@@ -77,6 +89,7 @@ def to_narrow(
     mantissa_bits: tl.constexpr,
     largest: tl.constexpr,
     CONVERTS: tl.constexpr,
+    noise=None,
 ):
     """:func:`to_elements` for 6 and 4 bits, of a product."""
     if INTERPRETED:
@@ -87,34 +100,46 @@ def to_narrow(
     kept = tl.where(tl.abs(factor) > 0, 0xFFFFFFFF, signs).to(tl.uint32)
     if bits == 4:
         parts = eighths(x)
-        words = convert_to_e2m1(parts) if CONVERTS else pack(parts, largest)
+        if CONVERTS:
+            words = convert_to_e2m1(parts)
+        elif noise is None:
+            words = pack(parts, largest, (None, None, None, None, None, None, None, None))
+        else:
+            words = pack(parts, largest, eighths(noise))
         return words & of_words(kept, x)
     elif CONVERTS:
         return convert_to_fp6(x, tl.expand_dims(kept, 2), mantissa_bits)
     else:
-        size = size_codes(x, bits, mantissa_bits, largest)
+        size = size_codes(x, bits, mantissa_bits, largest, noise)
         sign = x.to(tl.uint32, bitcast=True) >> (32 - bits)
         return (((size & 0x1F) | (sign & 0x20)) & tl.expand_dims(kept, 2)).to(dtype)
 
 
 @triton.jit
-def round_to_element(x, bits: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.constexpr):
-    """The value in float32 of the element of 6 or 4 bits that ``x`` becomes; of NaN any."""
-    total, start, _ = add_steps(x, bits, mantissa_bits, largest)
+def round_to_element(
+    x, bits: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.constexpr, noise=None
+):
+    """The value in float32 of the element that ``x`` becomes; of NaN any."""
+    total, start, _ = add_steps(x, bits, mantissa_bits, largest, noise)
     sign = x.to(tl.uint32, bitcast=True) & 0x80000000
     return ((total - start).to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def size_codes(x, bits: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.constexpr):
+def size_codes(
+    x, bits: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.constexpr, noise=None
+):
     """uint32 whose last ``bits - 1`` bits are the element of |x|; of NaN any. The rest is noise."""
-    total, _, exponent = add_steps(x, bits, mantissa_bits, largest)
+    total, _, exponent = add_steps(x, bits, mantissa_bits, largest, noise)
     return total.to(tl.uint32, bitcast=True) + (exponent >> (23 - mantissa_bits))
 
 
 @triton.jit
-def add_steps(x, bits: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.constexpr):
+def add_steps(x, bits: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.constexpr, noise):
     """Round |x| by adding a number whose last place is the step between elements near |x|.
+
+    With noise a sum below the next element is rounded down to this one, whatever it is rounded to
+    before, since elements are float32: two sums toward zero are one.
 
     Returns:
         the sum, whose last bits count steps; the number; and uint32 with nothing but the exponent
@@ -126,8 +151,14 @@ def add_steps(x, bits: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.co
     factor: tl.constexpr = 2.0 ** (23 - mantissa_bits) + zero * 2.0**-mantissa_bits
     size = tl.minimum(tl.abs(x), largest)
     exponent = tl.maximum(size, 2.0**smallest).to(tl.uint32, bitcast=True) & 0x7F800000
-    start = exponent.to(tl.float32, bitcast=True) * factor
-    return start + size, start, exponent
+    power = exponent.to(tl.float32, bitcast=True)
+    start = power * factor
+    if noise is None:
+        total = start + size
+    else:
+        size = add_toward_zero(size, noise * (power * 2.0**-mantissa_bits))
+        total = add_toward_zero(start, size)
+    return total, start, exponent
 
 
 @triton.jit
@@ -142,12 +173,12 @@ def eighths(x):
 
 
 @triton.jit
-def pack(parts, largest: tl.constexpr):
+def pack(parts, largest: tl.constexpr, noises):
     """Eight float32 as words of e2m1."""
     words = tl.zeros_like(parts[0]).to(tl.uint32)
     for i in tl.static_range(8):
         sign = (parts[i].to(tl.uint32, bitcast=True) >> 28) & 8
-        words |= ((size_codes(parts[i], 4, 1, largest) & 7) | sign) << 4 * i
+        words |= ((size_codes(parts[i], 4, 1, largest, noises[i]) & 7) | sign) << 4 * i
     return words
 
 

@@ -60,3 +60,17 @@ def multiply(a, b, dtype: tl.constexpr):
         # float32 holds the product exactly: the same, two at once.
         return a * b
     return narrow(widen(a) * widen(b), dtype)
+
+
+@triton.jit
+def add_toward_zero(a, b):
+    """``a + b``, float32 and not negative, rounded down."""
+    if INTERPRETED:
+        total = a.to(tl.float64) + b.to(tl.float64)
+        near = total.to(tl.float32)
+        below = (near.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
+        return tl.where(near.to(tl.float64) > total, below, near)
+    else:
+        return tl.inline_asm_elementwise(
+            "add.rz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )

@@ -6,11 +6,12 @@ Before::
 
 After::
 
-    x, weight, bias, seed, key -> mxnorm_pass.linear -> y
+    x, weight, bias, seed, key, input_key -> mxnorm_pass.linear -> y
 
 Autograd then differentiates an op that knows its key, so that nobody has to find out which of the
 backward's matmuls belong to which linear. The seed is an input of the graph: an op that drew it
-could be computed anew for the backward, with another result. Where a layer is checkpointed it is
+could be computed anew for the backward, with another result. Linears that read one x have the
+input key of the first of them, so that wgrad's cast of x is one for all. Where a layer is checkpointed it is
 passed on; bodies that are differentiated by themselves, or not run, keep their linears.
 """
 
@@ -106,10 +107,12 @@ def mark_linears(scopes: Sequence[Scope], random: bool, prefix: str = "") -> See
     for scope, nodes in found:
         if seed is not None:
             seeds[scope] = _seed_of(scope, seed.example, seeds)
+        input_keys: dict[Any, int] = {}
         for node in nodes:
             name = module_path(node).removeprefix(prefix)
-            _mark(node, seeds.get(scope), linear_key(name, calls.setdefault(name, 0)))
+            key = linear_key(name, calls.setdefault(name, 0))
             calls[name] += 1
+            _mark(node, seeds.get(scope), key, input_keys.setdefault(_operands(node)[0], key))
         ask_about_matmuls(scope.gm)
         scope.gm.recompile()
     return seed
@@ -170,12 +173,12 @@ def _seed_of(scope: Scope, example: Tensor, seeds: dict[Scope, fx.Node]) -> fx.N
     return seed
 
 
-def _mark(node: fx.Node, seed: fx.Node | None, key: int) -> None:
+def _mark(node: fx.Node, seed: fx.Node | None, key: int, input_key: int) -> None:
     like = example_value(node)
     assert like is not None
     # Under autocast, which no op of ours knows.
     operands = [_in_dtype(node, operand, like.dtype) for operand in _operands(node)]
-    node.target, node.args, node.kwargs = ops.linear, (*operands, seed, key), {}
+    node.target, node.args, node.kwargs = ops.linear, (*operands, seed, key, input_key), {}
 
 
 def _in_dtype(node: fx.Node, operand: Any, dtype: torch.dtype) -> Any:

@@ -24,6 +24,7 @@ from mxnorm_pass.graph.nodes import aten, is_backward, prims
 from mxnorm_pass.numerics.cast import mx_dequantize
 from mxnorm_pass.numerics.formats import BlockFormat, block_format
 from mxnorm_pass.numerics.norm import Gradient, inverse_rms
+from mxnorm_pass.numerics.recipe_text import operand_of_text
 from mxnorm_pass.numerics.rms import Estimator, mean_square
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.match.casts.find import Cast, find_casts
@@ -250,6 +251,12 @@ def _dequantize(
     return mx_dequantize(values, scales, format=format, tensor_scale=tensor_scale).double()
 
 
+def _operand_cast(x: Tensor, *drawn: Any) -> tuple[Tensor, None]:
+    """Its transform cancels in the product, which is divided by the headroom of both operands."""
+    *_, operand, _tensor_scale = drawn
+    return x * operand_of_text(operand).cast.headroom, None
+
+
 _OWN: dict[Any, Callable[..., Any]] = {
     # It has no derivative of its own.
     prims.convert_element_type.default: lambda x, dtype: _in_float64(aten.to.dtype, x, dtype),
@@ -257,8 +264,10 @@ _OWN: dict[Any, Callable[..., Any]] = {
     ops.inverse_rms: _inverse_rms,
     ops.dequantize: _dequantize,
     ops.recipe_matmul: lambda left, right, *_: left @ right.t(),
+    ops.operand_cast: _operand_cast,
     # What it scales is taken as it is.
     ops.tensor_scale: lambda x: x.new_ones(()),
+    ops.operand_tensor_scale: lambda x, *_: x.new_ones(()),
 }
 
 
