@@ -19,6 +19,7 @@ OPERANDS: Final[dict[Matmul, tuple[str, str]]] = {
     "wgrad": ("grad_output", "input"),
 }
 _BASE = "base"
+_DEPTH_KEYS = ("high_precision_first", "high_precision_last")
 _OPERAND_KEYS = ("format", "rounding", "square_blocks")
 _HADAMARD_KEYS = ("hadamard", "signs")
 
@@ -31,10 +32,11 @@ def recipe(spec: Recipe | str | Mapping[str, Any]) -> Recipe:
             precision, the name of a format, or a dict of "format", "rounding" and "square_blocks"
             of both operands (see :class:`OperandCast`), the same of one operand under its name
             ("input", "weight", "grad_output"), "hadamard" (g, 0 for none) and "signs" (see
-            :class:`Hadamard`). Matmuls that are left out are those of the recipe named by "base",
-            or of high precision. For example ``{"base": "mxfp4-rht-sr", "forward": "mxfp8"}``, or
-            ``{"wgrad": {"format": "nvfp4", "grad_output": {"rounding": "stochastic"},
-            "hadamard": 16}}``.
+            :class:`Hadamard`), and of "high_precision_first" and "high_precision_last", shares of
+            the depth (see :class:`Recipe`). What is left out is that of the recipe named by
+            "base", or high precision. For example
+            ``{"base": "mxfp4-rht-sr", "forward": "mxfp8"}``, or ``{"wgrad": {"format": "nvfp4",
+            "grad_output": {"rounding": "stochastic"}, "hadamard": 16}}``.
 
     Raises:
         ValueError: no such name, key or value; the message says where, and what is allowed.
@@ -43,9 +45,10 @@ def recipe(spec: Recipe | str | Mapping[str, Any]) -> Recipe:
         return spec
     if isinstance(spec, str):
         return _named(spec)
-    _check_keys(spec, (_BASE, *get_args(Matmul)), "recipe")
-    matmuls = {name: _matmul(spec[name], name) for name in get_args(Matmul) if name in spec}
-    return replace(_named(spec[_BASE]) if _BASE in spec else Recipe(), **matmuls)
+    _check_keys(spec, (_BASE, *get_args(Matmul), *_DEPTH_KEYS), "recipe")
+    given: dict[str, Any] = {name: spec[name] for name in _DEPTH_KEYS if name in spec}
+    given |= {name: _matmul(spec[name], name) for name in get_args(Matmul) if name in spec}
+    return replace(_named(spec[_BASE]) if _BASE in spec else Recipe(), **given)
 
 
 def _named(name: Any) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +39,8 @@ TABLE = {
         MatmulRecipe(NVFP4, SQUARE),
         MatmulRecipe(SR_GRAD, SQUARE),
         MatmulRecipe(SR_GRAD, NVFP4, Hadamard(16, "fixed")),
+        high_precision_first=2 / 62,
+        high_precision_last=8 / 62,
     ),
 }
 
@@ -68,6 +71,21 @@ def test_what_follows_from_a_recipe(
     assert of.is_random == random
 
 
+@pytest.mark.parametrize(
+    "count, first, last",
+    [(62, 2, 8), (2, 0, 0), (3, 0, 0), (4, 0, 1), (8, 0, 1), (16, 1, 2), (32, 1, 4), (126, 4, 16)],
+)
+def test_layers_of_nvfp4(count: int, first: int, last: int) -> None:
+    """By hand: the nearest to count / 31 and 4 count / 31. The paper's own model has 62."""
+    nvfp4 = RECIPES["nvfp4"]
+    assert nvfp4.layers_of(nvfp4.high_precision_first, count) == first
+    assert nvfp4.layers_of(nvfp4.high_precision_last, count) == last
+
+
+def test_a_half_is_rounded_up() -> None:
+    assert [Recipe.layers_of(0.5, count) for count in (1, 2, 3, 5)] == [1, 1, 2, 3]
+
+
 def test_one_operand_with_headroom_gives_its_share() -> None:
     assert MatmulRecipe(mxfp4("stochastic"), mxfp4("nearest")).gain == pytest.approx(4 / 3)
     assert MatmulRecipe(mxfp4("stochastic")).gain == pytest.approx(4 / 3)
@@ -91,6 +109,9 @@ DICTS: list[tuple[dict[str, Any], Recipe]] = [
     ({"forward": {"format": "nvfp4", "weight": {"square_blocks": True}, "hadamard": 0}},
      Recipe(forward=MatmulRecipe(NVFP4, SQUARE))),
     ({"wgrad": {"hadamard": 64}}, Recipe(wgrad=MatmulRecipe(hadamard=Hadamard(64)))),
+    ({"high_precision_last": 1}, Recipe(high_precision_last=1.0)),
+    ({"base": "nvfp4", "high_precision_first": 0},
+     replace(TABLE["nvfp4"], high_precision_first=0.0)),
 ]  # fmt: skip
 
 
@@ -124,6 +145,17 @@ BAD: list[tuple[Any, str]] = [
     ({"dgrad": {"format": "mxfp4", "hadamard": "64"}}, "hadamard is '64'; it must be a power of"),
     ({"dgrad": {"format": "mxfp4", "signs": "fixed"}}, "signs belong to a Hadamard transform"),
     ({"dgrad": {"hadamard": 16, "signs": "one"}}, "signs is 'one'; allowed: random, fixed, none"),
+]
+
+
+BAD += [
+    ({"high_precision_first": 2}, "high_precision_first is 2; it must be a share of the layers"),
+    ({"high_precision_last": -0.1}, "high_precision_last is -0.1; .* from 0 to 1, such as 2 / 62"),
+    ({"high_precision_last": math.nan}, "high_precision_last is nan; it must be a share"),
+    ({"high_precision_last": True}, "high_precision_last is True; it must be a share"),
+    ({"high_precision_last": "4"}, "high_precision_last is '4'; it must be a share"),
+    ({"high_precision_first": 0.5, "high_precision_last": 0.6}, "together they must be at most 1"),
+    ({"high_precision": 0.5}, "a key of recipe is 'high_precision'; did you mean 'high_precision_"),
 ]
 
 
