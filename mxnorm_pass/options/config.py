@@ -101,7 +101,7 @@ class MXNormConfig:
             of the first and last layers it leaves in high precision, a rule of ``modules`` with a
             recipe for some layers of a stack overrules.
         num_layers: name of what holds layers ("model.layers") to their number, where what is
-            compiled does not show it: a layer on its own, or a stage of a pipeline. It replaces
+            compiled does not show it: a layer on its own, or a stage of a pipeline. It goes before
             what is found.
         modules: name pattern to False, True or a dict of overrides of estimator, p, gain,
             gradient, format, elem_dtype, scale_mode, tensor_scale and recipe. A pattern is a glob,
@@ -175,9 +175,9 @@ class MXNormConfig:
         Args:
             kinds: the class name of every module that is known, by full dotted name.
         """
-        if self.num_layers or not any(recipe.has_depth for recipe in self.recipes):
+        if not any(recipe.has_depth for recipe in self.recipes):
             return self
-        return replace(self, num_layers=find_stacks(kinds, self.prefix))
+        return replace(self, num_layers=find_stacks(kinds, self.prefix) | dict(self.num_layers))
 
     def resolve(self, name: str, opt_in: bool = False) -> ModuleConfig:
         """Return what applies to the module of that full dotted name.

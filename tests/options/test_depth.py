@@ -79,6 +79,7 @@ def test_shares_choose_layers_of_each_stack() -> None:
     assert not outside.kept_by_depth and not outside.depth_unknown
     given = config(num_layers={"h": 8})
     assert given.num_layers == {"h": 8} and kept(given, "q", 8) == [0, 1, 6, 7]
+    assert config(num_layers={"layers": 8}).num_layers == {"h": 4, "layers": 8}
     assert "first 2 of the 8 layers" in given.resolve("h.1.q").kept_by_depth
 
 
