@@ -50,7 +50,7 @@ def compile_layers(
         given["calibration"] = config.calibration  # the file is read once
     names = _names(model, config.prefix)
     kinds = {name: type(module).__name__ for name, module in names.items()}
-    given["num_layers"] = config.with_layers_of(kinds).num_layers
+    given["num_layers"] = dict(config.with_layers_of(kinds).num_layers)
     layers = _outermost_matches(names, pattern)
     _warn_rules_without_effect(config, names, layers)
     arguments = {**_isolation(), **compile_arguments}
