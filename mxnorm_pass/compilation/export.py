@@ -21,6 +21,7 @@ from mxnorm_pass.graph.inputs import mark_inputs
 from mxnorm_pass.graph.modules import module_paths
 from mxnorm_pass.graph.nodes import aten, prims
 from mxnorm_pass.graph.weights import Weight, named_weights
+from mxnorm_pass.names import clean_module_path
 from mxnorm_pass.options.channel_order import check_channels
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.parse import parse_options
@@ -66,6 +67,7 @@ def apply(
     _check_program(exported_program)
     options = _config(config)
     program = functional_program(exported_program)
+    options = options.with_layers_of(_module_kinds(program))
     graph = program.graph
     mark_inputs(graph, _weight_names(program))
     order_known = True
@@ -170,6 +172,16 @@ def _weights(program: ExportedProgram) -> dict[str, Weight]:
     named = named_weights({n: t for n, t in tensors.items() if isinstance(t, torch.Tensor)})
     specs = program.graph_signature.input_specs
     return {spec.arg.name: named[spec.target] for spec in specs if spec.target in named}
+
+
+def _module_kinds(program: ExportedProgram) -> dict[str, str]:
+    """The class names of the modules that are called; "" of others that hold weights."""
+    kinds = {clean_module_path(name.rpartition(".")[0]): "" for name in program.state_dict}
+    for node in program.graph.nodes:
+        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+            name = getattr(kind, "__name__", str(kind))
+            kinds[clean_module_path(path)] = name.rpartition(".")[2]
+    return kinds
 
 
 def _use_aten_casts(graph: fx.Graph) -> None:

@@ -107,6 +107,7 @@ class CompileJob:
         is_backward, subclass = _is_backward(), foreign_subclass(example_inputs)
         names = GraphNames() if is_backward else GraphNames.current(options.config.prefix)
         names.write(gm)
+        options = replace(options, config=names.with_layers(options.config))
         names.guard_rules(options.config)
         weights = names.weights(gm, example_inputs)
         return cls(

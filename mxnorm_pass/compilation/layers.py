@@ -49,6 +49,9 @@ def compile_layers(
     if config.calibration is not None:
         given["calibration"] = config.calibration  # the file is read once
     names = _names(model, config.prefix)
+    # A layer on its own does not show how many there are.
+    kinds = {name: type(module).__name__ for name, module in names.items()}
+    given["num_layers"] = dict(config.with_layers_of(kinds).num_layers)
     layers = _outermost_matches(names, pattern)
     _warn_rules_without_effect(config, names, layers)
     arguments = {**_isolation(), **compile_arguments}

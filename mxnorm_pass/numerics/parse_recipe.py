@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final, get_args
 
-from mxnorm_pass.names import nearest_names
 from mxnorm_pass.numerics.formats import BlockFormat, block_format
 from mxnorm_pass.numerics.hadamard import Hadamard
 from mxnorm_pass.numerics.philox import Matmul
@@ -19,6 +19,7 @@ OPERANDS: Final[dict[Matmul, tuple[str, str]]] = {
     "wgrad": ("grad_output", "input"),
 }
 _BASE = "base"
+_DEPTH_KEYS = ("high_precision_first", "high_precision_last")
 _OPERAND_KEYS = ("format", "rounding", "square_blocks")
 _HADAMARD_KEYS = ("hadamard", "signs")
 
@@ -31,10 +32,11 @@ def recipe(spec: Recipe | str | Mapping[str, Any]) -> Recipe:
             precision, the name of a format, or a dict of "format", "rounding" and "square_blocks"
             of both operands (see :class:`OperandCast`), the same of one operand under its name
             ("input", "weight", "grad_output"), "hadamard" (g, 0 for none) and "signs" (see
-            :class:`Hadamard`). Matmuls that are left out are those of the recipe named by "base",
-            or of high precision. For example ``{"base": "mxfp4-rht-sr", "forward": "mxfp8"}``, or
-            ``{"wgrad": {"format": "nvfp4", "grad_output": {"rounding": "stochastic"},
-            "hadamard": 16}}``.
+            :class:`Hadamard`), and of "high_precision_first" and "high_precision_last", shares of
+            the depth (see :class:`Recipe`). What is left out is that of the recipe that "base"
+            is or names, or high precision. For example
+            ``{"base": "mxfp4-rht-sr", "forward": "mxfp8"}``, or ``{"wgrad": {"format": "nvfp4",
+            "grad_output": {"rounding": "stochastic"}, "hadamard": 16}}``.
 
     Raises:
         ValueError: no such name, key or value; the message says where, and what is allowed.
@@ -42,15 +44,20 @@ def recipe(spec: Recipe | str | Mapping[str, Any]) -> Recipe:
     if isinstance(spec, Recipe):
         return spec
     if isinstance(spec, str):
-        return _named(spec)
-    _check_keys(spec, (_BASE, *get_args(Matmul)), "recipe")
-    matmuls = {name: _matmul(spec[name], name) for name in get_args(Matmul) if name in spec}
-    return replace(_named(spec[_BASE]) if _BASE in spec else Recipe(), **matmuls)
+        return _named(spec, "recipe")
+    _check_keys(spec, (_BASE, *get_args(Matmul), *_DEPTH_KEYS), "recipe")
+    given: dict[str, Any] = {name: spec[name] for name in _DEPTH_KEYS if name in spec}
+    given |= {name: _matmul(spec[name], name) for name in get_args(Matmul) if name in spec}
+    return replace(_base(spec.get(_BASE, Recipe())), **given)
 
 
-def _named(name: Any) -> Recipe:
+def _base(spec: Any) -> Recipe:
+    return spec if isinstance(spec, Recipe) else _named(spec, f"recipe[{_BASE!r}]")
+
+
+def _named(name: Any, at: str) -> Recipe:
     if not isinstance(name, str) or name not in RECIPES:
-        raise ValueError(_unknown("recipe", name, RECIPES))
+        raise ValueError(_unknown(at, name, RECIPES))
     return RECIPES[name]
 
 
@@ -60,6 +67,10 @@ def _matmul(spec: Any, name: Matmul) -> MatmulRecipe:
     operands = OPERANDS[name]
     _check_keys(both, (*_OPERAND_KEYS, *operands, *_HADAMARD_KEYS), at)
     shared = {key: both[key] for key in _OPERAND_KEYS if key in both}
+    try:
+        shared["format"] = _format(shared.get("format"))
+    except ValueError as error:
+        raise ValueError(f"{at}: {error}") from error
     left, right = (
         _operand(shared, both.get(operand, {}), f"{at}[{operand!r}]") for operand in operands
     )
@@ -113,5 +124,6 @@ def _check_keys(spec: Any, allowed: Iterable[str], at: str) -> None:
 
 def _unknown(what: str, value: Any, allowed: Iterable[str]) -> str:
     names = list(allowed)
-    near = nearest_names(str(value), names)[0]
-    return f"{what} is {value!r}; did you mean {near!r}? Allowed: {', '.join(map(repr, names))}"
+    near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    hint = f"did you mean {near[0]!r}? Allowed" if near else "allowed"
+    return f"{what} is {value!r}; {hint}: {', '.join(map(repr, names))}"

@@ -130,11 +130,42 @@ class Recipe:
         forward: Y = X W^T.
         dgrad: dX = dY W.
         wgrad: dW = dY^T X.
+        high_precision_first, high_precision_last: the shares of a model's layers, at its start and
+            at its end, whose linears stay in high precision in all three (see :meth:`layers_of`).
+            It means nothing to a linear alone.
     """
 
     forward: MatmulRecipe = MatmulRecipe()
     dgrad: MatmulRecipe = MatmulRecipe()
     wgrad: MatmulRecipe = MatmulRecipe()
+    high_precision_first: float = 0.0
+    high_precision_last: float = 0.0
+
+    def __post_init__(self) -> None:
+        first, last = self.high_precision_first, self.high_precision_last
+        for name, share in (("high_precision_first", first), ("high_precision_last", last)):
+            is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            if not is_number or not 0 <= share <= 1:
+                raise ValueError(
+                    f"{name} is {share!r}; it must be a share of the layers, a number from 0 to 1, "
+                    "such as 2 / 62"
+                )
+            object.__setattr__(self, name, float(share))
+        if first + last > 1:
+            raise ValueError(
+                f"high_precision_first is {first!r} and high_precision_last {last!r}; together "
+                "they must be at most 1, which is all layers"
+            )
+
+    @property
+    def has_depth(self) -> bool:
+        """Does it leave layers in high precision by their place in the depth of the model?"""
+        return self.high_precision_first > 0 or self.high_precision_last > 0
+
+    @staticmethod
+    def layers_of(share: float, count: int) -> int:
+        """How many of ``count`` layers a share is: the nearest number, a half rounded up."""
+        return math.floor(share * count + 0.5)
 
     def matmul(self, name: Matmul) -> MatmulRecipe:
         """The matmul of that name."""
@@ -186,6 +217,9 @@ def _nvfp4() -> Recipe:
         forward=MatmulRecipe(nearest, weight),
         dgrad=MatmulRecipe(grad, weight),
         wgrad=MatmulRecipe(grad, nearest, Hadamard(16, "fixed")),
+        # Of the 62 blocks of the 12B model (section 4.1).
+        high_precision_first=2 / 62,
+        high_precision_last=8 / 62,
     )
 
 

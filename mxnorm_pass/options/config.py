@@ -19,6 +19,7 @@ from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.recipe import Recipe
 from mxnorm_pass.numerics.rms import Estimator
 from mxnorm_pass.options.calibration import Calibration
+from mxnorm_pass.options.depth import Place, find_stacks, has_number, kept_by_depth, place_of
 from mxnorm_pass.options.inductor import invalid
 from mxnorm_pass.options.validate import (
     DEFAULT_ELEM_DTYPE,
@@ -52,12 +53,17 @@ class ModuleConfig:
         calibration: what the calibration does to a norm of that name; None where there is none
             or the winning rule overrules it. ``config.estimator`` is what follows from it.
         block_weights: [K] float32, with which the norm's RMS is estimated.
+        kept_by_depth: why the recipe leaves a linear of that name in high precision where it casts
+            others, as words after "a linear"; "" where it does not.
+        depth_unknown: the recipe might do so, but where in the model that is, is not known.
     """
 
     enabled: bool
     config: MXNormConfig
     calibration: Calibrated | None = None
     block_weights: Tensor | None = field(default=None, compare=False)
+    kept_by_depth: str = ""
+    depth_unknown: bool = False
 
     @property
     def overrides(self) -> dict[str, str]:
@@ -91,7 +97,12 @@ class MXNormConfig:
             Where the bound is far above what rows have (p below 1, weights near 0) it is "amax".
         recipe: what the three matmuls of a linear in training read: None (the forward in
             ``format``, the backward in high precision), the name of a recipe or a dict, see
-            :func:`mxnorm_pass.functional.recipe`. It says what the forward's format is, too.
+            :func:`mxnorm_pass.functional.recipe`. It says what the forward's format is, too. Which
+            of the first and last layers it leaves in high precision, a rule of ``modules`` with a
+            recipe for some layers of a stack overrules.
+        num_layers: name of what holds layers ("model.layers") to their number, where what is
+            compiled does not show it: a layer on its own, or a stage of a pipeline. It goes before
+            what is found.
         modules: name pattern to False, True or a dict of overrides of estimator, p, gain,
             gradient, format, elem_dtype, scale_mode, tensor_scale and recipe. A pattern is a glob,
             or a regular expression after "re:"; see ``resolve``. Copied, so later changes to the
@@ -120,6 +131,7 @@ class MXNormConfig:
     scale_mode: ScaleMode = DEFAULT_SCALE_MODE
     tensor_scale: TensorScale = "bound"
     recipe: Recipe | None = None
+    num_layers: Mapping[str, int] = field(default_factory=dict)
     modules: Mapping[str, bool | Mapping[str, Any]] = field(default_factory=dict)
     calibration: Calibration | None = None
     inner: Inner = "inductor"
@@ -156,6 +168,16 @@ class MXNormConfig:
         """All that any module may have."""
         configs = (self, *(rule.config for rule in self._rules))
         return tuple(config.recipe for config in configs if config.recipe is not None)
+
+    def with_layers_of(self, kinds: Mapping[str, str]) -> MXNormConfig:
+        """Return the options with the number of layers, where a recipe asks for it.
+
+        Args:
+            kinds: the class name of every module that is known, by full dotted name.
+        """
+        if not any(recipe.has_depth for recipe in self.recipes):
+            return self
+        return replace(self, num_layers=find_stacks(kinds, self.prefix) | dict(self.num_layers))
 
     def resolve(self, name: str, opt_in: bool = False) -> ModuleConfig:
         """Return what applies to the module of that full dotted name.
@@ -231,7 +253,8 @@ class MXNormConfig:
     def _treated(self, name: str) -> tuple[object, ...]:
         resolved, opted_in = self.resolve(name), self.resolve(name, opt_in=True).enabled
         site = "" if self.calibration is None else self.calibration.site_fingerprint(name)
-        return resolved.enabled, opted_in, resolved.overrides, site
+        kept = bool(resolved.kept_by_depth)
+        return resolved.enabled, opted_in, kept, resolved.overrides, site
 
     def __eq__(self, other: object) -> bool:
         # Comparing the fields would call two orders of `modules` equal, and order decides there.
@@ -245,12 +268,25 @@ class MXNormConfig:
     def __reduce__(self) -> tuple[Callable[..., MXNormConfig], tuple[dict[str, Any]]]:
         # A mappingproxy can be neither pickled nor deep-copied.
         values = {name: getattr(self, name) for name in VALIDATORS}
-        return _rebuild, ({**values, "modules": _thaw_modules(self.modules)},)
+        thawed = {"modules": _thaw_modules(self.modules), "num_layers": dict(self.num_layers)}
+        return _rebuild, ({**values, **thawed},)
 
     def _winner(self, name: str) -> _Rule | None:
         return next((rule for rule in reversed(self._rules) if rule.matches(name)), None)
 
     def _resolve_uncached(self, name: str, opt_in: bool) -> ModuleConfig:
+        resolved, winner = self._resolve_rules(name, opt_in), self._winner(name)
+        recipe, place = resolved.config.recipe, place_of(name, self.num_layers)
+        if recipe is None or not recipe.has_depth:
+            return resolved
+        if place is None:
+            unknown = not self.num_layers or has_number(self.prefix)
+            return replace(resolved, depth_unknown=unknown)
+        if winner is not None and winner.chooses_recipe_of(place):
+            return resolved
+        return replace(resolved, kept_by_depth=kept_by_depth(place, recipe))
+
+    def _resolve_rules(self, name: str, opt_in: bool) -> ModuleConfig:
         winner = self._winner(name)
         enabled = winner is None or winner.enabled
         component = name.rpartition(".")[2]
@@ -294,9 +330,14 @@ class _Rule:
     enabled: bool
     config: MXNormConfig
     sets_estimator: bool
+    sets_recipe: bool
 
     def matches(self, name: str) -> bool:
         return self.regex.fullmatch(name) is not None
+
+    def chooses_recipe_of(self, place: Place) -> bool:
+        """Does it set the recipe, and not in every layer alike?"""
+        return self.sets_recipe and not all(map(self.matches, place.in_every_layer()))
 
     def is_within(self, prefix: str) -> bool:
         """Does the pattern begin, before any wildcard, with the name of that module?"""
@@ -346,5 +387,11 @@ def _make_rule(base: MXNormConfig, pattern: str, value: bool | Mapping[str, Any]
     elif "elem_dtype" in overrides:
         overrides["format"] = "mxfp8"
     config = replace(base, calibration=None, **overrides) if overrides else base
-    sets_estimator = "estimator" in overrides
-    return _Rule(pattern, compile_pattern(pattern), value is not False, config, sets_estimator)
+    return _Rule(
+        pattern,
+        compile_pattern(pattern),
+        value is not False,
+        config,
+        sets_estimator="estimator" in overrides,
+        sets_recipe="recipe" in overrides,
+    )

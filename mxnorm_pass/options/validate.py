@@ -120,6 +120,16 @@ def _validate_recipe(label: str, value: object) -> Recipe | None:
     return found
 
 
+def _validate_num_layers(label: str, value: object) -> Mapping[str, int]:
+    allowed = "a mapping from the name of what holds layers to their number, {'model.layers': 32}"
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise invalid(label, value, allowed)
+    for name, count in value.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise invalid(f"{label}[{name!r}]", count, "a number of layers, an int from 1 on")
+    return types.MappingProxyType(dict(sorted(value.items())))
+
+
 def _validate_modules(label: str, value: object) -> Mapping[str, bool | Mapping[str, Any]]:
     if not isinstance(value, Mapping):
         raise invalid(label, value, "a mapping from name pattern to True, False or a dict")
@@ -197,6 +207,7 @@ VALIDATORS: dict[str, _Validator] = {
     "scale_mode": _choice(ScaleMode),
     "tensor_scale": _choice(TensorScale),
     "recipe": _validate_recipe,
+    "num_layers": _validate_num_layers,
     "modules": _validate_modules,
     "calibration": _validate_calibration,
     "verify": _validate_bool,

@@ -25,7 +25,7 @@ from mxnorm_pass.ops.linears import is_writable, written_matmul
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.match.linears.castable import obstacle
 from mxnorm_pass.passes.match.linears.plain import PlainLinear, linear_name, plain_linear
-from mxnorm_pass.report.linear import LinearCasts
+from mxnorm_pass.report.linear import Depth, LinearCasts
 
 # Among the arguments of ``recipe_matmul``.
 _KEY_POSITION, _MATMUL, _RECIPE = 3, 5, 6
@@ -95,7 +95,7 @@ def linear_casts(
         if node in matmuls:
             found.append(_casts_of(matmuls[node], config, in_training))
         else:
-            found.append(LinearCasts(linear_name(node), _HIGH, reason=_reason(node, config)))
+            found.append(_left(node, config))
     return tuple(found)
 
 
@@ -103,18 +103,27 @@ _HIGH = str(OperandCast())
 
 
 def _casts_of(linear: PlainLinear, config: MXNormConfig, in_training: bool) -> LinearCasts:
-    own = config.resolve(linear.name).config
+    resolved = config.resolve(linear.name)
+    own = resolved.config
     recipe = own.recipe or in_format(own.cast_format)
-    backward = (str(recipe.dgrad), str(recipe.wgrad)) if in_training else ()
-    return LinearCasts(linear.name, str(recipe.forward), *backward)
+    return LinearCasts(
+        linear.name,
+        str(recipe.forward),
+        dgrad=str(recipe.dgrad) if in_training else "",
+        wgrad=str(recipe.wgrad) if in_training else "",
+        depth="unknown" if resolved.depth_unknown else "",
+    )
 
 
-def _reason(node: fx.Node, config: MXNormConfig) -> str:
-    linear = plain_linear(node)
+def _left(node: fx.Node, config: MXNormConfig) -> LinearCasts:
+    name, linear = linear_name(node), plain_linear(node)
     if linear is None:
-        return "a product of no activation with a weight"
+        return LinearCasts(name, _HIGH, reason="a product of no activation with a weight")
     why = obstacle(linear, config)
-    return f"a linear {why}" if why else "no norm feeds it, and quantize is 'norm-fed'"
+    if why is None:
+        return LinearCasts(name, _HIGH, reason="no norm feeds it, and quantize is 'norm-fed'")
+    depth: Depth = "kept" if why == config.resolve(linear.name).kept_by_depth else ""
+    return LinearCasts(name, _HIGH, reason=f"a linear {why}", depth=depth)
 
 
 def _write(graph: fx.Graph, node: fx.Node, tracer: FunctionTracer) -> None:

@@ -18,6 +18,7 @@ from mxnorm_pass.graph.source_line import source_line
 from mxnorm_pass.names import UnmatchedPattern
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.report import recording
+from mxnorm_pass.report.linear import LinearCasts
 from mxnorm_pass.report.reason import SkipReason
 from mxnorm_pass.report.site import Graph, PassResult, Site, site_rows
 
@@ -54,7 +55,8 @@ def announce(
     names = [name for result in results for name in result.matmul_modules]
     owner = (config.fingerprint(), *module_paths)
     is_inference = all(result.graph.name == "inference" for result in results)
-    for warning in _warnings_of(sites, names, config, is_inference, elsewhere):
+    linears = [linear for result in results for linear in result.graph.linears]
+    for warning in _warnings_of(sites, linears, names, config, is_inference, elsewhere):
         _warn_once(warning, owner)
     if not order_known and any(site.calibration == "block weights" for site in sites):
         _warn_once(_ORDER_UNKNOWN, owner)
@@ -134,6 +136,7 @@ def _warn_once(warning: MXNormWarning, owner: tuple[str, ...]) -> None:
 
 def _warnings_of(
     sites: Sequence[Site],
+    linears: Sequence[LinearCasts],
     matmul_modules: Sequence[str],
     config: MXNormConfig,
     is_inference: bool,
@@ -142,8 +145,9 @@ def _warnings_of(
     yield from _last_compile(config)
     yield from _unmatched_patterns(sites, matmul_modules, config, elsewhere)
     yield from _unknown_to_calibration(sites)
+    yield from _unknown_depth(linears)
     if not any(site.status == "fused" for site in sites):
-        yield from _nothing_fused(sites)
+        yield from _nothing_fused(sites, linears)
     elif is_inference:
         yield from _uncalibrated(sites)
 
@@ -206,9 +210,26 @@ def _unknown_to_calibration(sites: Sequence[Site]) -> Iterator[MXNormWarning]:
         )
 
 
-def _nothing_fused(sites: Sequence[Site]) -> Iterator[MXNormWarning]:
+def _unknown_depth(linears: Sequence[LinearCasts]) -> Iterator[MXNormWarning]:
+    if any(linear.depth == "unknown" for linear in linears):
+        yield MXNormWarning(
+            "mxnorm: the recipe leaves a share of the first and last layers in high precision, but "
+            "what is compiled here does not show how many layers there are, so that all are cast. "
+            "Compile the whole model or use mxnorm_pass.compile_layers; or give the layer's full "
+            "name and their number, options={'prefix': 'model.layers.3', 'num_layers': "
+            "{'model.layers': 32}}. To choose layers by name, turn the shares off, recipe={'base': "
+            "..., 'high_precision_first': 0, 'high_precision_last': 0}, and these layers' linears "
+            "with `modules`"
+        )
+
+
+def _nothing_fused(
+    sites: Sequence[Site], linears: Sequence[LinearCasts]
+) -> Iterator[MXNormWarning]:
     reasons = {site.reason for site in sites if site.reason is not None}
     if reasons and reasons <= {SkipReason.DISABLED}:
+        return
+    if any(linear.depth == "kept" for linear in linears):
         return
     if reasons:
         why = "; ".join(sorted(f"{r.name}: {r.value}" for r in reasons))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from mxnorm_pass.report.numbers import number_set
 from mxnorm_pass.report.site import NearMiss, Site
 
 # Stands for the number while sites are compared; no name and no line of code has it.
@@ -86,18 +87,6 @@ def _fold_level(entries: Iterable[_Named], level: int) -> Iterator[_Named]:
             site = _renumbered(first.site, *_split(first.site.norm, level), numbers)
             first = Folded(site, first.count * len(members), first.call)
         yield first, nodes
-
-
-def number_set(numbers: Iterable[int]) -> str:
-    """Distinct numbers as text, runs of three and more shortened: ``0, 5..9``."""
-    parts = []
-    for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0]):
-        values = [number for _, number in run]
-        if len(values) > 2:
-            parts.append(f"{values[0]}..{values[-1]}")
-        else:
-            parts += map(str, values)
-    return ", ".join(parts)
 
 
 def _number_places(name: str) -> list[int]:

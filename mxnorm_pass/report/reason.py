@@ -24,8 +24,9 @@ class SkipReason(Enum):
 
     NO_MX_CAST = (
         "no linear that reads this norm has an MX cast",
-        "The linears that read the norm get no cast (`lm_head` and routers by default), or it "
-        "feeds no linear but attention (`q_norm`, `k_norm`), a residual add or experts.",
+        "The linears that read the norm get no cast (`lm_head` and routers by default, first and "
+        "last layers under some recipes), or it feeds no linear but attention (`q_norm`, "
+        "`k_norm`), a residual add or experts.",
         "Name a linear that the near miss shows in `modules`, such as `{'lm_head': True}`; make it "
         "bf16 or fp32 with sides in whole blocks. Else nothing is wrong.",
     )

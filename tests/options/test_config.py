@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "scale_mode": "rceil",
     "tensor_scale": "bound",
     "recipe": None,
+    "num_layers": {},
     "modules": {},
     "calibration": None,
     "inner": "inductor",

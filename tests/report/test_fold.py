@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxnorm_pass import Graph, NearMiss, Report, Site, SkipReason
-from mxnorm_pass.report.fold import fold, number_set
+from mxnorm_pass.report.fold import fold
+from mxnorm_pass.report.numbers import number_set
 from mxnorm_pass.report.subgraph import Subgraph, SubgraphNode, Traffic
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

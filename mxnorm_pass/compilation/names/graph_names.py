@@ -208,13 +208,17 @@ class GraphNames:
         matrices = {join(n, own) for n, m in self.modules for own in _matrices(m)}
         return frozenset((leaves | matrices).difference(here))
 
+    def with_layers(self, config: MXNormConfig) -> MXNormConfig:
+        """The options with the number of layers of the modules that are known."""
+        return config.with_layers_of({name: type(module).__name__ for name, module in self.modules})
+
     def guard_rules(self, config: MXNormConfig) -> bool:
         """Have Dynamo reuse the graph only for modules that ``config`` treats in the same way.
 
         After a graph break Dynamo captures the code of a class once, for all its instances.
         Returns whether some of them are treated in another way.
         """
-        if self.call is None or not (config.modules or config.calibration):
+        if self.call is None or not (config.modules or config.calibration or config.num_layers):
             return False
         held = [(p, m) for p, m in held_modules(self.call.variables) if self._knows(m)]
         number = Counter(type(module) for _, module in self.modules)

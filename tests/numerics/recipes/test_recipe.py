@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +39,8 @@ TABLE = {
         MatmulRecipe(NVFP4, SQUARE),
         MatmulRecipe(SR_GRAD, SQUARE),
         MatmulRecipe(SR_GRAD, NVFP4, Hadamard(16, "fixed")),
+        high_precision_first=2 / 62,
+        high_precision_last=8 / 62,
     ),
 }
 
@@ -68,6 +71,21 @@ def test_what_follows_from_a_recipe(
     assert of.is_random == random
 
 
+@pytest.mark.parametrize(
+    "count, first, last",
+    [(62, 2, 8), (2, 0, 0), (3, 0, 0), (4, 0, 1), (8, 0, 1), (16, 1, 2), (32, 1, 4), (126, 4, 16)],
+)
+def test_layers_of_nvfp4(count: int, first: int, last: int) -> None:
+    """By hand: the nearest to count / 31 and 4 count / 31. The paper's own model has 62."""
+    nvfp4 = RECIPES["nvfp4"]
+    assert nvfp4.layers_of(nvfp4.high_precision_first, count) == first
+    assert nvfp4.layers_of(nvfp4.high_precision_last, count) == last
+
+
+def test_a_half_is_rounded_up() -> None:
+    assert [Recipe.layers_of(0.5, count) for count in (1, 2, 3, 5)] == [1, 1, 2, 3]
+
+
 def test_one_operand_with_headroom_gives_its_share() -> None:
     assert MatmulRecipe(mxfp4("stochastic"), mxfp4("nearest")).gain == pytest.approx(4 / 3)
     assert MatmulRecipe(mxfp4("stochastic")).gain == pytest.approx(4 / 3)
@@ -91,6 +109,11 @@ DICTS: list[tuple[dict[str, Any], Recipe]] = [
     ({"forward": {"format": "nvfp4", "weight": {"square_blocks": True}, "hadamard": 0}},
      Recipe(forward=MatmulRecipe(NVFP4, SQUARE))),
     ({"wgrad": {"hadamard": 64}}, Recipe(wgrad=MatmulRecipe(hadamard=Hadamard(64)))),
+    ({"base": ABLATION, "forward": "mxfp8"},
+     replace(ABLATION, forward=MatmulRecipe(E4M3, E4M3))),
+    ({"high_precision_last": 1}, Recipe(high_precision_last=1.0)),
+    ({"base": "nvfp4", "high_precision_first": 0},
+     replace(TABLE["nvfp4"], high_precision_first=0.0)),
 ]  # fmt: skip
 
 
@@ -102,15 +125,16 @@ def test_dicts(spec: dict[str, Any], want: Recipe) -> None:
 
 BAD: list[tuple[Any, str]] = [
     ("mxfp4-rht-rs", r"recipe is 'mxfp4-rht-rs'; did you mean 'mxfp4-rht-sr'\? Allowed: 'mxfp8'"),
-    ("", "recipe is ''; did you mean"),
+    ("", "recipe is ''; allowed: 'mxfp8'"),
     (None, "recipe is None; it must be a name or a dict"),
     (4, "recipe is 4; it must be a name or a dict"),
-    ({"base": "mxfp9"}, "recipe is 'mxfp9'"),
-    ({"base": None}, "recipe is None; did you mean"),
+    ({"base": "mxfp9"}, r"recipe\['base'\] is 'mxfp9'; did you mean 'mxfp"),
+    ({"base": None}, r"recipe\['base'\] is None; allowed: 'mxfp8'"),
     ({"wgard": "mxfp8"}, "a key of recipe is 'wgard'; did you mean 'wgrad'?"),
-    ({1: "mxfp8"}, "a key of recipe is 1"),
+    ({1: "mxfp8"}, "a key of recipe is 1; allowed: 'base', "),
     ({"dgrad": 8}, r"recipe\['dgrad'\] is 8; it must be a name or a dict"),
-    ({"dgrad": "mxfp5"}, r"recipe\['dgrad'\]\['grad_output'\]: format is 'mxfp5'; allowed"),
+    ({"dgrad": "mxfp5"}, r"recipe\['dgrad'\]: format is 'mxfp5'; allowed"),
+    ({"dgrad": {"weight": "mxfp5"}}, r"recipe\['dgrad'\]\['weight'\]: format is 'mxfp5'; allowed"),
     ({"dgrad": {"format": 8}}, "format is 8; it must be a name, such as 'mxfp8', or None"),
     ({"dgrad": {"roundign": "stochastic"}}, r"recipe\['dgrad'\] is 'roundign'.*'rounding'"),
     ({"dgrad": {"input": "mxfp8"}}, r"a key of recipe\['dgrad'\] is 'input'.*'grad_output'"),
@@ -124,6 +148,17 @@ BAD: list[tuple[Any, str]] = [
     ({"dgrad": {"format": "mxfp4", "hadamard": "64"}}, "hadamard is '64'; it must be a power of"),
     ({"dgrad": {"format": "mxfp4", "signs": "fixed"}}, "signs belong to a Hadamard transform"),
     ({"dgrad": {"hadamard": 16, "signs": "one"}}, "signs is 'one'; allowed: random, fixed, none"),
+]
+
+
+BAD += [
+    ({"high_precision_first": 2}, "high_precision_first is 2; it must be a share of the layers"),
+    ({"high_precision_last": -0.1}, "high_precision_last is -0.1; .* from 0 to 1, such as 2 / 62"),
+    ({"high_precision_last": math.nan}, "high_precision_last is nan; it must be a share"),
+    ({"high_precision_last": True}, "high_precision_last is True; it must be a share"),
+    ({"high_precision_last": "4"}, "high_precision_last is '4'; it must be a share"),
+    ({"high_precision_first": 0.5, "high_precision_last": 0.6}, "together they must be at most 1"),
+    ({"high_precision": 0.5}, "a key of recipe is 'high_precision'; did you mean 'high_precision_"),
 ]
 
 

@@ -139,14 +139,17 @@ def _has_size_of(node: fx.Node, other: fx.Node) -> bool:
     return a is not None and b is not None and same_size(a.numel(), b.numel())
 
 
-def _own_cast(node: fx.Node) -> Cast:
+def _own_cast(node: fx.Node) -> Cast | UnknownCast:
     source, name, *options = node.args
     tensor_scale = options[0] if options else None
     outputs = {user.args[1]: user for user in node.users}
+    values, scales = outputs.get(0), outputs.get(1)
+    if values is None or scales is None:
+        return _half_read(source, node)  # type: ignore[arg-type]
     return Cast(
         source=source,  # type: ignore[arg-type]
-        values=outputs[0],
-        scales=outputs[1],
+        values=values,
+        scales=scales,
         format=block_format(name),  # type: ignore[arg-type]
         nodes=frozenset((node, *node.users)),
         tensor_scale=tensor_scale,  # type: ignore[arg-type]
@@ -158,11 +161,18 @@ def _unknown(source: fx.Node, node: fx.Node, detail: str, expected: str) -> Unkn
     return UnknownCast(source, Skip(SkipReason.CAST_NOT_RECOGNIZED, detail, node, expected))
 
 
+def _half_read(source: fx.Node, node: fx.Node) -> UnknownCast:
+    detail = f"of {node.name} only values or only scales are read"
+    return _unknown(source, node, detail, "values and scales of a cast")
+
+
 def _opaque_cast(node: fx.Node, op: CastOp) -> Cast | UnknownCast:
     outputs = {user.args[1]: user for user in node.users}
     values, scales = outputs.get(op.values), outputs.get(op.scales)
-    if op.format is None or values is None or scales is None:
+    if op.format is None:
         return _unknown(op.source, node, f"{op.name} is not known", "a known cast op")
+    if values is None or scales is None:
+        return _half_read(op.source, node)
     return Cast(op.source, values, scales, op.format, frozenset((node, values, scales)))
 
 

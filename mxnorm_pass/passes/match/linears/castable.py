@@ -26,7 +26,10 @@ def obstacle(linear: PlainLinear, config: MXNormConfig) -> str | None:
         if config.turns_off(linear.name):
             return "that `modules` turns off"
         return "that is cast only if `modules` names it"
-    own = config.resolve(linear.name).config
+    resolved = config.resolve(linear.name)
+    if resolved.kept_by_depth:
+        return resolved.kept_by_depth
+    own = resolved.config
     if own.recipe is not None and linear.matmul.meta.get(UNREACHED):
         return (
             "whose backward no recipe reaches: it is no call of F.linear, or in a branch or a "

@@ -129,3 +129,15 @@ def test_a_kernel_is_named() -> None:
 
     with mock.patch("torch.utils._triton.has_triton", lambda *_: True), triton_target():
         check(site_of(cast), "quantize_rows")
+
+
+@pytest.mark.parametrize("kept", [0, 1], ids=["values", "scales"])
+def test_one_result_of_a_cast_may_be_dropped(kept: int) -> None:
+    def half(x: Tensor) -> Tensor:
+        return torch.ops.mxnorm_pass.cast(x, "mxfp8")[kept].float()
+
+    site = site_of(half)
+    assert site.reason is SkipReason.CAST_NOT_RECOGNIZED, str(site)
+    assert site.detail == "of cast only values or only scales are read"
+    with somebodys_op("cast(Tensor x) -> (Tensor, Tensor)", fake_cast(E4M3, E8M0)):
+        check(site_of(lambda x: torch.ops.somebody.cast(x)[kept].float()), "somebody::cast")
