@@ -35,6 +35,7 @@ class Size:
     batch: int = 128
     steps: int = 700
     lr: float = 2e-3
+    held_out_rows: int = 512
 
     def config(self, vocab_size: int, sequence: int) -> LlamaConfig:
         return LlamaConfig(
@@ -50,7 +51,7 @@ class Size:
 
 
 SIZES = {
-    "nano": Size(256, 704, 4, 4, sequence=128, batch=8, steps=200, lr=2e-3),
+    "nano": Size(256, 704, 4, 4, sequence=128, batch=8, steps=100, held_out_rows=64),
     "30m": Size(512, 1408, 8, 8),
     "125m": Size(768, 2048, 12, 12, lr=1e-3),
     "wide": Size(2048, 5632, 4, 16, lr=6e-4),
@@ -81,6 +82,7 @@ class Run:
     warmup: int
     batch: int
     sequence: int
+    held_out_rows: int
     forward: str | None = None
     p: float = 2.0
     gradient: str = "true"
@@ -88,7 +90,6 @@ class Run:
     seed: int = 0
     weight_decay: float = 0.1
     clip: float = 1.0
-    held_out_rows: int = 512
     log_every: int = 10
     evaluate_every: int = 0
     norms_every: int = 0
@@ -142,8 +143,11 @@ def new_run(size: str, norm: str, recipe: str, *, tokens: int | None = None, **g
     if size not in SIZES:
         raise BadInput(f"size {size!r}: choose {', '.join(SIZES)}")
     own = SIZES[size]
-    defaults = {"lr": own.lr, "batch": own.batch, "sequence": own.sequence, "steps": own.steps}
-    settings = {**defaults, **given}
+    names = ("lr", "batch", "sequence", "steps", "held_out_rows")
+    settings = {**{name: getattr(own, name) for name in names}, **given}
+    if settings.get("device", "cpu") == "cpu":
+        # For a CPU, code generation takes longer than the run.
+        settings.setdefault("inner", "aot_eager")
     if tokens is not None:
         settings["steps"] = math.ceil(tokens / (settings["batch"] * settings["sequence"]))
     settings.setdefault("warmup", min(100, settings["steps"] // 10))
