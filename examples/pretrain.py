@@ -67,21 +67,31 @@ class Result:
 
 
 class Order:
-    """Which rows each step reads: every epoch all of them, in a new order."""
+    """Which rows each step reads: every epoch all of them, in a new order.
 
-    def __init__(self, rows: int, batch: int, seed: int) -> None:
-        self._rows, self._batch, self._seed = rows, batch, seed
+    It is kept on the device: to copy rows there would be to wait for it at every step.
+    """
+
+    def __init__(self, rows: int, batch: int, seed: int, device: str = "cpu") -> None:
+        self._rows, self._batch, self._seed, self._device = rows, batch, seed, device
         self._epochs: dict[int, Tensor] = {}
 
     def __call__(self, step: int) -> Tensor:
         """[batch], int64."""
-        places = range(step * self._batch, (step + 1) * self._batch)
-        return torch.stack([self._epoch(i // self._rows)[i % self._rows] for i in places])
+        first, last = step * self._batch, (step + 1) * self._batch
+        epochs = range(first // self._rows, (last - 1) // self._rows + 1)
+        starts = [epoch * self._rows for epoch in epochs]
+        parts = [
+            self._epoch(epoch)[max(first - start, 0) : last - start]
+            for epoch, start in zip(epochs, starts, strict=True)
+        ]
+        return torch.cat(parts)
 
     def _epoch(self, epoch: int) -> Tensor:
         if epoch not in self._epochs:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            self._epochs[epoch] = torch.randperm(self._rows, generator=generator)
+            order = torch.randperm(self._rows, generator=generator)
+            self._epochs[epoch] = order.to(self._device)
         return self._epochs[epoch]
 
 
@@ -108,7 +118,7 @@ class Training:
             self.model, backend=chosen.backend, options=chosen.options, dynamic=False
         )
         self.optimizer = make_optimizer(self.model, run)
-        self.order = Order(len(self.rows), run.batch, run.seed)
+        self.order = Order(len(self.rows), run.batch, run.seed, run.device)
         self.step = 0
         # Loss and gradient norm of the steps since the last line, on the device.
         self.pending: list[Tensor] = []
@@ -117,7 +127,7 @@ class Training:
         rate = self.run.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.loss(self.rows[self.order(self.step).to(self.device)])
+        loss = self.loss(self.rows[self.order(self.step)])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.clip)
         self.optimizer.step()
@@ -303,9 +313,7 @@ class Loop:
                 if due(training.step, run.log_every) or training.step == run.steps:
                     bar.set_postfix_str(self.log())
                     self.stop_in_time()
-                with self.watch.paused():
-                    self.look()
-                    self.keep()
+                self.pause()
         return self.finish()
 
     def log(self) -> str:
@@ -331,21 +339,23 @@ class Loop:
         if deadline is not None and time.time() > deadline:
             raise OutOfTime(f"the time is over after step {training.step} of {training.run.steps}")
 
-    def look(self) -> None:
-        """What is measured at some steps, on held-out text."""
-        run, step = self.training.run, self.training.step
-        if due(step, run.evaluate_every) and step < run.steps:
-            self.metrics.add("held_out", step, loss=self.training.evaluate())
-        if due(step, run.norms_every):
-            self.metrics.add("norms", step, norms=self.training.norms())
-
-    def keep(self) -> None:
-        if self.places.checkpoint is not None and due(
-            self.training.step, self.places.checkpoint_every
-        ):
-            # Nothing that is not finite may take the place of a good checkpoint.
-            self.training.taken()
-            save(self.places.checkpoint, self.training.step, self.training.state())
+    def pause(self) -> None:
+        """What is done at some steps beside training: held-out text, norms, a checkpoint."""
+        run, training, places = self.training.run, self.training, self.places
+        evaluate = due(training.step, run.evaluate_every) and training.step < run.steps
+        norms = due(training.step, run.norms_every)
+        keep = places.checkpoint is not None and due(training.step, places.checkpoint_every)
+        if not (evaluate or norms or keep):
+            return
+        # The steps so far belong to the training's time, and must be finite before they are kept.
+        training.taken()
+        with self.watch.paused():
+            if evaluate:
+                self.metrics.add("held_out", training.step, loss=training.evaluate())
+            if norms:
+                self.metrics.add("norms", training.step, norms=training.norms())
+            if keep:
+                save(places.checkpoint, training.step, training.state())
 
     def finish(self) -> Result:
         training = self.training

@@ -33,7 +33,9 @@ from pretrain_settings import FORWARD_ONLY, NO_CASTS, SIZES, Places, Run, new_ru
 
 from mxnorm_pass import functional
 
-_TYPES = {field.name: field.type for field in fields(Run)}
+# What belongs to no single arm, or stands in front of its settings.
+_NOT_OF_AN_ARM = ("size", "norm", "recipe", "device")
+_TYPES = {f.name: str(f.type) for f in fields(Run) if f.name not in _NOT_OF_AN_ARM}
 _READ = {"int": int, "float": float, "str": str, "str | None": str}
 # How long after the limit a worker may still compile before it is ended.
 _GRACE = 15.0
@@ -77,8 +79,8 @@ class Arm:
 
 def _setting(pair: str, arm: str) -> tuple[str, Any]:
     key, equals, value = pair.partition("=")
-    read = _READ.get(str(_TYPES.get(key)))
-    if not equals or read is None or key in ("size", "norm", "recipe", "device"):
+    read = _READ.get(_TYPES.get(key, ""))
+    if not equals or read is None:
         allowed = ", ".join(name for name, type in _TYPES.items() if type in _READ)
         raise BadInput(f"arm {arm!r}: {pair!r} is no setting; give key=value of {allowed}")
     try:
@@ -284,7 +286,9 @@ def main(argv: list[str]) -> int:
         return 2
     left = [task for task in tasks if not is_finished(read_lines(task.places.metrics))]
     print(f"{len(tasks)} arms, {len(tasks) - len(left)} finished before", flush=True)
-    outcomes = perform_all(left, args.text, args.workers, deadline) if left else []
+    outcomes: list[Outcome] = []
+    if left and not is_over(deadline):
+        outcomes = perform_all(left, args.text, args.workers, deadline)
     print(table([task.name for task in tasks], args.out))
     return int(any(outcome.failed for outcome in outcomes))
 

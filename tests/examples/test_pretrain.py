@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,23 @@ def folder(tmp_path_factory) -> Path:
     return root / "out"
 
 
-@pytest.fixture
-def tiny(monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[None]:
     size = Size(64, 96, 1, 1, sequence=32, batch=4, steps=6, lr=1e-2, held_out_rows=8)
-    monkeypatch.setitem(SIZES, "tiny", size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", size)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, folder) -> pretrain.Result:
+    """A run with a random recipe that nothing interrupted."""
+    run = tiny_run(**RANDOM_RECIPE, log_every=2)
+    return pretrain.train(run, prepare_text.load_text(folder), Places(), progress=False)
 
 
 def tiny_run(**given: Any) -> Run:
-    return new_run("tiny", **{"norm": "rmsnorm", "recipe": "bf16", "log_every": 1, **given})
+    return new_run("tiny", **{"log_every": 1, **given})
 
 
 def losses(lines: Any) -> list[tuple[int, float, float]]:
@@ -249,11 +259,8 @@ def test_statistics_of_what_norms_read() -> None:
 
 
 @pytest.mark.full
-def test_a_killed_run_resumes_with_every_bit(tiny, folder, tmp_path, monkeypatch) -> None:
-    """With a random recipe, and with all that must not disturb its draws."""
-    text = prepare_text.load_text(folder)
-    run = tiny_run(**RANDOM_RECIPE, log_every=2)
-    whole = pretrain.train(run, text, Places(), progress=False)
+def test_a_killed_run_resumes_with_every_bit(whole, folder, tmp_path, monkeypatch) -> None:
+    text, run = prepare_text.load_text(folder), whole.run
     places = Places(tmp_path / "metrics.jsonl", tmp_path / "checkpoint", checkpoint_every=3)
     with monkeypatch.context() as patch:
         kill_after(patch, 4)
@@ -278,18 +285,14 @@ def test_a_killed_run_resumes_with_every_bit(tiny, folder, tmp_path, monkeypatch
 
 
 @pytest.mark.full
-def test_looking_does_not_disturb(tiny, folder, tmp_path) -> None:
-    text = prepare_text.load_text(folder)
-    run = tiny_run(**RANDOM_RECIPE, steps=4)
-    plain = pretrain.train(run, text, Places(), progress=False)
-    places = Places(tmp_path / "metrics.jsonl")
-    seen = pretrain.train(
-        replace(run, evaluate_every=1, norms_every=2), text, places, progress=False
-    )
-    assert losses(seen.steps) == losses(plain.steps)
-    assert seen.held_out == plain.held_out
+def test_looking_does_not_disturb(whole, folder, tmp_path) -> None:
+    text, places = prepare_text.load_text(folder), Places(tmp_path / "metrics.jsonl")
+    run = replace(whole.run, evaluate_every=1, norms_every=3)
+    seen = pretrain.train(run, text, places, progress=False)
+    assert losses(seen.steps) == losses(whole.steps)
+    assert seen.held_out == whole.held_out
     lines = read_lines(places.metrics)
-    assert [line["step"] for line in lines if line["kind"] == "held_out"] == [1, 2, 3]
+    assert [line["step"] for line in lines if line["kind"] == "held_out"] == [1, 2, 3, 4, 5]
     (_, norms) = [line["norms"] for line in lines if line["kind"] == "norms"]
     assert [norm["name"] for norm in norms] == [
         "model.layers.0.input_layernorm",
@@ -299,17 +302,24 @@ def test_looking_does_not_disturb(tiny, folder, tmp_path) -> None:
     assert all(0.3 < norm["ratio"] < 3 and norm["kurtosis"] > 1 for norm in norms)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums depend on the number of threads, and two processes with one each are faster."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.full
-def test_nano_learns_and_survives_a_kill(folder, tmp_path) -> None:
+def test_nano_learns_and_survives_a_kill(one_thread, folder, tmp_path) -> None:
     """The command line, ended by a signal that no program can catch."""
     text = prepare_text.load_text(folder)
-    arguments = ["--text", str(folder), "--batch", "2", "--sequence", "64", "--steps", "24"]
-    arguments += ["--held-out-rows", "8", "--log-every", "1", "--checkpoint-every", "8"]
+    arguments = ["--text", str(folder), "--batch", "2", "--sequence", "64", "--steps", "16"]
+    arguments += ["--held-out-rows", "8", "--log-every", "1", "--checkpoint-every", "6"]
     arguments += ["--device", "cpu", "--metrics", str(tmp_path / "m.jsonl")]
     arguments += ["--checkpoint", str(tmp_path / "c")]
-    # Sums depend on the number of threads.
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    env["PYTHONPATH"] = str(ROOT)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(EXAMPLES / "pretrain.py"), *arguments]
     process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL)
     args = pretrain.parse_args(arguments)
@@ -459,28 +469,34 @@ def test_the_set_of_recipes_has_all_of_seed_0_first() -> None:
 
 @pytest.mark.full
 def test_arms_run_once_and_a_second_command_skips_them(folder, tmp_path, capsys) -> None:
-    names = ["bf16/rmsnorm/seed=0", "bf16/rmsnorm/seed=1"]
+    arms = [f"bf16/rmsnorm/seed={seed}" for seed in range(3)]
     shape = ["--size", "nano", "--batch", "1", "--sequence", "32", "--steps", "2"]
-    command = ["--text", str(folder), "--out", str(tmp_path), *shape, "--held-out-rows", "1"]
-    command += ["--inner", "eager", "--workers", "2", "--device", "cpu", "--arms", *names]
-    assert pretrain_arms.main([*command, "--time-limit", "-1"]) == 0
-    assert capsys.readouterr().out.count("not finished") == 2
-    assert not list(tmp_path.iterdir())
+    command = ["--text", str(folder), "--out", str(tmp_path / "arms"), *shape]
+    command += ["--held-out-rows", "1", "--inner", "eager", "--workers", "2", "--device", "cpu"]
+    command += ["--arms", *arms]
+    assert pretrain_arms.main([*command, "--time-limit", "0"]) == 0
+    assert capsys.readouterr().out.count("not finished") == 3
+    assert not (tmp_path / "arms").exists()
+    (tmp_path / "arms").mkdir()
+    files = [tmp_path / "arms" / f"bf16_rmsnorm_seed={seed}.jsonl" for seed in range(3)]
+    write_run(tmp_path, "bf16", "rmsnorm", 0, 7.5)
+    (tmp_path / "bf16_rmsnorm_0.jsonl").rename(files[0])
+    # One that was stopped.
+    files[1].write_text(files[0].read_text()[:5000])
+    finished = files[0].read_bytes()
     assert pretrain_arms.main(command) == 0
     out = capsys.readouterr().out
-    files = sorted(tmp_path.iterdir())
-    assert [path.name for path in files] == [f"bf16_rmsnorm_seed={i}.jsonl" for i in (0, 1)]
+    assert "3 arms, 1 finished before" in out and "7.5000" in out
+    assert files[0].read_bytes() == finished
+    losses = [read_lines(path)[-1]["loss"] for path in files[1:]]
+    assert losses[0] != losses[1]
+    for loss in losses:
+        assert f"held-out loss {loss:.4f}" in out
     contents = [path.read_bytes() for path in files]
-    ends = [read_lines(path)[-1] for path in files]
-    assert ends[0]["loss"] != ends[1]["loss"]
-    for end in ends:
-        assert f"held-out loss {end['loss']:.4f}" in out
-    # One is as if it had been stopped; the other must not run again.
-    files[1].write_bytes(contents[1][: len(contents[1]) // 2])
     assert pretrain_arms.main(command) == 0
-    assert "2 arms, 1 finished before" in capsys.readouterr().out
-    assert files[0].read_bytes() == contents[0]
-    assert read_lines(files[1])[-1]["loss"] == ends[1]["loss"]
+    out = capsys.readouterr().out
+    assert "3 arms, 3 finished before" in out and "held-out loss" not in out
+    assert [path.read_bytes() for path in files] == contents
 
 
 def test_an_arm_that_fails_is_told_and_no_other_is_lost(tiny, folder, tmp_path) -> None:
