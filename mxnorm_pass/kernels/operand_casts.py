@@ -225,8 +225,8 @@ def operand_casts(
     given = tuple(read for read in (along_rows, along_columns) if read is not None)
     config = config or configuration(given)
     rows, columns = x.shape
-    shapes = ((rows, columns), (columns, rows))
-    results = [_results(x, shape, read) for shape, read in zip(shapes, (along_rows, along_columns))]
+    of_rows = _results(x, (rows, columns), along_rows)
+    of_columns = _results(x, (columns, rows), along_columns)
     seeds = [read.seed for read in given if read.seed is not None]
     across = (columns + config.size * config.tiles - 1) // (config.size * config.tiles)
     launch.launcher(operand_casts_kernel)[(across, (rows + config.size - 1) // config.size)](
@@ -235,17 +235,15 @@ def operand_casts(
         rows,
         columns,
         x.stride(0),
-        *_arguments(along_rows, results[0]),
-        *_arguments(along_columns, results[1]),
+        *_arguments(along_rows, of_rows),
+        *_arguments(along_columns, of_columns),
         S=config.size,
         TILES=config.tiles,
         **_constants(x, along_rows, ""),
         **_constants(x, along_columns, "_T"),
         num_warps=config.warps,
     )
-    return tuple(
-        t for read, r in zip((along_rows, along_columns), results) for t in _typed(read, r)
-    )
+    return *_typed(along_rows, of_rows), *_typed(along_columns, of_columns)
 
 
 # Values, scales (bytes), dequantised; None where nobody wants it.

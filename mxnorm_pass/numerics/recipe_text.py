@@ -27,7 +27,7 @@ def recipe_text(recipe: MatmulRecipe) -> str:
 
 def operand_text(operand: Operand) -> str:
     """The text that :func:`operand_of_text` reads."""
-    fields = {"matmul": operand.matmul, "use": operand.use.value}
+    fields: dict[str, Any] = {"matmul": operand.matmul, "use": operand.use.value}
     fields["cast"] = _cast_fields(operand.cast)
     return json.dumps(fields | _hadamard_fields(operand.hadamard))
 

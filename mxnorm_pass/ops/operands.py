@@ -53,7 +53,8 @@ def read_operand(
             scale = (_tensor_scale_of(operand, seed, key, right_key, x),)
         drawn = _drawn(operand, seed, key, right_key)
         values, scales = operand_cast(x, *drawn, *(scale or (None,)))
-    return dequantize(values, scales, fmt.name, dtype, *scale)
+    wide: Tensor = dequantize(values, scales, fmt.name, dtype, *scale)
+    return wide
 
 
 def _tensor_scale_of(
@@ -131,8 +132,8 @@ def _checked(
     fmt = of.cast.format
     if fmt is None or x.ndim != 2:
         raise ValueError(
-            f"operand_cast: x has shape {tuple(x.shape)} and {operand} the format {fmt}; there must "
-            "be a format, and x must be [R, C]"
+            f"operand_cast: x has shape {tuple(x.shape)} and {operand} the format {fmt}; x must be "
+            "[R, C], and there must be a format"
         )
     check_blocks("x", x, fmt.block_size)
     if of.is_random and seed is None:

@@ -10,9 +10,9 @@ After::
 
 Autograd then differentiates an op that knows its key, so that nobody has to find out which of the
 backward's matmuls belong to which linear. The seed is an input of the graph: an op that drew it
-could be computed anew for the backward, with another result. Linears that read one x have the
-input key of the first of them, so that wgrad's cast of x is one for all. Where a layer is checkpointed it is
-passed on; bodies that are differentiated by themselves, or not run, keep their linears.
+could be computed anew for the backward, with another result. Where a layer is checkpointed it is
+passed on; bodies that are differentiated by themselves, or not run, keep their linears. Linears
+that read one x have the input key of the first of them, so that wgrad casts x once for all.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from mxnorm_pass.numerics.philox import Draw, Matmul, Use
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SEED, KEY, RIGHT_KEY = 2**61 + 7, 2**50 + 1, 3
 MXFP4 = OperandCast(block_format("mxfp4 e2m1 floor block 32"))
+BLOCKS_OF_256 = block_format("mxfp8 e4m3fn floor block 256")
 OPERANDS = {
     "nearest": (MXFP4, None),
     "stochastic": (replace(MXFP4, rounding="stochastic"), None),
@@ -178,8 +179,8 @@ def test_rows_may_be_part_of_a_matrix() -> None:
     [
         (Operand(OperandCast(), None, "dgrad", Use.LEFT), "no format"),
         (Operand(MXFP4, Hadamard(256), "dgrad", Use.LEFT), "at most 128"),
-        (Operand(OperandCast(block_format("mxfp8 e4m3fn floor block 256")), None, "dgrad", Use.LEFT), "blocks"),
+        (Operand(OperandCast(BLOCKS_OF_256), None, "dgrad", Use.LEFT), "blocks"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_covered_says_why(operand: Operand, words: str) -> None:
     assert words in (uncovered_operand(noise(64, 256), operand) or "")
