@@ -14,6 +14,7 @@ given: order of the data and random draws are those of the settings.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import resource
 import statistics
@@ -100,6 +101,7 @@ class Training:
 
     def __init__(self, run: Run, text: Text) -> None:
         self.run, self.device = run, torch.device(run.device)
+        forget_other_runs(self.device)
         self.rows = as_rows(text.train, run, "text")
         held_out = as_rows(text.val, run, "held-out text")
         self.held_out = held_out[: min(run.held_out_rows, len(held_out)) // run.batch * run.batch]
@@ -110,7 +112,6 @@ class Training:
             )
         self.text_hash = text.sha256
         torch.manual_seed(run.seed)
-        torch._dynamo.reset()
         with self.device:
             self.model = LlamaForCausalLM(SIZES[run.size].config(text.vocab_size, run.sequence))
         chosen = backend_of(run)
@@ -205,6 +206,15 @@ class Training:
         torch.set_rng_state(state["cpu_random"].cpu())
         if state["gpu_random"] is not None:
             torch.cuda.set_rng_state(state["gpu_random"].cpu(), self.device)
+
+
+def forget_other_runs(device: torch.device) -> None:
+    """Of this process: what they compiled, and their share of the peak memory."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def as_rows(tokens: Any, run: Run, what: str) -> Tensor:
