@@ -273,6 +273,9 @@ def train(run: Run, text: Text, places: Places, *, progress: bool = True) -> Res
         Diverged: a loss is not finite; the metrics say so, and the last good checkpoint stays.
         OutOfTime: the deadline passed.
     """
+    if run.deterministic:
+        # cuBLAS reads it at its first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(run.deterministic, warn_only=True)
     training, metrics = Training(run, text), Metrics(places.metrics)
     if places.checkpoint is not None:
@@ -447,8 +450,6 @@ def run_of(args: argparse.Namespace) -> Run:
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    # cuBLAS reads it when it starts; --deterministic needs it.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         places = Places(args.metrics, args.checkpoint, args.checkpoint_every)
         result = train(run_of(args), load_text(args.text), places)
