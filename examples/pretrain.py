@@ -14,6 +14,7 @@ given: order of the data and random draws are those of the settings.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import resource
 import statistics
@@ -100,6 +101,7 @@ class Training:
 
     def __init__(self, run: Run, text: Text) -> None:
         self.run, self.device = run, torch.device(run.device)
+        forget_other_runs(self.device)
         self.rows = as_rows(text.train, run, "text")
         held_out = as_rows(text.val, run, "held-out text")
         self.held_out = held_out[: min(run.held_out_rows, len(held_out)) // run.batch * run.batch]
@@ -110,7 +112,6 @@ class Training:
             )
         self.text_hash = text.sha256
         torch.manual_seed(run.seed)
-        torch._dynamo.reset()
         with self.device:
             self.model = LlamaForCausalLM(SIZES[run.size].config(text.vocab_size, run.sequence))
         chosen = backend_of(run)
@@ -207,6 +208,15 @@ class Training:
             torch.cuda.set_rng_state(state["gpu_random"].cpu(), self.device)
 
 
+def forget_other_runs(device: torch.device) -> None:
+    """Of this process: what they compiled, and their share of the peak memory."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def as_rows(tokens: Any, run: Run, what: str) -> Tensor:
     """[rows, sequence], int32, on the run's device."""
     count = len(tokens) // run.sequence
@@ -263,6 +273,9 @@ def train(run: Run, text: Text, places: Places, *, progress: bool = True) -> Res
         Diverged: a loss is not finite; the metrics say so, and the last good checkpoint stays.
         OutOfTime: the deadline passed.
     """
+    if run.deterministic:
+        # cuBLAS reads it at its first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(run.deterministic, warn_only=True)
     training, metrics = Training(run, text), Metrics(places.metrics)
     if places.checkpoint is not None:
@@ -437,8 +450,6 @@ def run_of(args: argparse.Namespace) -> Run:
 
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
-    # cuBLAS reads it when it starts; --deterministic needs it.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         places = Places(args.metrics, args.checkpoint, args.checkpoint_every)
         result = train(run_of(args), load_text(args.text), places)

@@ -159,9 +159,6 @@ def work(tasks: Any, outcomes: Any, text_folder: Path, deadline: float | None) -
     text = load_text(text_folder)
     while (task := tasks.get()) is not None and not is_over(deadline):
         outcomes.put(perform(task, text))
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
 
 
 def is_over(deadline: float | None, grace: float = 0.0) -> bool:
