@@ -89,7 +89,8 @@ def operand_casts_kernel(
 @triton.jit
 def plus(seed, low, high):
     """The seed and a key of 64 bits, which Inductor (torch 2.11) passes in no single argument."""
-    return seed + ((high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF))
+    zero = tl.zeros([], tl.int64)
+    return seed + (((zero + high) << 32) | ((zero + low) & 0xFFFFFFFF))
 
 
 @triton.jit
