@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from mxnorm_pass.kernels.operand_read import OperandRead
 from mxnorm_pass.numerics.formats import NEAREST, SCALE_MODES
 from mxnorm_pass.numerics.matmul import Operand
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
@@ -66,11 +67,23 @@ def _no_elements(x: Tensor) -> str | None:
     return "there are no rows" if isinstance(x.numel(), int) and x.numel() == 0 else None
 
 
-def uncovered_both(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | None:
-    """The same for the kernel that casts in both directions."""
-    rows, size = math.prod(x.shape[:-1]), spec.format.block_size
-    if rows % size != 0:
-        return f"{rows} rows, which {size} does not divide"
+def uncovered_both(
+    x: Tensor, spec: NormCastSpec, along_t: OperandRead | None, *others: Tensor | None
+) -> str | None:
+    """The same for the kernel that casts in both directions.
+
+    Args:
+        along_t: the cast along T, where it is not that along D.
+    """
+    rows, sizes = math.prod(x.shape[:-1]), [spec.format.block_size]
+    if along_t is not None:
+        reason = uncovered_operand(x, along_t.operand, along_t.seed)
+        if reason is not None:
+            return reason
+        sizes += [along_t.operand.cast.block_size, max(1, along_t.hadamard_size)]
+    for size in sizes:
+        if rows % size != 0:
+            return f"{rows} rows, which {size} does not divide"
     return uncovered(x, spec, *others)
 
 

@@ -20,10 +20,14 @@ from torch import Tensor
 from mxnorm_pass.kernels import launch
 from mxnorm_pass.kernels.device.cast import scale_blocks
 from mxnorm_pass.kernels.device.elements import lay_out_as_bytes, to_elements, words_of
+from mxnorm_pass.kernels.device.hadamard import hadamard_matrix
 from mxnorm_pass.kernels.device.mx import absmax_bits
+from mxnorm_pass.kernels.device.operand import cast_tile, plus
 from mxnorm_pass.kernels.device.publish import wait_for
 from mxnorm_pass.kernels.device.rounding import INTERPRETED, convert, multiply, narrow, widen
 from mxnorm_pass.kernels.norm_cast import cast_rows
+from mxnorm_pass.kernels.operand_read import OperandRead
+from mxnorm_pass.kernels.operands import key_halves, operand_constants
 from mxnorm_pass.kernels.rows import Rows, RowTiling, row_config, tile_blocks
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
@@ -32,7 +36,7 @@ from mxnorm_pass.numerics.norm_cast import NormCastSpec
 def norm_cast_both_kernel(
     x_ptr, residual_ptr, weight_ptr, block_weights_ptr, tensor_scale_ptr, total_ptr, values_ptr,
     scales_ptr, rho_ptr, dequantized_ptr, values_t_ptr, scales_t_ptr, words_ptr, row_blocks,
-    x_stride, residual_stride,
+    x_stride, residual_stride, seed_ptr, key_low, key_high, signs_low, signs_high,
     D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, EXACT: tl.constexpr,
     P: tl.constexpr, FACTOR: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr,
     ELEM_DTYPE: tl.constexpr, BITS: tl.constexpr, MAX_EXPONENT: tl.constexpr,
@@ -41,6 +45,11 @@ def norm_cast_both_kernel(
     TOTAL_DTYPE: tl.constexpr, BLOCKED_SCALES: tl.constexpr, GAIN_IN_ROWS: tl.constexpr,
     ROWS: tl.constexpr, TILE_K: tl.constexpr, CHUNKS: tl.constexpr, R: tl.constexpr,
     C: tl.constexpr, LAG: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK_T: tl.constexpr, MODE_T: tl.constexpr, ELEM_DTYPE_T: tl.constexpr, BITS_T: tl.constexpr,
+    MAX_EXPONENT_T: tl.constexpr, MANTISSA_BITS_T: tl.constexpr, MAX_MANTISSA_T: tl.constexpr,
+    CONVERTS_T: tl.constexpr, G_T: tl.constexpr, SIGNS_T: tl.constexpr,
+    STOCHASTIC_T: tl.constexpr, HEADROOM_T: tl.constexpr, SQUARE_T: tl.constexpr,
+    MATMUL_T: tl.constexpr, USE_T: tl.constexpr,
 ):  # fmt: skip
     """Grid: the programs of a group, R / ROWS + D / C, times the groups.
 
@@ -50,13 +59,33 @@ def norm_cast_both_kernel(
         R: a multiple of 128.
         LAG: groups; at least 1.
         AHEAD: rows between a row program's and those that it asks the L2 cache for; 0: none.
+        BLOCK_T, ...: of the cast along T; 0: it is that along D. See ``operand_casts_kernel``.
     """
     ACROSS: tl.constexpr = (D + C - 1) // C
     BOTH: tl.constexpr = R // ROWS + ACROSS
     rows = row_blocks * BLOCK
     number = tl.program_id(0)
     columns, is_column = role(number, tl.num_programs(0) // BOTH, R // ROWS, ACROSS, LAG)
-    if is_column:
+    if is_column and BLOCK_T > 0:
+        row, column = columns // ACROSS * R, columns % ACROSS * C
+        y = normalized_tile(
+            x_ptr, residual_ptr, weight_ptr, words_ptr, row, column, rows, x_stride,
+            residual_stride, D, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, R, C,
+        )  # fmt: skip
+        seed = tl.zeros([], tl.int64)
+        if seed_ptr is not None:
+            seed = tl.load(seed_ptr)
+        matrix = None
+        if G_T > 0:
+            of_signs = plus(seed, signs_low, signs_high)
+            matrix = hadamard_matrix(of_signs, MATMUL_T, SIGNS_T, G_T, OUT_DTYPE)
+        cast_tile(
+            tl.trans(y), matrix, plus(seed, key_low, key_high), None, values_t_ptr, scales_t_ptr,
+            None, column, row, D, rows, C, R, BLOCK_T, MODE_T, ELEM_DTYPE_T, BITS_T,
+            MAX_EXPONENT_T, MANTISSA_BITS_T, MAX_MANTISSA_T, CONVERTS_T, G_T, STOCHASTIC_T,
+            HEADROOM_T, SQUARE_T, MATMUL_T, USE_T,
+        )  # fmt: skip
+    elif is_column:
         cast_columns(
             x_ptr, residual_ptr, weight_ptr, tensor_scale_ptr, words_ptr, values_t_ptr,
             scales_t_ptr, columns // ACROSS * R, columns % ACROSS * C, row_blocks, x_stride,
@@ -265,6 +294,7 @@ def norm_cast_both(
     residual: Tensor | None = None,
     config: Tiling | None = None,
     dequantize: torch.dtype | None = None,
+    along_t: OperandRead | None = None,
 ) -> tuple[Tensor, ...]:
     """``functional.mxnorm_cast_both`` as one kernel.
 
@@ -274,6 +304,8 @@ def norm_cast_both(
         tensor_scale: see :func:`norm_cast`.
         residual: of x's shape; it is added to x before the norm.
         dequantize: return values * scales in this dtype in the place of values and scales.
+        along_t: the cast along T, where it is not that along D; of a format without a tensor
+            scale.
 
     Returns:
         total where there is a residual; values and scales, or what they make dequantised; rho,
@@ -284,6 +316,8 @@ def norm_cast_both(
     config = config or configuration(width, width * sum(t.element_size() for t in read))
     rows = Rows.of(x, weight, block_weights, tensor_scale, spec, residual, dequantize)
     fmt, shape_t = spec.format, (width, rows.count)
+    if along_t is not None and along_t.operand.cast.format is not None:
+        fmt = along_t.operand.cast.format
     values_t = x.new_empty(fmt.values_shape(shape_t), dtype=fmt.elem_dtype)
     scales_t = x.new_empty(fmt.scales_shape(shape_t), dtype=torch.uint8)
     groups = (rows.count + config.height - 1) // config.height
@@ -293,8 +327,10 @@ def norm_cast_both(
         values_t,
         scales_t,
         x.new_zeros((groups * config.height,), dtype=torch.int32),
-        rows.count // fmt.block_size,
+        rows.count // spec.format.block_size,
         *rows.strides,
+        None if along_t is None else along_t.seed,
+        *key_halves(along_t),
         **rows.constants,
         GAIN_IN_ROWS=gain_in_rows,
         ROWS=config.rows.rows,
@@ -304,6 +340,7 @@ def norm_cast_both(
         C=config.columns,
         LAG=config.lag,
         AHEAD=config.ahead,
+        **operand_constants(x, along_t, "_T"),
         num_warps=config.rows.warps,
     )
     return *rows.results, values_t, scales_t.view(fmt.scale_dtype)

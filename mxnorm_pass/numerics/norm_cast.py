@@ -18,7 +18,9 @@ from mxnorm_pass.numerics.cast import (
 from mxnorm_pass.numerics.checks import check_choice
 from mxnorm_pass.numerics.formats import BlockFormat, block_format
 from mxnorm_pass.numerics.layout import ScaleLayout, blocked_scales
+from mxnorm_pass.numerics.matmul import Operand, cast_operand
 from mxnorm_pass.numerics.norm import normalize
+from mxnorm_pass.numerics.philox import Draw
 from mxnorm_pass.numerics.rms import (
     Estimator,
     block_absmax,
@@ -142,6 +144,8 @@ def mxnorm_cast_both(
     tensor_scale: Tensor | None = None,
     norm_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    along_t: Operand | None = None,
+    draw: Draw | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`mxnorm_cast` and the cast of the normalised rows along T, from one rho.
@@ -152,6 +156,9 @@ def mxnorm_cast_both(
         x: [..., D]; T, the product of the leading dimensions, divisible by the block size.
         gain_in_rows: does the cast along D include the gain? A folded gain does not belong there.
         tensor_scale: of both casts, so that it has to bound the output with its gain.
+        along_t: how the cast along T is made where it is not that along D: its format, with E8M0
+            scales, its rounding and transform.
+        draw: of what is random in that.
         options: the other keywords of :func:`mxnorm_cast`.
 
     Returns:
@@ -168,8 +175,13 @@ def mxnorm_cast_both(
         **options,
     )
     y = normalize(x, in_rows[2], weight, norm_dtype, out_dtype or x.dtype)
-    along_t = y.reshape(-1, x.shape[-1]).t().contiguous()
-    return *in_rows, *mx_cast(along_t, format, tensor_scale=tensor_scale)
+    columns = y.reshape(-1, x.shape[-1]).t().contiguous()
+    if along_t is None:
+        return *in_rows, *mx_cast(columns, format, tensor_scale=tensor_scale)
+    cast = cast_operand(
+        columns, along_t.cast, hadamard=along_t.hadamard, draw=draw, use=along_t.use
+    )
+    return *in_rows, cast.values, cast.scales
 
 
 def _lay_out(scales: Tensor, layout: ScaleLayout) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass.kernels.coverage import uncovered, uncovered_both
+from mxnorm_pass.kernels.operand_read import OperandRead
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
+from mxnorm_pass.numerics.recipe_text import operand_of_text
 from mxnorm_pass.ops.checks import check_norm_cast
 
 
@@ -20,6 +22,7 @@ class NormCastCall:
 
     Attributes:
         gain_in_rows: None for the ops that cast along D alone.
+        along_t: the cast along T, where it is not that along D.
     """
 
     x: Tensor
@@ -29,11 +32,13 @@ class NormCastCall:
     tensor_scale: Tensor | None
     spec: NormCastSpec
     gain_in_rows: bool | None
+    along_t: OperandRead | None
 
     @classmethod
     def of(cls, op: Any, args: Sequence[Any]) -> NormCastCall:
-        names = [argument.name for argument in op._schema.arguments]
-        given = dict(zip(names, args, strict=True))
+        arguments = op._schema.arguments
+        given = {argument.name: argument.default_value for argument in arguments}
+        given |= zip([argument.name for argument in arguments], args, strict=False)
         return cls(
             x=given["x"],
             residual=given.get("residual"),
@@ -42,6 +47,7 @@ class NormCastCall:
             tensor_scale=given["tensor_scale"],
             spec=NormCastSpec.of_arguments(*(given[f.name] for f in fields(NormCastSpec))),
             gain_in_rows=given.get("gain_in_rows"),
+            along_t=_along_t(given),
         )
 
     @property
@@ -50,9 +56,10 @@ class NormCastCall:
 
     def why_no_kernel(self) -> str | None:
         """Why no kernel can run it; None if one can."""
-        covers = uncovered if self.gain_in_rows is None else uncovered_both
         others = (self.residual, self.weight, self.block_weights, self.tensor_scale)
-        return covers(self.x, self.spec, *others)
+        if self.gain_in_rows is None:
+            return uncovered(self.x, self.spec, *others)
+        return uncovered_both(self.x, self.spec, self.along_t, *others)
 
     def run_kernel(self, dequantize: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """The op's results, from one kernel.
@@ -76,4 +83,11 @@ class NormCastCall:
             return norm_cast(*inputs, **options)
         from mxnorm_pass.kernels.norm_cast_both import norm_cast_both
 
-        return norm_cast_both(*inputs, self.gain_in_rows, **options)
+        return norm_cast_both(*inputs, self.gain_in_rows, along_t=self.along_t, **options)
+
+
+def _along_t(given: Mapping[str, Any]) -> OperandRead | None:
+    text = given.get("along_t", "")
+    if not text:
+        return None
+    return OperandRead(operand_of_text(text), given["seed"], given["key"], given["right_key"])

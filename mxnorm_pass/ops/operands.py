@@ -150,6 +150,20 @@ def _stays_whole(args: Sequence[Any]) -> bool:
     return x.device.type == "cpu" or operand_of_text(operand).is_random
 
 
+def operand_of_arguments(
+    x: Tensor, seed: Tensor | None = None, key: int = 0, right_key: int = 0, operand: str = ""
+) -> tuple[Operand | None, Draw | None]:
+    """Of an op that casts x along another dimension, too; None where "" says as along this one."""
+    if not operand:
+        return None, None
+    of = operand_of_text(operand)
+    if of.cast.format is None or not of.cast.format.has_e8m0_scales:
+        raise ValueError(f"along_t is {operand}; it must have a format with E8M0 scales")
+    if of.is_random and seed is None:
+        raise ValueError(f"along_t is {operand}, which is random and needs a seed")
+    return of, draw_of(x.device, seed, key, right_key, of.matmul)
+
+
 @dataclass(frozen=True)
 class _OperandCall:
     """A call of ``operand_cast``."""
@@ -175,7 +189,8 @@ class _OperandCall:
         )
 
     def run_kernel(self, dequantize: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        from mxnorm_pass.kernels.operand_casts import OperandRead, operand_casts
+        from mxnorm_pass.kernels.operand_casts import operand_casts
+        from mxnorm_pass.kernels.operand_read import OperandRead
 
         of, _ = _checked(self.x, self.seed, self.key, self.right_key, self.operand)
         keys = (self.seed, self.key, self.right_key, self.tensor_scale)

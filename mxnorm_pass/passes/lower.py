@@ -71,7 +71,8 @@ def drop_unread_casts(graph: fx.Graph) -> None:
                 continue
             for getitem in along_t:
                 graph.erase_node(getitem)
-            *args, gain_in_rows = node.args
+            names = [argument.name for argument in narrower._schema.arguments]
+            args, gain_in_rows = list(node.args[: len(names)]), node.args[len(names)]
             if not gain_in_rows:
                 args[weight] = None
             outputs = node.meta["val"][:count]

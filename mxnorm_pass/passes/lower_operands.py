@@ -158,7 +158,8 @@ def _insert_kernel(
 
 
 def _cast_both(x: Tensor, *arguments: Any) -> Any:
-    from mxnorm_pass.kernels.operand_casts import OperandRead, operand_casts
+    from mxnorm_pass.kernels.operand_casts import operand_casts
+    from mxnorm_pass.kernels.operand_read import OperandRead
 
     sides = (arguments[: len(_NO_CAST)], arguments[len(_NO_CAST) :])
     reads = (

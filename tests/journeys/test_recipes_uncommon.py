@@ -180,7 +180,7 @@ def test_one_seed_serves_linears_on_several_devices() -> None:
     matmul = ops.OPS[ops.recipe_matmul].reference
     recipe = recipe_text(functional.recipe("mxfp4-rht-sr").dgrad)
     left, right = (torch.ones(32, 64, device="meta") for _ in range(2))
-    assert matmul(left, right, draw_seed(), 0, "dgrad", recipe).device.type == "meta"
+    assert matmul(left, right, draw_seed(), 0, 0, "dgrad", recipe).device.type == "meta"
 
 
 def test_a_layers_draws_do_not_depend_on_the_model_around_it() -> None:

@@ -15,12 +15,17 @@ _FIXED_COUNT = tl.constexpr(FIXED_COUNT)
 
 @triton.jit
 def transform(x, matrix, G: tl.constexpr):
-    """``x`` [M, S] times ``matrix``, float32: exact products, summed up in any order."""
+    """``x`` [M, W], each piece of P of a row times ``matrix`` [P, P], float32.
+
+    Products are exact, and summed up in any order.
+    """
+    P: tl.constexpr = matrix.shape[0]
+    pieces = tl.reshape(x, [x.shape[0] * x.shape[1] // P, P])
     if INTERPRETED:
-        product = tl.dot(widen(x), widen(matrix))
+        product = tl.dot(widen(pieces), widen(matrix))
     else:
-        product = tl.dot(x, matrix, input_precision="ieee")
-    return product * (1.0 / G**0.5)
+        product = tl.dot(pieces, matrix, input_precision="ieee")
+    return tl.reshape(product * (1.0 / G**0.5), x.shape)
 
 
 @triton.jit
@@ -29,23 +34,26 @@ def hadamard_matrix(
     MATMUL: tl.constexpr,
     SIGNS: tl.constexpr,
     G: tl.constexpr,
-    S: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """diag(signs) H for each piece of G elements of S, as one matrix [S, S] of 1, -1 and 0.
+    """diag(signs) H of G elements, or for each G of the 16 that are the fewest to multiply.
 
     Args:
         seed: int64, of random signs.
         G: a power of two, at most 128.
+
+    Returns:
+        [P, P] of 1, -1 and, between pieces, 0.
     """
-    i = tl.arange(0, S)
+    P: tl.constexpr = max(G, 16)
+    i = tl.arange(0, P)
     if SIGNS == "random":
         negative = random_signs(seed, MATMUL, i % G)
     elif SIGNS == "fixed":
         negative = (_FIXED_SIGNS >> (i % _FIXED_COUNT)) & 1
     else:
         negative = tl.zeros_like(i)
-    i, j = i[:, None], tl.arange(0, S)[None, :]
+    i, j = i[:, None], tl.arange(0, P)[None, :]
     # Sylvester's H is -1 where i and j have an odd number of bits in common.
     parity = i & j & (G - 1)
     parity ^= parity >> 4

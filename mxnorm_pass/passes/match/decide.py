@@ -346,5 +346,4 @@ def _with_transposed_casts(fusion: Fusion, reads: Sequence[Read]) -> Fusion:
     if not fusion.norm.rounding:
         # The op would cast along T what was rounded in another way.
         return fusion
-    found = transposed_casts(fusion.norm, reads)
-    return replace(fusion, transposed=tuple(t for t in found if fusion.cast_beside(t)))
+    return fusion.with_transposed(transposed_casts(fusion.norm, reads))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
@@ -17,7 +17,7 @@ from mxnorm_pass.graph.nodes import (
     strip,
     tensor_of,
 )
-from mxnorm_pass.numerics.formats import BlockFormat
+from mxnorm_pass.numerics.formats import SCALE_MODES, BlockFormat
 from mxnorm_pass.numerics.norm import Gradient
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 from mxnorm_pass.numerics.rms import Estimator, bound_of_normalized
@@ -175,19 +175,37 @@ class Fusion:
             elif not cast.rescales and cast.tensor_scale is not None:
                 yield cast.tensor_scale
 
-    def transposed_with(self, cast: FusedCast) -> tuple[Cast, ...]:
-        """The backward's casts along T that the op of ``cast`` makes."""
-        return tuple(t.cast for t in self.transposed if self.cast_beside(t) == cast)
+    def transposed_with(self, cast: FusedCast) -> tuple[TransposedCast, ...]:
+        """The backward's casts along T that the op of ``cast`` makes; they are equal."""
+        found = [t for t in self.transposed if self._cast_beside(t) == cast]
+        return tuple(t for t in found if t.is_that_of(found[0]))
 
-    def cast_beside(self, transposed: TransposedCast) -> FusedCast | None:
-        """The first that is of the same format, the same rounding and the same tensor's scale."""
-        wanted = (self._format_of(transposed.cast), transposed.rounds_to)
-        scale = transposed.cast.tensor_scale
-        for cast in self.casts:
-            same_scale = not cast.rescales and same_value(cast.tensor_scale, scale)
-            if same_scale and (cast.spec.format, cast.spec.out_dtype) == wanted:
+    def casts_alike(self, cast: FusedCast, transposed: TransposedCast) -> bool:
+        """Is it cast along T as along D?"""
+        if transposed.operand is not None or cast.rescales:
+            return False
+        same_scale = same_value(cast.tensor_scale, transposed.cast.tensor_scale)
+        return same_scale and cast.spec.format == self._format_of(transposed.cast)
+
+    def _cast_beside(self, transposed: TransposedCast) -> FusedCast | None:
+        """The one whose op can make it: the first that casts alike, else one of the same rounding.
+
+        A scale of the tensor is the same for both.
+        """
+        rounded = [cast for cast in self.casts if cast.spec.out_dtype == transposed.rounds_to]
+        for cast in rounded:
+            if self.casts_alike(cast, transposed):
                 return cast
-        return None
+        fmt = transposed.cast.format
+        if not rounded or not fmt.has_e8m0_scales or fmt.scale_mode not in SCALE_MODES:
+            return None
+        return rounded[0]
+
+    def with_transposed(self, found: Iterable[TransposedCast]) -> Fusion:
+        """The same with those of the casts along T that its ops make."""
+        fusion = replace(self, transposed=tuple(found))
+        made = tuple(t for cast in fusion.casts for t in fusion.transposed_with(cast))
+        return replace(self, transposed=made)
 
     def refused(self, skip: Skip) -> Refusal:
         names = tuple(dict.fromkeys(c.name for c in self.consumers))

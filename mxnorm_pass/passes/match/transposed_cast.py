@@ -4,17 +4,20 @@ A weight gradient contracts the rows, so that its operand has its blocks along t
 
     norm output [.., D] -> [T, D] -> transpose [D, T] -> blocks [D, T / B, B] -> cast
 
-The forward's fused op has those elements in hand and can make this cast with the other one.
+The forward's fused op has those elements in hand and can make this cast with the other one, in
+another format, too, transformed and rounded at random, as recipes ask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
+from mxnorm_pass import ops
 from mxnorm_pass.graph.nodes import (
     dtype_of,
     is_dtype_cast,
@@ -24,6 +27,10 @@ from mxnorm_pass.graph.nodes import (
     tensor_of,
 )
 from mxnorm_pass.numerics.formats import ELEMENT_DTYPES
+from mxnorm_pass.numerics.matmul import Operand
+from mxnorm_pass.numerics.philox import Use
+from mxnorm_pass.numerics.recipe import OperandCast
+from mxnorm_pass.numerics.recipe_text import operand_of_text, operand_text
 from mxnorm_pass.passes.match.casts.find import Cast, casts_of
 from mxnorm_pass.passes.match.linears.readers import narrowest_dtype
 from mxnorm_pass.passes.match.norms.find import Norm
@@ -38,10 +45,24 @@ class TransposedCast:
     Attributes:
         cast: its values are [D, T] and its scales [D, T / B], row-major.
         rounds_to: dtype to which the output is rounded on its way to the cast.
+        operand: what is computed; None for a cast to nearest whose format says it.
+        drawn: node of the seed, key and key of the right operand, of ``operand_cast``.
     """
 
     cast: Cast
     rounds_to: torch.dtype
+    operand: Operand | None = None
+    drawn: tuple[Any, ...] = (None, 0, 0)
+
+    def is_that_of(self, other: TransposedCast) -> bool:
+        """Are their values and scales equal?"""
+        same = (self.cast.format, self.operand, self.drawn)
+        return same == (other.cast.format, other.operand, other.drawn)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Of the fused op, where it casts along T otherwise than along D."""
+        plain = Operand(OperandCast(self.cast.format), None, "wgrad", Use.RIGHT)
+        return *self.drawn, operand_text(self.operand or plain)
 
 
 def transposed_casts(norm: Norm, reads: Iterable[Read]) -> list[TransposedCast]:
@@ -64,21 +85,29 @@ def transposed_casts(norm: Norm, reads: Iterable[Read]) -> list[TransposedCast]:
             way = _way_from(norm.output, node)
             rounds_to = narrowest_dtype((norm.output, *way))
             if rounds_to is not None:
-                casts = [c for c in casts_of(node) if _is_along_rows(c, way, norm.width)]
-                found += [TransposedCast(cast, rounds_to) for cast in casts]
+                casts = (*_plain(node, rounds_to), *_of_recipes(node, rounds_to))
+                found += [t for t in casts if _is_along_rows(t.cast, way, norm.width)]
     return found
 
 
-def without_casts(reads: Iterable[Read], casts: Iterable[Cast]) -> list[Read]:
-    """Those of the reads of which something is left once the casts are taken out."""
-    inside = {node for cast in casts for node in cast.nodes}
+def _plain(node: fx.Node, rounds_to: torch.dtype) -> Iterator[TransposedCast]:
+    for cast in casts_of(node):
+        if not cast.square_blocks:
+            yield TransposedCast(cast, rounds_to)
 
-    def ends_inside(node: fx.Node) -> bool:
-        if node in inside:
-            return True
-        return _is_step(node) and bool(node.users) and all(map(ends_inside, node.users))
 
-    return [(read, reader) for read, reader in reads if not ends_inside(reader)]
+def _of_recipes(node: fx.Node, rounds_to: torch.dtype) -> Iterator[TransposedCast]:
+    for user in node.users:
+        results = {getitem.args[1]: getitem for getitem in user.users}
+        if user.target is not ops.operand_cast or set(results) != {0, 1}:
+            continue
+        _, *drawn, text, tensor_scale = user.args
+        operand = operand_of_text(text)  # type: ignore[arg-type]
+        fmt = operand.cast.format
+        if fmt is not None and tensor_scale is None and not operand.cast.square_blocks:
+            nodes = frozenset((user, *user.users))
+            cast = Cast(node, results[0], results[1], fmt, nodes)
+            yield TransposedCast(cast, rounds_to, operand, tuple(drawn))
 
 
 def _is_step(node: fx.Node) -> bool:

@@ -49,7 +49,9 @@ def fuse_casts(
     options = (block_weights, tensor_scale, *spec.arguments())
     with graph.inserting_before(at):
         if transposed:
-            op = call(graph, origin, ops.norm_cast_both, norm.x, gain, *options, in_rows)
+            alike = fusion.casts_alike(cast, transposed[0])
+            options = (*options, in_rows, *(() if alike else transposed[0].arguments()))
+            op = call(graph, origin, ops.norm_cast_both, norm.x, gain, *options)
         else:
             op = call(graph, origin, ops.norm_cast, norm.x, gain, *options)
         values, scales, rho, *along_rows = outputs_of(graph, origin, op)
@@ -61,7 +63,7 @@ def fuse_casts(
     for consumer in consumers:
         _redirect_tensor_scale(consumer.cast, tensor_scale)
     for backward_cast in transposed:
-        _redirect_transposed(graph, backward_cast, *along_rows)
+        _redirect_transposed(graph, backward_cast.cast, *along_rows)
     return rho
 
 

@@ -190,7 +190,7 @@ def _norm_cast(
     op: Any, gradient: Gradient, like: Sequence[Tensor], *args: Any
 ) -> tuple[Tensor, ...]:
     parameters = (argument.name for argument in op._schema.arguments)
-    given: Mapping[str, Any] = dict(zip(parameters, args, strict=True))
+    given: Mapping[str, Any] = dict(zip(parameters, args, strict=False))
     residual, weight = given.get("residual"), given["weight"]
     x = given["x"] if residual is None else given["x"] + residual
     names = ("eps", "estimator", "p", "block_weights")
@@ -202,11 +202,15 @@ def _norm_cast(
         "total": x,
         "values": _held(in_rows, fmt),
         "rho": rho,
-        "values_t": _held(y.reshape(-1, y.shape[-1]).t(), fmt),
+        "values_t": _along_t(y.reshape(-1, y.shape[-1]).t(), fmt, given.get("along_t", "")),
     }
     outputs = (result.name for result in op._schema.returns)
     pairs = zip(outputs, like, strict=True)
     return tuple(results[n] if n in results else _ones(t) for n, t in pairs)
+
+
+def _along_t(columns: Tensor, fmt: BlockFormat, operand: str) -> Tensor:
+    return _operand_cast(columns, operand, None)[0] if operand else _held(columns, fmt)
 
 
 def _held(x: Tensor, fmt: BlockFormat) -> Tensor:

@@ -265,10 +265,10 @@ def test_leading_dimensions_keep_their_shape(layout: str) -> None:
 )
 def test_what_is_not_covered_says_why(rows: int, changes: dict[str, Any], words: str) -> None:
     spec = spec_with(SPEC, **changes)
-    assert words in (coverage.uncovered_both(noise(rows, 96), spec) or "")
+    assert words in (coverage.uncovered_both(noise(rows, 96), spec, None) or "")
     # The same call one step away meets only what all kernels ask for.
     near = noise(rows + -rows % 32, 96)
-    assert coverage.uncovered_both(near, SPEC) == coverage.uncovered(near, SPEC)
+    assert coverage.uncovered_both(near, SPEC, None) == coverage.uncovered(near, SPEC)
 
 
 @pytest.mark.full
