@@ -54,36 +54,23 @@ def norm_cast_both_kernel(
     """Grid: the programs of a group, R / ROWS + D / C, times the groups.
 
     Args:
-        words_ptr: int32 zeros [groups R], where rho is published.
-        row_blocks: rows / BLOCK, so that the compiler sees that rows are a multiple.
-        R: a multiple of 128.
-        LAG: groups; at least 1.
+        words_ptr, row_blocks: int32 zeros [groups R], where rho is published; rows / BLOCK.
+        R, LAG: a multiple of 128; groups, at least 1.
         AHEAD: rows between a row program's and those that it asks the L2 cache for; 0: none.
         BLOCK_T, ...: of the cast along T; 0: it is that along D. See ``operand_casts_kernel``.
     """
     ACROSS: tl.constexpr = (D + C - 1) // C
-    BOTH: tl.constexpr = R // ROWS + ACROSS
+    groups = tl.num_programs(0) // (R // ROWS + ACROSS)
+    columns, is_column = role(tl.program_id(0), groups, R // ROWS, ACROSS, LAG)
     rows = row_blocks * BLOCK
-    number = tl.program_id(0)
-    columns, is_column = role(number, tl.num_programs(0) // BOTH, R // ROWS, ACROSS, LAG)
     if is_column and BLOCK_T > 0:
-        row, column = columns // ACROSS * R, columns % ACROSS * C
-        y = normalized_tile(
-            x_ptr, residual_ptr, weight_ptr, words_ptr, row, column, rows, x_stride,
-            residual_stride, D, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, R, C,
-        )  # fmt: skip
-        seed = tl.zeros([], tl.int64)
-        if seed_ptr is not None:
-            seed = tl.load(seed_ptr)
-        matrix = None
-        if G_T > 0:
-            of_signs = plus(seed, signs_low, signs_high)
-            matrix = hadamard_matrix(of_signs, MATMUL_T, SIGNS_T, G_T, OUT_DTYPE)
-        cast_tile(
-            tl.trans(y), matrix, plus(seed, key_low, key_high), None, values_t_ptr, scales_t_ptr,
-            None, column, row, D, rows, C, R, BLOCK_T, MODE_T, ELEM_DTYPE_T, BITS_T,
-            MAX_EXPONENT_T, MANTISSA_BITS_T, MAX_MANTISSA_T, CONVERTS_T, G_T, STOCHASTIC_T,
-            HEADROOM_T, SQUARE_T, MATMUL_T, USE_T,
+        cast_operand_columns(
+            x_ptr, residual_ptr, weight_ptr, words_ptr, values_t_ptr, scales_t_ptr, seed_ptr,
+            key_low, key_high, signs_low, signs_high, columns // ACROSS * R, columns % ACROSS * C,
+            rows, x_stride, residual_stride, D, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE,
+            R, C, BLOCK_T, MODE_T, ELEM_DTYPE_T, BITS_T, MAX_EXPONENT_T, MANTISSA_BITS_T,
+            MAX_MANTISSA_T, CONVERTS_T, G_T, SIGNS_T, STOCHASTIC_T, HEADROOM_T, SQUARE_T, MATMUL_T,
+            USE_T,
         )  # fmt: skip
     elif is_column:
         cast_columns(
@@ -93,23 +80,18 @@ def norm_cast_both_kernel(
             MAX_MANTISSA, CONVERTS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, R, C,
         )  # fmt: skip
     else:
-        row_program = number - columns
+        row_program = tl.program_id(0) - columns
         if AHEAD > 0:
             later = row_program.to(tl.int64) * ROWS + AHEAD + tl.arange(0, ROWS)
-            # The end of x needs no mask: its last row is there.
-            later = tl.minimum(later, rows - 1)[:, None]
-            prefetch_rows(x_ptr, later * x_stride, D)
-            if residual_ptr is not None:
-                prefetch_rows(residual_ptr, later * residual_stride, D)
-        row_weight_ptr = None
-        if GAIN_IN_ROWS:
-            row_weight_ptr = weight_ptr
+            prefetch_rows(x_ptr, later, rows, x_stride, D)
+            prefetch_rows(residual_ptr, later, rows, residual_stride, D)
         cast_rows(
-            row_program, x_ptr, residual_ptr, row_weight_ptr, block_weights_ptr, tensor_scale_ptr,
-            total_ptr, values_ptr, scales_ptr, rho_ptr, words_ptr, dequantized_ptr, rows, x_stride,
-            residual_stride, D, BLOCK, ROWS, TILE_K, CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE,
-            ELEM_DTYPE, BITS, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA, CONVERTS, NORM_DTYPE,
-            PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, BLOCKED_SCALES, "evict_last",
+            row_program, x_ptr, residual_ptr, weight_ptr if GAIN_IN_ROWS else None,
+            block_weights_ptr, tensor_scale_ptr, total_ptr, values_ptr, scales_ptr, rho_ptr,
+            words_ptr, dequantized_ptr, rows, x_stride, residual_stride, D, BLOCK, ROWS, TILE_K,
+            CHUNKS, EPS, EXACT, P, FACTOR, SCALE, MODE, ELEM_DTYPE, BITS, MAX_EXPONENT,
+            MANTISSA_BITS, MAX_MANTISSA, CONVERTS, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE,
+            TOTAL_DTYPE, BLOCKED_SCALES, "evict_last",
         )  # fmt: skip
 
 
@@ -137,12 +119,14 @@ def role(number, groups, DOWN: tl.constexpr, ACROSS: tl.constexpr, LAG: tl.const
 
 
 @triton.jit
-def prefetch_rows(ptr, offset, D: tl.constexpr):
-    """Bring the rows at ``ptr + offset``, [ROWS, 1], into the L2 cache, to be read sooner."""
-    LINE: tl.constexpr = 128 * 8 // ptr.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = triton.next_power_of_2((D + LINE - 1) // LINE)
-    element = tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
-    if not INTERPRETED:
+def prefetch_rows(ptr, row, rows, stride, D: tl.constexpr):
+    """Bring rows number ``row``, [ROWS], into the L2 cache, to be read sooner."""
+    if ptr is not None and not INTERPRETED:
+        LINE: tl.constexpr = 128 * 8 // ptr.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = triton.next_power_of_2((D + LINE - 1) // LINE)
+        element = tl.minimum(tl.arange(0, LINES) * LINE, D - 1)[None, :]
+        # Beyond the end it is the last one, which needs no mask.
+        offset = tl.minimum(row, rows - 1)[:, None] * stride
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
             "=r,l",
@@ -151,6 +135,36 @@ def prefetch_rows(ptr, offset, D: tl.constexpr):
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def cast_operand_columns(
+    x_ptr, residual_ptr, weight_ptr, words_ptr, values_ptr, scales_ptr, seed_ptr, key_low,
+    key_high, signs_low, signs_high, row, column, rows, x_stride, residual_stride,
+    D: tl.constexpr, NORM_DTYPE: tl.constexpr, PRODUCT_DTYPE: tl.constexpr,
+    OUT_DTYPE: tl.constexpr, TOTAL_DTYPE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    BLOCK: tl.constexpr, MODE: tl.constexpr, ELEM_DTYPE: tl.constexpr, BITS: tl.constexpr,
+    MAX_EXPONENT: tl.constexpr, MANTISSA_BITS: tl.constexpr, MAX_MANTISSA: tl.constexpr,
+    CONVERTS: tl.constexpr, G: tl.constexpr, SIGNS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    HEADROOM: tl.constexpr, SQUARE: tl.constexpr, MATMUL: tl.constexpr, USE: tl.constexpr,
+):  # fmt: skip
+    """:func:`cast_columns` of an operand that is transformed, or rounded at random."""
+    seed = tl.zeros([], tl.int64)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    matrix = None
+    if G > 0:
+        of_signs = plus(seed, signs_low, signs_high)
+        matrix = hadamard_matrix(of_signs, MATMUL, SIGNS, G, OUT_DTYPE)
+    y = normalized_tile(
+        x_ptr, residual_ptr, weight_ptr, words_ptr, row, column, rows, x_stride, residual_stride,
+        D, NORM_DTYPE, PRODUCT_DTYPE, OUT_DTYPE, TOTAL_DTYPE, R, C,
+    )  # fmt: skip
+    cast_tile(
+        tl.trans(y), matrix, plus(seed, key_low, key_high), None, values_ptr, scales_ptr, None,
+        column, row, D, rows, C, R, BLOCK, MODE, ELEM_DTYPE, BITS, MAX_EXPONENT, MANTISSA_BITS,
+        MAX_MANTISSA, CONVERTS, G, STOCHASTIC, HEADROOM, SQUARE, MATMUL, USE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -315,9 +329,7 @@ def norm_cast_both(
     read = [x] if residual is None else [x, residual]
     config = config or configuration(width, width * sum(t.element_size() for t in read))
     rows = Rows.of(x, weight, block_weights, tensor_scale, spec, residual, dequantize)
-    fmt, shape_t = spec.format, (width, rows.count)
-    if along_t is not None and along_t.operand.cast.format is not None:
-        fmt = along_t.operand.cast.format
+    fmt, shape_t = along_t.format if along_t else spec.format, (width, rows.count)
     values_t = x.new_empty(fmt.values_shape(shape_t), dtype=fmt.elem_dtype)
     scales_t = x.new_empty(fmt.scales_shape(shape_t), dtype=torch.uint8)
     groups = (rows.count + config.height - 1) // config.height

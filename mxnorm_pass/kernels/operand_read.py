@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.matmul import Operand
 
 
@@ -28,6 +29,12 @@ class OperandRead:
     right_key: int = 0
     tensor_scale: Tensor | None = None
     dequantize: torch.dtype | None = None
+
+    @property
+    def format(self) -> BlockFormat:
+        fmt = self.operand.cast.format
+        assert fmt is not None, "an operand of high precision has no cast"
+        return fmt
 
     @property
     def hadamard_size(self) -> int:

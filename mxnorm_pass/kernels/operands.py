@@ -21,8 +21,7 @@ def operand_results(x: Tensor, shape: tuple[int, int], read: OperandRead | None)
         return None, None, None
     if read.dequantize is not None:
         return None, None, x.new_empty(shape, dtype=read.dequantize)
-    fmt = read.operand.cast.format
-    assert fmt is not None
+    fmt = read.format
     values = x.new_empty(fmt.values_shape(shape), dtype=fmt.elem_dtype)
     return values, x.new_empty(fmt.scales_shape(shape), dtype=torch.uint8), None
 
@@ -31,9 +30,7 @@ def typed_results(read: OperandRead | None, results: OperandResults) -> tuple[Te
     values, scales, dequantized = results
     if read is None or values is None or scales is None:
         return () if dequantized is None else (dequantized,)
-    fmt = read.operand.cast.format
-    assert fmt is not None
-    return values, scales.view(fmt.scale_dtype)
+    return values, scales.view(read.format.scale_dtype)
 
 
 def key_halves(read: OperandRead | None) -> tuple[int, int, int, int]:
@@ -51,9 +48,7 @@ def operand_constants(x: Tensor, read: OperandRead | None, suffix: str) -> dict[
     """What a kernel is specialised on; zeros where there is no such operand."""
     if read is None:
         return dict.fromkeys((name + suffix for name in _NAMES), 0)
-    operand = read.operand
-    fmt = operand.cast.format
-    assert fmt is not None
+    operand, fmt = read.operand, read.format
     values = element_constants(fmt, x.device) | {
         "BLOCK": fmt.block_size,
         "G": read.hadamard_size,

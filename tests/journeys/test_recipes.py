@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,13 @@ RECIPES: dict[str, Any] = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RANDOM = "all of mxfp4-rht-sr"
+CAST_ALONG_T = {
+    "mxfp8": "mxfp8",
+    "mxfp8-e5m2": "mxfp8-e5m2",
+    RANDOM: RECIPES[RANDOM],
+    **{f"all of {n}": {"base": n, "forward": "mxfp8"} for n in ("mxfp4", "mxfp4-sr", "mxfp4-rht")},
+}
+MANY_IDS = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(7))
 
 
 def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:
@@ -84,6 +92,27 @@ def test_losses_and_gradients_are_those_of_functional(
     assert len(report.fused) == (2 if casts else 0)
     plain, plain_gradients = train(model, model)
     assert worst_gradient(gradients, plain_gradients)[1] > 0.01
+
+
+@some(["mxfp8-bf16", f"{RANDOM}-fp32"], recipe=CAST_ALONG_T, dtype=DTYPES)
+def test_a_norms_op_casts_along_t_as_its_recipe_says(recipe: Any, dtype: torch.dtype) -> None:
+    """Where tokens are whole blocks and pieces of the transform; one op for all who read a norm."""
+    model = build_llama(dtype, layers=1)
+    reference = reference_for(model, recipe, seed=3)
+    want, want_gradients = train(reference, reference, MANY_IDS)
+    with mxnorm_pass.record() as report:
+        fast = compiled(model, recipe=recipe)
+        torch.manual_seed(3)
+        got, gradients = train(fast, model, MANY_IDS)
+    assert torch.equal(got, want)
+    assert_gradients_equal(gradients, want_gradients)
+    calls = Counter(report.graphs[0].ops_after)
+    assert calls["mxnorm_pass.norm_cast_both.default"] == 1
+    assert calls["mxnorm_pass.add_norm_cast_both.default"] == 1
+    # Each of five linears has a gradient and a weight, and no input, left to cast.
+    casts = calls["mxnorm_pass.operand_cast.default"] + calls["mxnorm_pass.cast.default"]
+    forward_weights = 5
+    assert casts == 5 * 3 + forward_weights
 
 
 def test_seeds() -> None:
