@@ -106,7 +106,9 @@ def configuration(reads: tuple[OperandRead, ...]) -> Tiling:
     sizes = [read.hadamard_size for read in reads]
     sizes += [read.operand.cast.block_size for read in reads]
     size = max(64, *sizes)
-    return Tiling(size, tiles=4, warps=4 if size == 64 else 8)
+    # A matrix to transform by is made once for all tiles of a program.
+    tiles = 8 if any(read.hadamard_size for read in reads) else 2
+    return Tiling(size, tiles, warps=4 if size == 64 else 8)
 
 
 def operand_casts(

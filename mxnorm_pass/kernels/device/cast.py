@@ -8,7 +8,7 @@ import triton.language as tl
 from mxnorm_pass.kernels.device.elements import round_to_element, scaled, to_float8
 from mxnorm_pass.kernels.device.mx import e8m0_exponent, e8m0_reciprocal, e8m0_value
 from mxnorm_pass.kernels.device.nvfp4 import nvfp4_reciprocal, nvfp4_scale, nvfp4_value
-from mxnorm_pass.kernels.device.rounding import narrow, round_to
+from mxnorm_pass.kernels.device.rounding import narrow, round_to, widen
 
 
 @triton.jit
@@ -47,20 +47,20 @@ def dequantize(
     MANTISSA_BITS: tl.constexpr,
     LARGEST: tl.constexpr,
     noise=None,
-    headroom: tl.constexpr = 1.0,
 ):
     """Elements of blocks ``y``, times what :func:`scale_blocks` made: ``Quantized.dequantize``.
 
     Args:
-        noise, headroom: see ``elements.to_elements``.
+        noise: see ``elements.to_elements``.
     """
-    x = scaled(y, factor, MODE)
     if noise is not None:
-        elements = round_to_element(x * headroom, BITS, MANTISSA_BITS, LARGEST, noise)
+        x = widen(y) * tl.expand_dims(factor, 2)
+        elements = round_to_element(x, BITS, MANTISSA_BITS, LARGEST, noise)
     elif BITS == 8:
+        x = scaled(y, factor, MODE)
         elements = to_float8(x, ELEM_DTYPE, MANTISSA_BITS, LARGEST).to(tl.float32)
     else:
-        elements = round_to_element(x, BITS, MANTISSA_BITS, LARGEST)
+        elements = round_to_element(scaled(y, factor, MODE), BITS, MANTISSA_BITS, LARGEST)
     if MODE == "nearest":
         value = nvfp4_value(scale, tensor_scale)
     else:

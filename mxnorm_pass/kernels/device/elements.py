@@ -38,7 +38,6 @@ def to_elements(
     largest: tl.constexpr,
     CONVERTS: tl.constexpr,
     noise=None,
-    headroom: tl.constexpr = 1.0,
 ):
     """Elements of blocks ``y`` [M, K, B] times ``factor`` [M, K], which ``mode`` has made.
 
@@ -46,14 +45,13 @@ def to_elements(
         factor: float32, finite or NaN; 0 or NaN where there is NaN in the block.
         CONVERTS: does the hardware convert to less than 8 bits?
         noise: [M, K, B], see ``noise.noise_of``, to round at random; None: to nearest even.
-        headroom: what is multiplied by besides, in float32, where there is noise.
 
     Returns:
         ``dtype`` [M, K, B]; elements of 4 bits as uint32 [M, K, B / 8]. NaN stays NaN in float8;
         in fewer bits it becomes 0.
     """
     if noise is not None:
-        x = scaled(y, factor, mode) * headroom
+        x = widen(y) * tl.expand_dims(factor, 2)
         if bits == 8:
             return to_float8(x, dtype, mantissa_bits, largest, noise)
         return to_narrow(x, factor, dtype, bits, mantissa_bits, largest, False, noise)
@@ -156,7 +154,7 @@ def add_steps(x, bits: tl.constexpr, mantissa_bits: tl.constexpr, largest: tl.co
     if noise is None:
         total = start + size
     else:
-        size = add_toward_zero(size, noise * (power * 2.0**-mantissa_bits))
+        size = add_toward_zero(size, noise * power)
         total = add_toward_zero(start, size)
     return total, start, exponent
 

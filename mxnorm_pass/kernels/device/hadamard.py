@@ -14,8 +14,8 @@ _FIXED_COUNT = tl.constexpr(FIXED_COUNT)
 
 
 @triton.jit
-def transform(x, matrix, G: tl.constexpr):
-    """``x`` [M, W], each piece of P of a row times ``matrix`` [P, P], float32.
+def transform(x, matrix, SCALE: tl.constexpr):
+    """``x`` [M, W], each piece of P of a row times ``matrix`` [P, P] and SCALE, float32.
 
     Products are exact, and summed up in any order.
     """
@@ -25,7 +25,9 @@ def transform(x, matrix, G: tl.constexpr):
         product = tl.dot(widen(pieces), widen(matrix))
     else:
         product = tl.dot(pieces, matrix, input_precision="ieee")
-    return tl.reshape(product * (1.0 / G**0.5), x.shape)
+    if SCALE != 1.0:
+        product *= SCALE
+    return tl.reshape(product, x.shape)
 
 
 @triton.jit
@@ -59,5 +61,5 @@ def hadamard_matrix(
     parity ^= parity >> 4
     parity ^= parity >> 2
     parity ^= parity >> 1
-    sign = 1 - 2 * ((parity ^ negative[:, None]) & 1)
-    return tl.where(i // G == j // G, sign, 0).to(tl.float32).to(dtype)
+    sign = tl.where(((parity ^ negative[:, None]) & 1) == 0, 1.0, -1.0)
+    return tl.where(i // G == j // G, sign, 0.0).to(dtype)

@@ -34,10 +34,14 @@ def cast_tile(
     """
     K: tl.constexpr = WIDTH // BLOCK
     y = x
+    # Where 1 / sqrt G is a power of two it goes into the scales.
+    LEFT: tl.constexpr = G**-0.5 if G == 4 or G == 16 or G == 64 else 1.0
     if G > 0:
-        y = transform(x, matrix, G)
+        y = transform(x, matrix, G**-0.5 / LEFT)
     y = tl.reshape(y, [HEIGHT, K, BLOCK])
     absmax = absmax_bits(y, 2)
+    if LEFT != 1.0:
+        absmax = (absmax.to(tl.float32, bitcast=True) * LEFT).to(tl.int32, bitcast=True)
     if SQUARE:
         DOWN: tl.constexpr = HEIGHT // BLOCK
         of_squares = tl.max(tl.reshape(absmax, [DOWN, BLOCK, K]), 1)
@@ -49,15 +53,17 @@ def cast_tile(
     scale, factor = scale_blocks(
         absmax, tensor_scale, MODE, MAX_EXPONENT, MANTISSA_BITS, MAX_MANTISSA
     )
+    # Both are exact: scales of the formats that need headroom are powers of two.
+    factor *= LEFT * HEADROOM
     r = row + tl.arange(0, HEIGHT)
     noise = None
     if STOCHASTIC:
-        noise = noise_of(seed, USE, MATMUL, r, column, WIDTH)
+        noise = noise_of(seed, USE, MATMUL, r, column, WIDTH, MANTISSA_BITS)
         noise = tl.reshape(noise, [HEIGHT, K, BLOCK])
     LARGEST: tl.constexpr = (1 + MAX_MANTISSA / 8388608) * (1 << MAX_EXPONENT)
     if values_ptr is not None:
         values = to_elements(
-            y, factor, MODE, ELEM_DTYPE, BITS, MANTISSA_BITS, LARGEST, CONVERTS, noise, HEADROOM
+            y, factor, MODE, ELEM_DTYPE, BITS, MANTISSA_BITS, LARGEST, CONVERTS, noise
         )
         if BITS == 4:
             words_ptr = values_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
@@ -71,7 +77,7 @@ def cast_tile(
         wide: tl.constexpr = dequantized_ptr.dtype.element_ty
         restored = dequantize(
             y, factor, scale, tensor_scale, wide, MODE, ELEM_DTYPE, BITS, MANTISSA_BITS, LARGEST,
-            noise, HEADROOM,
+            noise,
         )  # fmt: skip
         store_tile(dequantized_ptr, restored, row, column, rows, columns, HEIGHT, WIDTH)
 
