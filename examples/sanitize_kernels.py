@@ -1,6 +1,6 @@
 """Launch every kernel on shapes that do not fill its programs, for compute-sanitizer.
 
-    options="--kernel-regex kns=norm_cast python examples/sanitize_kernels.py"
+    options="--kernel-regex kns=cast python examples/sanitize_kernels.py"
     compute-sanitizer --tool memcheck $options
     compute-sanitizer --tool racecheck $options
 
@@ -16,8 +16,13 @@ from torch import Tensor
 
 from mxnorm_pass.kernels.norm_cast import norm_cast
 from mxnorm_pass.kernels.norm_cast_both import norm_cast_both
+from mxnorm_pass.kernels.operand_casts import operand_casts
+from mxnorm_pass.kernels.operand_read import OperandRead
 from mxnorm_pass.numerics.formats import BlockFormat, block_format
+from mxnorm_pass.numerics.matmul import Operand
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
+from mxnorm_pass.numerics.philox import Use
+from mxnorm_pass.numerics.recipe import RECIPES
 
 ROW_MAJOR = NormCastSpec(
     1e-6, "mxnorm", 2.0, BlockFormat(), torch.bfloat16, torch.bfloat16, "row-major",
@@ -47,13 +52,24 @@ def along_d(tokens: int, width: int, device: str = "cuda") -> None:
 
 
 def along_both(tokens: int, width: int, device: str = "cuda") -> None:
-    """Both scale layouts, 8 and 4 bits, with and without the residual; rows whose stride is odd."""
+    """Both scale layouts, 8 and 4 bits, with and without the residual; rows whose stride is odd.
+
+    And operands of a recipe that is random.
+    """
     x, gain, residual = inputs(tokens, width, device)
     norm_cast_both(x, gain, None, BLOCKED, True)
     norm_cast_both(x, gain, None, ROW_MAJOR, False, residual=residual)
     odd = torch.cat([x[:, :1], x], 1)[:, 1:]
     norm_cast_both(odd, gain, None, ROW_MAJOR, True)
     norm_cast_both(x, None, None, FP4, True, tensor_scale=gain.float().abs().amax())
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+    recipe = RECIPES["mxfp4-rht-sr" if tokens % 64 == 0 else "mxfp4-sr"].wgrad
+    gradient, columns = (
+        OperandRead(Operand(cast, recipe.hadamard, "wgrad", use), seed)
+        for cast, use in ((recipe.left, Use.LEFT), (recipe.right, Use.RIGHT))
+    )
+    norm_cast_both(x, gain, None, ROW_MAJOR, True, along_t=columns)
+    operand_casts(x.contiguous()[:, : width // 64 * 64], gradient, gradient)
 
 
 def main() -> None:
@@ -62,7 +78,7 @@ def main() -> None:
     for shape in BOTH_SHAPES:
         along_both(*shape)
     torch.cuda.synchronize()
-    print(f"{4 * (len(ROW_SHAPES) + len(BOTH_SHAPES))} launches")
+    print(f"{4 * len(ROW_SHAPES) + 6 * len(BOTH_SHAPES)} launches")
 
 
 if __name__ == "__main__":

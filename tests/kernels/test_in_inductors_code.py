@@ -12,9 +12,10 @@ from torch._inductor.codegen.wrapper import (
 
 from mxnorm_pass.kernels.norm_cast import norm_cast_kernel
 from mxnorm_pass.kernels.norm_cast_both import norm_cast_both_kernel
+from mxnorm_pass.kernels.operand_casts import operand_casts_kernel
 
 
-@pytest.mark.parametrize("kernel", [norm_cast_kernel, norm_cast_both_kernel])
+@pytest.mark.parametrize("kernel", [norm_cast_kernel, norm_cast_both_kernel, operand_casts_kernel])
 def test_sources_can_be_quoted(kernel: Any) -> None:
     (quoted,) = ast.parse(f"'''{source_of(kernel)}'''").body
     assert isinstance(quoted, ast.Expr) and isinstance(quoted.value, ast.Constant)
