@@ -1,4 +1,4 @@
-"""Put the kernel that casts operands of matmuls in the place of the ops that do.
+"""Put the kernels that cast operands of matmuls in the place of the ops that do.
 
 Of a matrix and of its transpose it makes both casts, as of the gradient that dgrad and wgrad
 read::
@@ -13,7 +13,7 @@ what made it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -29,6 +29,7 @@ from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.kernels.coverage import uncovered_operand
 from mxnorm_pass.numerics.formats import block_format
 from mxnorm_pass.numerics.matmul import Operand
+from mxnorm_pass.numerics.nvfp4 import nvfp4_tensor_scale
 from mxnorm_pass.numerics.philox import Use
 from mxnorm_pass.numerics.recipe import OperandCast
 from mxnorm_pass.numerics.recipe_text import operand_of_text, operand_text
@@ -66,6 +67,8 @@ class _Cast:
     @cached_property
     def readers(self) -> list[fx.Node]:
         """Those that alone read its results, to undo it."""
+        if self.node.target is ops.operand_tensor_scale:
+            return []
         fmt = self.operand.cast.format
         assert fmt is not None
         return dequantizing_readers(self.node, _RESULTS, fmt, self.tensor_scale)
@@ -87,19 +90,22 @@ _NO_CAST = (None,) * 6
 
 def lower_operand_casts(graph: fx.Graph, tracer: FunctionTracer) -> int:
     """Replace the casts that the kernel covers; returns how many kernels there are then."""
-    pairs = list(_pairs(_covered(graph)))
+    scales = list(_covered(graph, (ops.operand_tensor_scale,)))
+    for scale in scales:
+        args = (scale.matrix, scale.is_transposed, *scale.arguments())
+        scale.node.replace_all_uses_with(tracer.graft(graph, scale.node, _run_scale, args))
+        graph.erase_node(scale.node)
+    pairs = list(_pairs(_covered(graph, (ops.operand_cast, ops.cast))))
     for along_rows, along_columns in pairs:
         _insert_kernel(graph, along_rows, along_columns, tracer)
     if pairs:
         stable_topological_sort(graph)
-    return len(pairs)
+    return len(scales) + len(pairs)
 
 
-def _covered(graph: fx.Graph) -> Iterator[_Cast]:
-    for node in graph.nodes:
+def _covered(graph: fx.Graph, targets: Collection[Any]) -> Iterator[_Cast]:
+    for node in [n for n in graph.nodes if n.target in targets]:
         cast = _cast_of(node)
-        if cast is None:
-            continue
         reason = cast.why_no_kernel()
         if reason is None:
             yield cast
@@ -107,13 +113,11 @@ def _covered(graph: fx.Graph) -> Iterator[_Cast]:
             log.debug("%s is decomposed: %s", node.name, reason)
 
 
-def _cast_of(node: fx.Node) -> _Cast | None:
-    if node.target is ops.operand_cast:
-        _, seed, key, right_key, text, tensor_scale = node.args
-        operand = operand_of_text(text)  # type: ignore[arg-type]
-        return _Cast(node, operand, seed, key, right_key, tensor_scale)  # type: ignore[arg-type]
+def _cast_of(node: fx.Node) -> _Cast:
     if node.target is not ops.cast:
-        return None
+        given: Any = node.args[1:]
+        seed, key, right_key, text, *rest = given
+        return _Cast(node, operand_of_text(text), seed, key, right_key, *rest)
     _, name, *options = node.args
     tensor_scale, square = (*options, None, False)[:2] if len(options) < 2 else options
     cast = OperandCast(block_format(name), square_blocks=bool(square))  # type: ignore[arg-type]
@@ -168,5 +172,13 @@ def _cast_both(x: Tensor, *arguments: Any) -> Any:
     return operand_casts(x, *reads)
 
 
+def _tensor_scale(x: Tensor, transposed: bool, text: str, *rest: Any) -> Tensor:
+    from mxnorm_pass.kernels.operand_absmax import operand_absmax
+    from mxnorm_pass.kernels.operand_read import OperandRead
+
+    read = OperandRead(operand_of_text(text), *rest)
+    return nvfp4_tensor_scale(operand_absmax(x, transposed, read))
+
+
 # Without mutation: results are returned, not written into.
-_run = dispatch_functionalize(_cast_both)
+_run, _run_scale = dispatch_functionalize(_cast_both), dispatch_functionalize(_tensor_scale)
