@@ -45,7 +45,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import bench_contestants
 import bench_nested
@@ -86,6 +86,16 @@ class BadInput(Exception):
     """A wrong option or file, to be shown without a traceback."""
 
 
+class Work(Protocol):
+    """What contestants do: the bytes that a call moves, and the calls in one graph."""
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def calls(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Case:
     variant: Variant
@@ -99,11 +109,15 @@ class Case:
 
     @property
     def calls(self) -> int:
-        """Calls in one graph; at least two, which rotates the inputs of the largest shapes."""
-        return min(MAX_CALLS, max(2, math.ceil(REPLAY_BYTES / self.bytes)))
+        return calls_that_move(self.bytes)
 
     def __str__(self) -> str:
         return f"{self.variant} {self.tokens}x{self.width} {self.format}"
+
+
+def calls_that_move(bytes: int) -> int:
+    """Calls in one graph; at least two, which rotates the inputs of the largest shapes."""
+    return min(MAX_CALLS, max(2, math.ceil(REPLAY_BYTES / bytes)))
 
 
 def grid(
@@ -176,7 +190,7 @@ def draw_inputs(case: Case, calls: int, device: str = "cuda") -> list[Inputs]:
     return sets
 
 
-def copies(case: Case, name: str) -> list[Callable[[], Outputs]]:
+def copies(case: Work, name: str) -> list[Callable[[], Outputs]]:
     """Calls that copy: source and target together are ``case.bytes``, new ones for each call."""
     copy = torch.Tensor.copy_ if name == "copy-memcpy" else copy_by_kernel
 
@@ -284,10 +298,14 @@ def precompile(cases: Sequence[Case], args: argparse.Namespace, device: str = "c
     """Compile in ``args.precompile`` processes what is to be measured in this one."""
     jobs = [(c, n) for c in cases for n in wanted(c, args) if n not in (*COPIES, "exact-repeat")]
     random.Random(0).shuffle(jobs)  # not all of the large ones, with their memory, at once
+    in_processes(partial(compile_once, device=device), jobs, args.precompile)
+
+
+def in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> None:
     context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(args.precompile, mp_context=context) as pool:
-            list(pool.map(partial(compile_once, device=device), jobs))
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            list(pool.map(function, jobs))
     except BrokenProcessPool as error:
         print(f"--precompile ended early: {error}", flush=True)
 
@@ -329,7 +347,7 @@ def measure(case: Case, args: argparse.Namespace) -> Measured:
     )
 
 
-def time_entries(case: Case, entries: dict[str, Entry], rounds: int) -> dict[str, Timing]:
+def time_entries(case: Work, entries: dict[str, Entry], rounds: int) -> dict[str, Timing]:
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     # Read, not written: no dirty lines are left to be written back during what is timed.
     flush = torch.zeros(2 * l2 // 4, dtype=torch.int32, device="cuda")
