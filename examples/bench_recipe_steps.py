@@ -37,7 +37,7 @@ NAME_LENGTH = 160
 # the ops that it fused, but for templates, which are matmuls.
 KINDS = {
     "rest": r"^triton_(?!tem_)",
-    "casts": r"^(operand_casts|norm_cast)",
+    "casts": r"^(operand_|norm_cast)",
     "attention": r"flash|fmha|sdpa|attention",
     "matmul": r"gemm|nvjet|cutlass|(?<!ga)mma|splitk|^triton_tem_",
 }

@@ -88,11 +88,11 @@ SAME = {
     "permuted copy": lambda y: _rounded(y.permute(1, 0).contiguous()).t(),
     "in aten's ops": lambda y: _in_aten(y.t().contiguous()).t(),
     "also in high precision": _also_in_high_precision,
+    "in another mode": lambda y: _rounded(y.t(), mode="floor").t(),
+    "of another element type": lambda y: _rounded(y.t(), elem_dtype=E5M2).t(),
+    "of another block size": lambda y: _rounded(y.t(), block_size=16).t(),
 }
 OTHER = {
-    "another mode": lambda y: _rounded(y.t(), mode="floor").t(),
-    "another element type": lambda y: _rounded(y.t(), elem_dtype=E5M2).t(),
-    "another block size": lambda y: _rounded(y.t(), block_size=16).t(),
     "not transposed": lambda y: _rounded(y),
     "transposed twice": lambda y: _rounded(y.t().contiguous().t()),
     "rounded to another dtype": lambda y: _rounded(y.half().t()).t().bfloat16(),
