@@ -38,6 +38,12 @@ def key_halves(read: OperandRead | None) -> tuple[int, int, int, int]:
     return (0, 0, 0, 0) if read is None else (*_halves(read.key), *_halves(read.right_key))
 
 
+def key_constants(read: OperandRead, suffix: str) -> dict[str, int]:
+    """The same, by the names of the kernels' arguments."""
+    names = (f"{name}{suffix}_{half}" for name in ("key", "signs") for half in ("low", "high"))
+    return dict(zip(names, key_halves(read), strict=True))
+
+
 def _halves(key: int) -> tuple[int, int]:
     """Signed 32-bit integers, the lower one first."""
     low = key & 0xFFFFFFFF

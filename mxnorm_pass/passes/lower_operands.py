@@ -13,17 +13,22 @@ what made it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor, fx
+from torch._higher_order_ops.triton_kernel_wrap import (
+    kernel_side_table,
+    triton_kernel_wrapper_functional,
+)
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._subclasses.functional_tensor import dispatch_functionalize
 
 from mxnorm_pass import ops
+from mxnorm_pass.graph.build import created_nodes
 from mxnorm_pass.graph.nodes import is_transpose, tensor_of
 from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.kernels.coverage import uncovered_operand
@@ -74,7 +79,8 @@ class _Cast:
         return dequantizing_readers(self.node, _RESULTS, fmt, self.tensor_scale)
 
     def arguments(self) -> tuple[Any, ...]:
-        keys = (self.seed, self.key, self.right_key, self.tensor_scale)
+        """For a trace, which serves all keys."""
+        keys = (self.seed, 0, 0, self.tensor_scale)
         return operand_text(self.operand), *keys, dequantized_dtype(self.readers)
 
     def why_no_kernel(self) -> str | None:
@@ -93,7 +99,10 @@ def lower_operand_casts(graph: fx.Graph, tracer: FunctionTracer) -> int:
     scales = list(_covered(graph, (ops.operand_tensor_scale,)))
     for scale in scales:
         args = (scale.matrix, scale.is_transposed, *scale.arguments())
-        scale.node.replace_all_uses_with(tracer.graft(graph, scale.node, _run_scale, args))
+        with created_nodes(graph) as created:
+            found = tracer.graft(graph, scale.node, _run_scale, args)
+        _put_in_keys(created, {"": scale})
+        scale.node.replace_all_uses_with(found)
         graph.erase_node(scale.node)
     pairs = list(_pairs(_covered(graph, (ops.operand_cast, ops.cast))))
     for along_rows, along_columns in pairs:
@@ -144,7 +153,9 @@ def _insert_kernel(
     casts = [cast for cast in (along_rows, along_columns) if cast is not None]
     sides = [_NO_CAST if c is None else c.arguments() for c in (along_rows, along_columns)]
     args = (casts[0].matrix, *sides[0], *sides[1])
-    results = iter(tracer.graft(graph, min(c.node for c in casts), _run, args))
+    with created_nodes(graph) as created:
+        results = iter(tracer.graft(graph, min(c.node for c in casts), _run, args))
+    _put_in_keys(created, {"": along_rows, "_t": along_columns})
     for cast in casts:
         if cast.readers:
             dequantized = next(results)
@@ -159,6 +170,29 @@ def _insert_kernel(
         for getitem in list(cast.node.users):
             graph.erase_node(getitem)
         graph.erase_node(cast.node)
+
+
+def _put_in_keys(created: Iterable[fx.Node], casts: Mapping[str, _Cast | None]) -> None:
+    """Give the kernel among the nodes the keys of the casts, by the suffix of their arguments."""
+    from mxnorm_pass.kernels.operand_read import OperandRead
+    from mxnorm_pass.kernels.operands import key_constants
+
+    keys: dict[str, int] = {}
+    for suffix, cast in casts.items():
+        if cast is not None:
+            read = OperandRead(cast.operand, None, cast.key, cast.right_key)
+            keys |= key_constants(read, suffix)
+    for node in created:
+        if node.target is triton_kernel_wrapper_functional:
+            given: Any = node.kwargs["kwargs"]
+            node.update_kwarg("kwargs", _updated(given, keys))
+            index: Any = node.kwargs["constant_args_idx"]
+            hidden = _updated(kernel_side_table.get_constant_args(index), keys)
+            node.update_kwarg("constant_args_idx", kernel_side_table.add_constant_args(hidden))
+
+
+def _updated(arguments: Mapping[str, Any], keys: Mapping[str, int]) -> dict[str, Any]:
+    return {name: keys.get(name, argument) for name, argument in arguments.items()}
 
 
 def _cast_both(x: Tensor, *arguments: Any) -> Any:

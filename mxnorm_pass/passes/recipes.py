@@ -128,11 +128,19 @@ def _left(node: fx.Node, config: MXNormConfig) -> LinearCasts:
 
 def _write(graph: fx.Graph, node: fx.Node, tracer: FunctionTracer) -> None:
     """Cast and widen the operands by ops of their own."""
+    left, right, seed, key, right_key, *rest = node.args
+    # Traced once for all matmuls of these shapes: keys are put in behind it.
+    traced = (left, right, seed, _ANY_KEY, _ANY_RIGHT_KEY, *rest)
     with created_nodes(graph) as created:
-        product = tracer.graft(graph, node, written_matmul, node.args)
+        product = tracer.graft(graph, node, written_matmul, traced)
+    keys = {_ANY_KEY: key, _ANY_RIGHT_KEY: right_key}
     for new in created:
         if new.target in _CASTS:
             new.meta["partitioner_tag"] = _IN_BACKWARD
+        if new.target in _DRAWING:
+            new.args = tuple(
+                keys.get(arg, arg) if isinstance(arg, int) else arg for arg in new.args
+            )
     node.replace_all_uses_with(product)
     graph.erase_node(node)
 
@@ -143,7 +151,10 @@ def _is_read(node: fx.Node) -> bool:
     return is_backward(node) and (node.target in own or is_view(node) or is_transpose(node))
 
 
-_CASTS = (ops.cast, ops.operand_cast, ops.tensor_scale, ops.operand_tensor_scale)
+_DRAWING = (ops.operand_cast, ops.operand_tensor_scale)
+_CASTS = (ops.cast, ops.tensor_scale, *_DRAWING)
+# No linear's.
+_ANY_KEY, _ANY_RIGHT_KEY = -1, -2
 
 
 def _open(graph: fx.Graph, node: fx.Node, tracer: FunctionTracer) -> None:
