@@ -98,8 +98,10 @@ def _plain(node: fx.Node, rounds_to: torch.dtype) -> Iterator[TransposedCast]:
 
 def _of_recipes(node: fx.Node, rounds_to: torch.dtype) -> Iterator[TransposedCast]:
     for user in node.users:
+        if user.target is not ops.operand_cast:
+            continue
         results = {getitem.args[1]: getitem for getitem in user.users}
-        if user.target is not ops.operand_cast or set(results) != {0, 1}:
+        if set(results) != {0, 1}:
             continue
         _, *drawn, text, tensor_scale = user.args
         operand = operand_of_text(text)  # type: ignore[arg-type]
