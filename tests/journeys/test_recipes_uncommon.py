@@ -155,6 +155,24 @@ def test_weights_that_no_gradient_reads_may_change() -> None:
     assert linear.weight.grad is not None
 
 
+@pytest.mark.parametrize("high_precision", ["dgrad", "wgrad"])
+@pytest.mark.parametrize("rows", [64, 0])
+def test_a_matmul_of_the_backward_may_stay_in_high_precision(
+    high_precision: str, rows: int
+) -> None:
+    """What it makes of a norm's output is returned as it is, or without rows is no matmul."""
+    model, x = nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 32, bias=False)), tokens(rows, 64)
+    norm, linear = model
+    recipe = {"base": "mxfp8", high_precision: None}
+    step(compiled(model, recipe=recipe, estimator="exact"), x)
+    got, got_x = gradients_of(model), x.grad
+    model.zero_grad()
+    x.grad = None
+    functional.recipe_linear(norm(x), linear.weight, recipe=recipe).square().sum().backward()
+    assert_gradients_equal(got, gradients_of(model))
+    assert torch.equal(got_x, x.grad)
+
+
 def test_linears_without_outputs() -> None:
     linear, x = nn.Linear(64, 0), tokens(4, 64)
     compiled(linear)(x).sum().backward()

@@ -10,12 +10,17 @@ import pytest
 import torch
 from formats import spec_with
 from numerics import E5M2, SPEC
-from pairwise import each_value
+from pairwise import each_value, some
 from ptx import Compiled, compiled, recorded_launches
 
+from mxnorm_pass.functional import Hadamard, OperandCast, block_format
 from mxnorm_pass.kernels.norm_cast import norm_cast
 from mxnorm_pass.kernels.norm_cast_both import norm_cast_both
+from mxnorm_pass.kernels.operand_casts import operand_casts
+from mxnorm_pass.kernels.operand_read import OperandRead
 from mxnorm_pass.kernels.rows import RowTiling
+from mxnorm_pass.numerics.matmul import Operand
+from mxnorm_pass.numerics.philox import Use
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 HOPPER, BLACKWELL, CONSUMER_BLACKWELL = 90, 100, 120
@@ -182,6 +187,27 @@ def test_both_directions(default: tuple[int, int], reads: tuple[bool, bool], for
     assert "max.NaN.bf16x2" in kernel.ptx
     # All but rho, which is awaited.
     assert set(kernel.load_bits) == {128}
+
+
+def read_at_random(format: str) -> OperandRead:
+    """Wgrad's input, transformed and rounded at random; its values and scales are stored."""
+    cast = OperandCast(block_format(format), "stochastic")
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    return OperandRead(Operand(cast, Hadamard(64), "wgrad", Use.RIGHT), seed, 2**40, 2**33)
+
+
+@some(
+    ["mxfp8-90"],
+    format=["mxfp8", "mxfp8 e5m2", "mxfp6", "mxfp4"],
+    capability=[HOPPER, BLACKWELL],
+)
+def test_values_that_are_rounded_at_random_are_stored(format: str, capability: int) -> None:
+    x, read = torch.empty(256, 256, dtype=BF16, device="meta"), read_at_random(format)
+    for call in (
+        lambda: operand_casts(x, read, read),
+        lambda: norm_cast_both(x, x[0], None, SPEC, True, along_t=read),
+    ):
+        assert f".target sm_{capability}" in compiled(call, capability).ptx
 
 
 @pytest.mark.full

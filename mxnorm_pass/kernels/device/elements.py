@@ -54,7 +54,9 @@ def to_elements(
         x = widen(y) * tl.expand_dims(factor, 2)
         if bits == 8:
             return to_float8(x, dtype, mantissa_bits, largest, noise)
-        return to_narrow(x, factor, dtype, bits, mantissa_bits, largest, False, noise)
+        else:
+            # Triton (3.9) compiles what follows such a return, too.
+            return to_narrow(x, factor, dtype, bits, mantissa_bits, largest, False, noise)
     elif bits == 8:
         return to_float8(scaled(y, factor, mode), dtype, mantissa_bits, largest)
     elif bits == 6 or CONVERTS or INTERPRETED:
