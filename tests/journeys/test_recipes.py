@@ -39,12 +39,11 @@ RECIPES: dict[str, Any] = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RANDOM = "all of mxfp4-rht-sr"
-CAST_ALONG_T = {
-    "mxfp8": "mxfp8",
-    "mxfp8-e5m2": "mxfp8-e5m2",
-    RANDOM: RECIPES[RANDOM],
-    **{f"all of {n}": {"base": n, "forward": "mxfp8"} for n in ("mxfp4", "mxfp4-sr", "mxfp4-rht")},
-}
+ALONG_T = [
+    pytest.param("mxfp8", torch.bfloat16, id="mxfp8"),
+    pytest.param(RECIPES[RANDOM], torch.float32, id=RANDOM),
+    pytest.param({"base": "mxfp4", "forward": "mxfp8"}, torch.bfloat16, marks=pytest.mark.full),
+]
 MANY_IDS = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(7))
 
 
@@ -94,7 +93,7 @@ def test_losses_and_gradients_are_those_of_functional(
     assert worst_gradient(gradients, plain_gradients)[1] > 0.01
 
 
-@some(["mxfp8-bf16", f"{RANDOM}-fp32"], recipe=CAST_ALONG_T, dtype=DTYPES)
+@pytest.mark.parametrize("recipe, dtype", ALONG_T)
 def test_a_norms_op_casts_along_t_as_its_recipe_says(recipe: Any, dtype: torch.dtype) -> None:
     """Where tokens are whole blocks and pieces of the transform; one op for all who read a norm."""
     model = build_llama(dtype, layers=1)

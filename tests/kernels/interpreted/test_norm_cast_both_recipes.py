@@ -34,21 +34,27 @@ def read(operand: Any) -> OperandRead:
     return OperandRead(of, seed(), RIGHT_KEY, RIGHT_KEY)
 
 
+@each_value(name=NAMES, residual=[False, True])
+def test_casts_along_t(name: str, residual: bool) -> None:
+    check(name, residual=residual)
+
+
 @each_value(
-    name=NAMES,
     estimator=["mxnorm", "exact"],
     format=["mxfp8", "mxfp4", "mxfp8 e4m3fn rceil block 64"],
-    residual=[False, True],
-    shape=[(128, 256), (384, 192)],
     dequantize=[None, BF16],
 )
-def test_casts_along_t(
+def test_beside_each_cast_along_d(estimator: str, format: str, dequantize: Any) -> None:
+    check("both", estimator, format, shape=(384, 192), dequantize=dequantize)
+
+
+def check(
     name: str,
-    estimator: str,
-    format: str,
-    residual: bool,
-    shape: tuple[int, int],
-    dequantize: torch.dtype | None,
+    estimator: str = "mxnorm",
+    format: str = "mxfp8",
+    residual: bool = False,
+    shape: tuple[int, int] = (128, 256),
+    dequantize: torch.dtype | None = None,
 ) -> None:
     spec = spec_with(SPEC, estimator=estimator, format=format, norm_dtype=BF16, out_dtype=BF16)
     x, weight = noise(*shape), noise(shape[1], number=1)
