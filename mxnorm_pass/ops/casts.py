@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -73,12 +76,19 @@ def _fake_tensor_scale(x: Tensor) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
 
 
+def _stays_whole(args: Sequence[Any]) -> bool:
+    """Of a transpose: Inductor's C++ for casts along T is not always valid, see ``operands``."""
+    x: Tensor = args[0]
+    return x.device.type == "cpu" and x.ndim == 2 and x.stride(0) == 1 and x.stride(1) != 1
+
+
 cast = define(
     Op(
         "cast(Tensor x, str format, Tensor? tensor_scale=None, bool square_blocks=False) "
         "-> (Tensor values, Tensor scales)",
         _cast,
         _fake_cast,
+        stays_whole=_stays_whole,
     )
 )
 tensor_scale = define(Op("tensor_scale(Tensor x) -> Tensor", _tensor_scale, _fake_tensor_scale))
