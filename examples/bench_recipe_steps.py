@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,36 +14,20 @@ import torch
 from bench_layer import distance, quiet
 from bench_recipe_kernels import recipe_option
 from benchlib import Timing, interleaved
-from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import mxnorm_pass  # noqa: F401  registers the backend
 
 LLAMA = Path(__file__).parent / "configs" / "llama-3-8b.json"
 BASELINE = "bf16"
+# The layers' matmuls by themselves, which are the same in every step.
+MATMULS = "matmuls"
 # No recipe: the forward's casts alone.
 FORWARD = "none"
-RECIPES = (FORWARD, "mxfp8", "mxfp4", "mxfp4-rht-sr", "nvfp4")
+RECIPES = (MATMULS, FORWARD, "mxfp8", "mxfp4", "mxfp4-rht-sr", "nvfp4")
 # All arms are compiled from one code object.
 COMPILES = 64
-KERNELS_KEPT = 40
-NAME_LENGTH = 160
-
-# What a kernel is, by its name; the first that is found counts. Inductor's kernels are named after
-# the ops that it fused, but for templates, which are matmuls.
-KINDS = {
-    "rest": r"^triton_(?!tem_)",
-    "casts": r"^(operand_|norm_cast)",
-    "attention": r"flash|fmha|sdpa|attention",
-    "matmul": r"gemm|nvjet|cutlass|(?<!ga)mma|splitk|^triton_tem_",
-}
-
-
-def kind_of(kernel: str) -> str:
-    found = (kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE))
-    return next(found, "rest")
 
 
 @dataclass(frozen=True)
@@ -80,10 +62,37 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Kernel:
-    name: str
-    calls: int
-    us: float
+class Operands:
+    """Of a linear's three matmuls: x [T, K], weight [N, K], gradient [T, N]."""
+
+    x: Tensor
+    weight: Tensor
+    gradient: Tensor
+
+    @classmethod
+    def random(cls, linear: nn.Linear, rows: int) -> Operands:
+        # Of zeros a GPU draws less power and runs faster.
+        weight = linear.weight.detach()
+        x, gradient = (
+            torch.randn(rows, n, device=weight.device).to(weight) for n in weight.shape[::-1]
+        )
+        return cls(x, weight, gradient)
+
+    def multiply(self) -> Tensor:
+        results = (
+            self.x @ self.weight.t(), self.gradient @ self.weight, self.gradient.t() @ self.x
+        )  # fmt: skip
+        return torch.stack([result[0, 0] for result in results]).sum()
+
+
+@dataclass(frozen=True)
+class Matmuls:
+    """Those of a step's linears and nothing else."""
+
+    linears: Sequence[Operands]
+
+    def __call__(self) -> Tensor:
+        return torch.stack([linear.multiply() for linear in self.linears]).sum()
 
 
 @dataclass(frozen=True)
@@ -94,9 +103,7 @@ class Measured:
         bf16: in the same rounds.
         peak_bytes: of memory in a step, that of weights and their gradients included.
         compile_seconds: with the caches as they are, which other processes may have filled.
-        error: relative distance of the last hidden state from bf16's.
-        kinds: microseconds of a step by kind of kernel.
-        kernels: of a step, those that take the most time.
+        error: relative distance of the last hidden state from bf16's; None of matmuls alone.
     """
 
     recipe: str
@@ -104,22 +111,21 @@ class Measured:
     bf16: Timing
     peak_bytes: int
     compile_seconds: float
-    error: float
-    kinds: dict[str, float]
-    kernels: list[Kernel]
+    error: float | None
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Measured:
         times = {name: Timing(**entry[name]) for name in ("time", "bf16")}
-        return cls(**{**entry, **times, "kernels": [Kernel(**k) for k in entry["kernels"]]})
+        return cls(**{**entry, **times})
 
     @property
     def factor(self) -> float:
         return self.time.us / self.bf16.us
 
     def __str__(self) -> str:
-        made = f"compiled in {self.compile_seconds:.0f} s, error {self.error:.1e}"
-        return f"step {self.recipe}: {self.time.us / 1e3:.2f} ms, {self.factor:.2f}x; {made}"
+        made = f"{self.time.us / 1e3:.2f} ms, {self.factor:.2f}x"
+        error = "" if self.error is None else f", error {self.error:.1e}"
+        return f"step {self.recipe}: {made}; compiled in {self.compile_seconds:.0f} s{error}"
 
 
 def backend_options(recipe: str) -> dict[str, Any]:
@@ -149,6 +155,14 @@ class Steps:
         # In the midst of a model the layers' input has a gradient.
         return x.clone().requires_grad_(), gradient
 
+    def arm(self, recipe: str) -> Step | Matmuls:
+        """What is timed under a name."""
+        if recipe != MATMULS:
+            return self.baseline if recipe == BASELINE else self.compiled(recipe)
+        linears = (m for m in self.layers.modules() if isinstance(m, nn.Linear))
+        rows = self.sizes.batch * self.sizes.tokens
+        return Matmuls([Operands.random(linear, rows) for linear in linears])
+
     def compiled(self, recipe: str) -> Step:
         options: dict[str, Any] = {"dynamic": False}
         if recipe != BASELINE:
@@ -163,7 +177,7 @@ class Steps:
         self.layers.zero_grad(set_to_none=True)
         self.inputs[0].grad = None
 
-    def seconds(self, step: Step) -> float:
+    def seconds(self, step: Callable[[], Tensor]) -> float:
         self.forget_gradients()
         begun = time.perf_counter()
         step()
@@ -174,7 +188,7 @@ class Steps:
     @torch._dynamo.config.patch(recompile_limit=COMPILES)
     @quiet()
     def measure(self, recipe: str, rounds: int) -> Measured:
-        step = self.baseline if recipe == BASELINE else self.compiled(recipe)
+        step = self.arm(recipe)
         first, second = self.seconds(step), self.seconds(step)
         runs = {BASELINE: self.baseline, recipe: step}
         options: dict[str, Any] = {
@@ -182,23 +196,20 @@ class Steps:
         }  # fmt: skip
         interleaved(runs, rounds=2, **options)
         samples = interleaved(runs, rounds=rounds, **options)
-        kernels = self.kernels(step)
         return Measured(
             recipe=recipe,
             time=Timing.of(samples[recipe]),
             bf16=Timing.of(samples[BASELINE]),
             peak_bytes=self.peak_bytes(step),
             compile_seconds=first - second,
-            error=distance(step(), self.baseline()),
-            kinds=time_by_kind(kernels),
-            kernels=kernels[:KERNELS_KEPT],
+            error=None if recipe == MATMULS else distance(step(), self.baseline()),
         )
 
     @quiet()
     def compile_once(self, recipe: str) -> None:
-        self.compiled(recipe)()
+        self.arm(recipe)()
 
-    def peak_bytes(self, step: Step) -> int:
+    def peak_bytes(self, step: Callable[[], Tensor]) -> int:
         if self.sizes.device != "cuda":
             return 0
         self.forget_gradients()
@@ -206,44 +217,21 @@ class Steps:
         step()
         return torch.cuda.max_memory_allocated()
 
-    def kernels(self, step: Step) -> list[Kernel]:
-        """What a GPU runs in a step, that which takes most time first."""
-        if self.sizes.device != "cuda":
-            return []
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            self.seconds(step)
-        us: Counter[str] = Counter()
-        calls: Counter[str] = Counter()
-        for event in profiled.events() or ():
-            # Annotations span kernels that are counted for themselves.
-            if event.device_type is DeviceType.CUDA and not event.is_user_annotation:
-                us[event.name] += event.time_range.elapsed_us()
-                calls[event.name] += 1
-        return [Kernel(name[:NAME_LENGTH], calls[name], t) for name, t in us.most_common()]
-
-
-def time_by_kind(kernels: Sequence[Kernel]) -> dict[str, float]:
-    times = dict.fromkeys(KINDS, 0.0)
-    for kernel in kernels:
-        times[kind_of(kernel.name)] += kernel.us
-    return times
-
 
 def table(measured: Sequence[Measured]) -> list[str]:
     """Milliseconds as Markdown.
 
-    "emulation": casts and the rest less the rest of bf16, which has the same matmuls.
+    "casts": what a step takes beyond that in bf16, whose matmuls it shares.
     """
     if not measured:
         return []
-    kinds = ("matmul", "attention", "casts", "rest")
-    columns = ("recipe", "ms", "over bf16", "peak GiB", *kinds, "emulation")
+    columns = ("", "ms", "over bf16", "casts", "peak GiB", "error")
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    rest = next((m.kinds["rest"] for m in measured if m.recipe == BASELINE), None)
     for m in measured:
-        cells = [f"{m.time.us / 1e3:.2f}", f"{m.factor:.2f}x", f"{m.peak_bytes / 2**30:.1f}"]
-        cells += [f"{m.kinds[kind] / 1e3:.2f}" for kind in kinds]
-        emulated = None if rest is None else m.kinds["casts"] + m.kinds["rest"] - rest
-        cells.append("" if emulated is None else f"{emulated / 1e3:.2f}")
+        cells = [f"{m.time.us / 1e3:.2f}", f"{m.factor:.2f}x"]
+        is_recipe = m.recipe not in (BASELINE, MATMULS)
+        cells.append(f"{(m.time.us - m.bf16.us) / 1e3:.2f}" if is_recipe else "")
+        cells.append(f"{m.peak_bytes / 2**30:.1f}")
+        cells.append(f"{m.error:.1e}" if m.error else "")
         lines.append(f"| {m.recipe} | {' | '.join(cells)} |")
     return lines

@@ -12,8 +12,8 @@ of many calls, the L2 cache flushed before each replay, contestants in turns.
 
 Steps: forward and backward in bf16 weights, no optimizer, no head, 4 x 2048 tokens;
 ``torch.compile`` in bf16 against backend="mxnorm", quantize="all", in turns. "none" is without a
-recipe: the forward's casts alone. Recipes whose forward is of high precision have it in MXFP8.
-Casts are emulated: matmuls are bf16's, and a profiled step says what the GPU does besides.
+recipe: the forward's casts alone; "matmuls" are the step's, without all else. Recipes whose forward
+is of high precision have it in MXFP8. Casts are emulated: matmuls are bf16's in every step.
 
 The JSON is written anew after each measurement.
 """

@@ -1,4 +1,4 @@
-"""The benchmark of recipes without a GPU: its cases, bytes, kinds of kernels and tables."""
+"""The benchmark of recipes without a GPU: its cases, bytes, matmuls and tables."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 from bench_recipe_kernels import FORMS, RECIPES, Case
 from benchlib import Timing, save_json
-from paths import PACKAGE
 from run_examples import run_example_here
+from torch.utils.flop_counter import FlopCounterMode
 
 from mxnorm_pass import functional
 from mxnorm_pass.numerics.philox import Draw
@@ -90,48 +90,26 @@ def test_inductor_compiles_what_the_kernel_does() -> None:
     assert sum(t.nbytes for t in (x, *results)) == case.bytes
 
 
-@pytest.mark.parametrize(
-    "name, kind",
-    [
-        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_TNT", "matmul"),
-        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16>", "matmul"),
-        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matmul"),
-        ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "matmul"),
-        ("triton_tem_fused_mm_3", "matmul"),
-        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>", "attention"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7", "attention"),
-        ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80", "attention"),
-        ("triton_poi_fused__scaled_dot_product_flash_attention_mm_5", "rest"),
-        ("void at::native::GammaBetaBackwardCUDAKernel<float>", "rest"),
-        ("Memset (Device)", "rest"),
-        ("operand_casts_kernel_0", "casts"),
-    ],
-)
-def test_kinds_of_kernels(name: str, kind: str) -> None:
-    assert steps.kind_of(name) == kind
-
-
-def test_our_kernels_are_casts() -> None:
-    found = [
-        line.split("(")[0].removeprefix("def ")
-        for path in (PACKAGE / "kernels").glob("*.py")
-        for line in path.read_text().splitlines()
-        if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
-    ]
-    assert len(found) >= 3
-    assert {steps.kind_of(name) for name in found} == {"casts"}
+def test_matmuls_of_a_step_are_three_of_each_linear() -> None:
+    sizes = steps.Sizes({"num_hidden_layers": 1, "vocab_size": 32, "hidden_size": 64,
+                         "intermediate_size": 96, "num_attention_heads": 2,
+                         "num_key_value_heads": 1, "head_dim": 32}, 2, 32, "cpu")  # fmt: skip
+    matmuls = steps.Steps(sizes).arm(steps.MATMULS)
+    assert isinstance(matmuls, steps.Matmuls)
+    with FlopCounterMode(display=False) as counter:
+        matmuls()
+    weights = sum(linear.weight.numel() for linear in matmuls.linears)
+    assert len(matmuls.linears) == 7
+    assert counter.get_total_flops() == 3 * 2 * 64 * weights
 
 
 def timing(us: float) -> Timing:
     return Timing(us, us, us)
 
 
-def step(recipe: str, ms: float, casts: float, rest: float) -> steps.Measured:
-    kinds = {"matmul": 3e4, "attention": 2e3, "casts": casts * 1e3, "rest": rest * 1e3}
-    kernel = steps.Kernel("nvjet", 14, 3e4)
+def step(recipe: str, ms: float, error: float | None) -> steps.Measured:
     times = {"time": timing(ms * 1e3), "bf16": timing(4e4)}
-    return steps.Measured(recipe, **times, peak_bytes=2**33, compile_seconds=9.0, error=0.01,
-                          kinds=kinds, kernels=[kernel])  # fmt: skip
+    return steps.Measured(recipe, **times, peak_bytes=2**33, compile_seconds=9.0, error=error)
 
 
 def kernel(form: Any, **us: float) -> kernels.Measured:
@@ -153,7 +131,7 @@ def test_tables_of_several_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
     one = results_file(tmp_path / "one.json", kernels=[packed, kernel("bf16", copy=50, kernel=50)])
     two = results_file(
         tmp_path / "two.json",
-        steps=[step("bf16", 40, 0, 5), step("mxfp8", 60, 10, 9)],
+        steps=[step("bf16", 40, 0.0), step("matmuls", 30, None), step("mxfp8", 60, 0.01)],
         failures=["steps nvfp4 failed: RuntimeError: why"],
     )
     assert bench_recipes.main(["--tables-of", str(one), str(two)]) == 0
@@ -163,8 +141,9 @@ def test_tables_of_several_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "| 50.0 | 50.0 |  |  | 1.00 |"
     ]  # fmt: skip
     assert of_steps.splitlines()[2:] == [
-        "| bf16 | 40.00 | 1.00x | 8.0 | 30.00 | 2.00 | 0.00 | 5.00 | 0.00 |",
-        "| mxfp8 | 60.00 | 1.50x | 8.0 | 30.00 | 2.00 | 10.00 | 9.00 | 14.00 |",
+        "| bf16 | 40.00 | 1.00x |  | 8.0 |  |",
+        "| matmuls | 30.00 | 0.75x |  | 8.0 |  |",
+        "| mxfp8 | 60.00 | 1.50x | 20.00 | 8.0 | 1.0e-02 |",
     ]
     assert failures == "steps nvfp4 failed: RuntimeError: why"
     for table in (of_kernels, of_steps):
@@ -177,7 +156,7 @@ def test_one_failure_is_not_the_end() -> None:
 
     results = bench_recipes.Results()
     assert "no kernel" in results.add(bench_recipes.Planned("steps", "nvfp4", fail))
-    assert results.add(bench_recipes.Planned("steps", "bf16", lambda: step("bf16", 40, 0, 5)))
+    assert results.add(bench_recipes.Planned("steps", "bf16", lambda: step("bf16", 40, 0.0)))
     assert [m.recipe for m in results.steps] == ["bf16"] and len(results.failures) == 1
 
 
