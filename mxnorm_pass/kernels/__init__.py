@@ -8,5 +8,6 @@
 ``operand_casts``           a matrix and its transpose as operands of a recipe's matmuls
 ``operand_absmax``          the largest element of such an operand, for NVFP4's tensor scale
 ``operand_read``, ``operands``  what is asked of an operand, and what that is to a kernel
+``mx_linear``               few rows times a weight in MXFP8 or MXFP4
 ``device``                  device functions
 """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass.kernels.operand_read import OperandRead
-from mxnorm_pass.numerics.formats import NEAREST, SCALE_MODES
+from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE, NEAREST, SCALE_MODES, BlockFormat
 from mxnorm_pass.numerics.matmul import Operand
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
@@ -21,6 +21,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK_SIZES = (16, 32, 64, 128)
 # Ada and Hopper are the first chips that convert to float8.
 _MIN_CAPABILITY = (8, 9)
+# From here on matmuls read values and scales themselves.
+MATMUL_CAPABILITY = (10, 0)
+MAX_LINEAR_ROWS = 64
+_LINEAR_ELEMENTS = ("e4m3fn", "e5m2", "e2m1")
+_LINEAR_WIDTH = 128
 
 
 def uncovered(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | None:
@@ -102,6 +107,40 @@ def uncovered_operand(x: Tensor, operand: Operand, *others: Tensor | None) -> st
     if hadamard is not None and hadamard.size > MAX_HADAMARD:
         return f"a Hadamard transform of {hadamard.size}; a kernel takes at most {MAX_HADAMARD}"
     return _uncovered_device(x, *others) or _no_elements(x)
+
+
+def uncovered_mx_linear(
+    x_rows: int,
+    x_dtype: torch.dtype,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    fmt: BlockFormat,
+) -> str | None:
+    """The same for the kernel that multiplies few rows by a weight in a block format.
+
+    Args:
+        weight: [N, K], or [N, K / 2] where two elements share a byte.
+        scales: [N, K / 32].
+    """
+    reason = _uncovered_device(weight, scales, bias)
+    if reason is not None:
+        return reason
+    if capability(weight.device) >= MATMUL_CAPABILITY:
+        return f"compute capability {capability(weight.device)} multiplies MX operands by itself"
+    if x_dtype != torch.bfloat16:
+        return f"{x_dtype}; the kernel multiplies in bfloat16"
+    known = fmt.has_e8m0_scales and fmt.element.name in _LINEAR_ELEMENTS
+    if not known or fmt.block_size != MX_BLOCK_SIZE:
+        return f"{fmt.name}; the kernel knows MXFP8 and MXFP4 in blocks of {MX_BLOCK_SIZE}"
+    if not weight.is_contiguous() or not scales.is_contiguous():
+        return "the weight is not contiguous"
+    width = fmt.shape_of(weight.shape)[-1]
+    if width % _LINEAR_WIDTH:
+        return f"rows of {width} elements, which {_LINEAR_WIDTH} does not divide"
+    if x_rows > MAX_LINEAR_ROWS:
+        return f"{x_rows} rows; from {MAX_LINEAR_ROWS + 1} on a widened weight is faster"
+    return None
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from mxnorm_pass.numerics.cast import check_tensor_scale
+from mxnorm_pass.numerics.cast import Quantized, check_tensor_scale
 from mxnorm_pass.numerics.checks import check_choice
 from mxnorm_pass.numerics.formats import BlockFormat
 from mxnorm_pass.numerics.layout import ScaleLayout, block_size_of
@@ -165,3 +165,51 @@ def check_quantized(
         raise ValueError(
             f"scales is on {scales.device}, values on {values.device}; they must be on one"
         )
+
+
+def check_linear(
+    x: Tensor | Quantized, weight: Quantized, bias: Tensor | None, dtype: torch.dtype
+) -> None:
+    """Arguments of ``mx_linear`` and its kin.
+
+    Args:
+        x: [..., K], in a block format or of high precision.
+        weight: [N, K].
+        bias: [N] or None.
+        dtype: of the matmul.
+
+    Raises:
+        TypeError: values, scales or the bias have another dtype than the format or ``dtype``.
+        ValueError: shapes do not belong together, or the tensors are on several devices.
+    """
+    _check_operand("weight", weight, dtype)
+    values, width = (x, x.shape[-1:]) if isinstance(x, Tensor) else (x.values, _width(x))
+    if isinstance(x, Quantized):
+        _check_operand("x", x, dtype)
+    if weight.values.ndim != 2:
+        raise ValueError(f"weight has shape {tuple(weight.values.shape)}; it must be [N, K]")
+    if width != _width(weight):
+        raise ValueError(
+            f"x has rows of {width[0]} elements and weight of {_width(weight)[0]}; they are "
+            "[..., K] and [N, K]"
+        )
+    if values.device != weight.values.device:
+        raise ValueError(
+            f"x is on {values.device}, weight on {weight.values.device}; they must be on one: "
+            "move one of them"
+        )
+    if bias is not None:
+        _check_dense("bias", bias, (dtype,))
+        _check_like("bias", bias, values, (weight.values.shape[0],))
+
+
+def _width(operand: Quantized) -> tuple[int, ...]:
+    return operand.format.shape_of(operand.values.shape)[-1:]
+
+
+def _check_operand(name: str, operand: Quantized, dtype: torch.dtype) -> None:
+    own = (operand.values, operand.scales, operand.format)
+    try:
+        check_quantized(*own, dtype, operand.tensor_scale)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None

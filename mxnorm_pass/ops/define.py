@@ -24,7 +24,7 @@ class KernelCall(Protocol):
     def why_no_kernel(self) -> str | None:
         """Why no kernel can run it; None if one can."""
 
-    def run_kernel(self, dequantize: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    def run_kernel(self, dequantize: torch.dtype | None = None) -> Tensor | tuple[Tensor, ...]:
         """The op's results, from one kernel; with ``dequantize`` values and scales as one."""
 
     @property

@@ -28,6 +28,7 @@ from mxnorm_pass.passes.match.linears.plain import PlainLinear, linear_name
 from mxnorm_pass.passes.match.norms.find import Norm, find_norms
 from mxnorm_pass.passes.match.parts import parts_of, parts_of_created
 from mxnorm_pass.passes.match.skip import Skip
+from mxnorm_pass.passes.mx_linears import WrittenLinear, write_mx_linears
 from mxnorm_pass.passes.recipes import linear_casts, note_unreached, write_recipes
 from mxnorm_pass.passes.rewrite.estimate import expand_estimates
 from mxnorm_pass.passes.rewrite.fusion import rewrite
@@ -88,6 +89,11 @@ class GraphFacts:
     differentiated: bool = False
     obstacle: Skip | None = None
 
+    @property
+    def is_inference(self) -> bool:
+        """May linears run on values and scales?"""
+        return not self.differentiated and self.tensor_subclass is None and self.obstacle is None
+
 
 @collector_paused()
 def analyze(
@@ -143,7 +149,8 @@ def run_pass(
             on every norm, and is what is reported.
     """
     start = time.perf_counter()
-    analysis = analyze(graph, config, facts or GraphFacts(), decompositions)
+    facts = facts or GraphFacts()
+    analysis = analyze(graph, config, facts, decompositions)
     shown = original or analysis
     drawing = _Drawing(shown)
     if original is not None:
@@ -156,7 +163,9 @@ def run_pass(
             rewrite(graph, fusion, tracer)
         drawing.add(fusion, created)
     expand_estimates(graph, tracer)
-    changed = bool(analysis.fusions or analysis.inserted)
+    linears = write_mx_linears(graph, config) if facts.is_inference else []
+    drawing.add_linears(linears, analysis.fusions)
+    changed = bool(analysis.fusions or analysis.inserted or linears)
     if changed:
         remove_dead(graph)
         graph.lint()
@@ -190,6 +199,14 @@ class _Drawing:
     def add(self, fusion: Fusion, created: Iterable[fx.Node]) -> None:
         """Say which nodes the rewrite of a fusion has put into the graph."""
         self._site_graphs.add(self._index(fusion), parts_of_created(created, fusion))
+
+    def add_linears(self, linears: Iterable[WrittenLinear], fusions: Iterable[Fusion]) -> None:
+        """Say which linears of the fusions have become ops."""
+        readers = [(fusion, {c.linear.matmul for c in fusion.consumers}) for fusion in fusions]
+        for linear in linears:
+            for fusion, matmuls in readers:
+                if linear.matmul in matmuls:
+                    self.add(fusion, linear.nodes)
 
     def _index(self, wanted: Fusion) -> int:
         return next(i for i, decision in enumerate(self._decisions) if decision is wanted)

@@ -6,8 +6,9 @@ as emulated matmuls do, the kernel writes the dequantised values instead::
 
     x -> norm_cast -> values, scales -> dequantize -> y    =>    x -> kernel -> y
 
-A checkpointed region's forward makes casts along T that its recomputation makes again; there they
-are dropped.
+Linears on MX operands are opened before, see ``lower_mx_linears``: so their activation, too, is
+only read to be dequantised. A checkpointed region's forward makes casts along T that its
+recomputation makes again; there they are dropped.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.numerics.formats import block_format
 from mxnorm_pass.ops.define import KernelCall
 from mxnorm_pass.passes.dequantized import dequantized_dtype, dequantizing_readers
+from mxnorm_pass.passes.lower_mx_linears import lower_mx_linears
 from mxnorm_pass.passes.lower_operands import lower_operand_casts
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,9 @@ def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     drop_unread_casts(graph)
     unwrap_constants(graph)
     tracer = FunctionTracer(decompositions)
-    kernels = lower_operand_casts(graph, tracer)
+    # First: norms' kernels then find that their readers want widened rows.
+    lowered = lower_mx_linears(graph, tracer)
+    lowered += lower_operand_casts(graph, tracer)
     for overload, make_call in _kernel_calls():
         for node in graph.find_nodes(op="call_function", target=overload):
             reason = make_call(overload, values_of(node)).why_no_kernel()
@@ -44,8 +48,8 @@ def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
                 log.debug("%s is decomposed: %s", node.name, reason)
             else:
                 _insert_kernel(graph, node, tracer)
-                kernels += 1
-    return kernels + decompose(graph, decompositions)
+                lowered += 1
+    return lowered + decompose(graph, decompositions)
 
 
 def values_of(node: fx.Node) -> list[Any]:
@@ -112,7 +116,9 @@ def _value_positions(op: Any) -> tuple[int, int]:
 
 
 def _dequantized(node: fx.Node) -> list[fx.Node]:
-    """Those that alone read the op's values and scales, to undo its cast."""
+    """Those that alone read the op's values and scales, if it casts, to undo its cast."""
+    if len(node.target._schema.returns) == 1:  # type: ignore[union-attr]
+        return []
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     written, scale = (node.args[names.index(name)] for name in ("format", "tensor_scale"))
     return dequantizing_readers(node, _value_positions(node.target), block_format(written), scale)  # type: ignore[arg-type]

@@ -82,17 +82,14 @@ def forward(arg0_1, arg1_1, arg2_1):
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     # linear
-    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
     convert_element_type_default: "f32[32, 64]" = torch.ops.prims.convert_element_type.default(arg2_1, torch.float32)
     convert_element_type_default_1: "f32[64]" = torch.ops.prims.convert_element_type.default(arg1_1, torch.float32)
     mul_tensor: "f32[32, 64]" = torch.ops.aten.mul.Tensor(convert_element_type_default, convert_element_type_default_1)
     cast_default_2 = torch.ops.mxnorm_pass.cast.default(mul_tensor, 'mxfp8 e4m3fn rceil block 32')
     getitem_7: "f8e4m3fn[32, 64]" = getitem(cast_default_2, 0)
     getitem_8: "f8e8m0fnu[32, 2]" = getitem(cast_default_2, 1)
-    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_7, getitem_8, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
-    permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
-    mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default_2, permute_default)
-    return (mm,)
+    mx_linear_default: "bf16[4, 32]" = torch.ops.mxnorm_pass.mx_linear.default(getitem_4, getitem_5, getitem_7, getitem_8, None, 'mxfp8 e4m3fn rceil block 32', 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
+    return (mx_linear_default,)
 """,
         )
 
@@ -108,14 +105,11 @@ def forward(arg0_1, arg1_1, arg2_1):
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     # linear
-    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
     cast_default_1 = torch.ops.mxnorm_pass.cast.default(arg2_1, 'mxfp8 e4m3fn rceil block 32')
     getitem_2: "f8e4m3fn[32, 64]" = getitem(cast_default_1, 0)
     getitem_3: "f8e8m0fnu[32, 2]" = getitem(cast_default_1, 1)
-    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_2, getitem_3, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
-    permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
-    mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default_2, permute_default)
-    return (mm,)
+    mx_linear_default: "bf16[4, 32]" = torch.ops.mxnorm_pass.mx_linear.default(getitem_4, getitem_5, getitem_2, getitem_3, None, 'mxfp8 e4m3fn rceil block 32', 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
+    return (mx_linear_default,)
 """,
         )
 
@@ -131,14 +125,11 @@ def forward(arg0_1, arg1_1, arg2_1):
     getitem_4: "f8e4m3fn[4, 64]" = getitem(norm_cast_default, 0)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(norm_cast_default, 1)
     # linear
-    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
     cast_default_1 = torch.ops.mxnorm_pass.cast.default(arg2_1, 'mxfp8 e4m3fn rceil block 32')
     getitem_2: "f8e4m3fn[32, 64]" = getitem(cast_default_1, 0)
     getitem_3: "f8e8m0fnu[32, 2]" = getitem(cast_default_1, 1)
-    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_2, getitem_3, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
-    permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
-    mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default_2, permute_default)
-    return (mm,)
+    mx_linear_default: "bf16[4, 32]" = torch.ops.mxnorm_pass.mx_linear.default(getitem_4, getitem_5, getitem_2, getitem_3, None, 'mxfp8 e4m3fn rceil block 32', 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
+    return (mx_linear_default,)
 """,
         )
 
@@ -160,14 +151,11 @@ def forward(arg0_1, arg1_1, arg2_1):
     getitem_4: "f8e4m3fn[4, 64]" = getitem(add_norm_cast_default, 1)
     getitem_5: "f8e8m0fnu[4, 2]" = getitem(add_norm_cast_default, 2)
     # linear
-    dequantize_default_2: "bf16[4, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_4, getitem_5, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
     cast_default_1 = torch.ops.mxnorm_pass.cast.default(arg2_1, 'mxfp8 e4m3fn rceil block 32')
     getitem_2: "f8e4m3fn[32, 64]" = getitem(cast_default_1, 0)
     getitem_3: "f8e8m0fnu[32, 2]" = getitem(cast_default_1, 1)
-    dequantize_default_1: "bf16[32, 64]" = torch.ops.mxnorm_pass.dequantize.default(getitem_2, getitem_3, 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
-    permute_default: "bf16[64, 32]" = torch.ops.aten.permute.default(dequantize_default_1, [1, 0])
-    mm: "bf16[4, 32]" = torch.ops.aten.mm.default(dequantize_default_2, permute_default)
-    return (mm, add)
+    mx_linear_default: "bf16[4, 32]" = torch.ops.mxnorm_pass.mx_linear.default(getitem_4, getitem_5, getitem_2, getitem_3, None, 'mxfp8 e4m3fn rceil block 32', 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
+    return (mx_linear_default, add)
 """,
         )
 

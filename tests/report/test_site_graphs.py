@@ -55,9 +55,10 @@ def test_traffic_of_a_norm_and_its_linear_by_hand() -> None:
     norm = 2 * X + (X + ROW) + 2 * ROW + 2 * ROW + (2 * X + ROW) + (2 * X + GAIN)
     before = Traffic(norm + X + W + Y, X + GAIN + 2 * X + W + Y)
     assert site.before.traffic == graph.traffic_before == before
-    weight = (W + W_VALUES + W_SCALES) + (W_VALUES + W_SCALES + W)
-    rewritten = (X + GAIN + VALUES + SCALES + ROW) + (VALUES + SCALES + X) + weight
-    after = Traffic(rewritten + X + W + Y, (X + GAIN + X) + (W + W) + X + W + Y)
+    rewritten = X + GAIN + VALUES + SCALES
+    weight = W + W_VALUES + W_SCALES
+    linear = VALUES + SCALES + W_VALUES + W_SCALES + Y
+    after = Traffic(rewritten + ROW + weight + linear, rewritten + weight + linear)
     assert site.after.traffic == graph.traffic_after == after
 
 

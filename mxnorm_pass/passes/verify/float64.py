@@ -255,6 +255,24 @@ def _dequantize(
     return mx_dequantize(values, scales, format=format, tensor_scale=tensor_scale).double()
 
 
+def _mx_linear(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    x_format: str,
+    weight_format: str,
+    dtype: torch.dtype,
+    x_tensor_scale: Tensor | None = None,
+    weight_tensor_scale: Tensor | None = None,
+) -> Tensor:
+    rows = _dequantize(x, x_scales, x_format, dtype, x_tensor_scale)
+    matrix = _dequantize(weight, weight_scales, weight_format, dtype, weight_tensor_scale)
+    y = rows @ matrix.t()
+    return y if bias is None else y + bias
+
+
 def _operand_cast(x: Tensor, *drawn: Any) -> tuple[Tensor, None]:
     """Its transform cancels in the product, which is divided by the headroom of both operands."""
     *_, operand, _tensor_scale = drawn
@@ -267,6 +285,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.copy.default: lambda into, source, *_: source.expand_as(into),
     ops.inverse_rms: _inverse_rms,
     ops.dequantize: _dequantize,
+    ops.mx_linear: _mx_linear,
     ops.recipe_matmul: lambda left, right, *_: left @ right.t(),
     ops.operand_cast: _operand_cast,
     # What it scales is taken as it is.

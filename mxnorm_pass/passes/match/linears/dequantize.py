@@ -99,13 +99,13 @@ def _keeps_shape(node: fx.Node, inside: set[fx.Node]) -> bool:
 
 def _is_exact(product: fx.Node, cast: Cast) -> bool:
     sources = (cast.values, cast.scales)
-    program = Program.of(sources, _computation(product, sources), [product])
+    program = Program.of(sources, computation(product, sources), [product])
     if program is None or cast.tensor_scale is not None:
         return False
-    return _dequantizes(program, cast.format, dtype_of(cast.scales), dtype_of(product))
+    return dequantizes(program, cast.format, dtype_of(cast.scales), dtype_of(product))
 
 
-def _computation(result: fx.Node, sources: Sequence[fx.Node]) -> list[fx.Node]:
+def computation(result: fx.Node, sources: Sequence[fx.Node]) -> list[fx.Node]:
     """The nodes of tensors from ``sources`` (excluded) to ``result``, constants included."""
     found: set[fx.Node] = set()
     pending = [result]
@@ -118,7 +118,7 @@ def _computation(result: fx.Node, sources: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 @lru_cache(maxsize=256)
-def _dequantizes(
+def dequantizes(
     program: Program, fmt: BlockFormat, scale: torch.dtype, result: torch.dtype
 ) -> bool:
     """Does the program give the bits of ``functional.mx_dequantize`` on whatever it is given?"""

@@ -1,0 +1,234 @@
+"""What takes the place of linears on MX operands, on fake CUDA tensors of several chips."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from numerics import SPEC
+from sm100 import Emulated
+from torch import Tensor, fx
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from mxnorm_pass import ops
+from mxnorm_pass.kernels import coverage
+from mxnorm_pass.numerics.cast import quantize_alone
+from mxnorm_pass.numerics.formats import block_format
+from mxnorm_pass.passes import lower
+
+aten = torch.ops.aten
+BF16, F32 = torch.bfloat16, torch.float32
+WIDTH, COLUMNS = 256, 64
+
+
+@pytest.fixture
+def fakes() -> FakeTensorMode:
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage, "capability", lambda device: (9, 0))
+
+
+@pytest.fixture
+def blackwell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage, "capability", lambda device: (10, 0))
+
+
+class Operands:
+    """Fake values and scales of x and weight."""
+
+    def __init__(self, mode: FakeTensorMode, rows: Any, name: str = "mxfp8", **at: Any) -> None:
+        self.format = block_format(name)
+        device = at.pop("device", "cuda")
+        sizes = (rows if isinstance(rows, tuple) else (rows,), (at.pop("columns", COLUMNS),))
+        width = at.pop("width", WIDTH)
+        with mode:
+            self.tensors = [
+                torch.empty(shape, dtype=dtype, device=device)
+                for leading in sizes
+                for shape, dtype in (
+                    (self.format.values_shape((*leading, width)), self.format.elem_dtype),
+                    (self.format.scales_shape((*leading, width)), self.format.scale_dtype),
+                )
+            ]
+
+
+def lowered(function: Callable[..., Any], *args: Tensor) -> fx.Graph:
+    gm = make_fx(function)(*args)
+    before = _results(gm.graph)
+    lower.lower(gm.graph, {})
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    assert _results(gm.graph) == before
+    return gm.graph
+
+
+def _results(graph: fx.Graph) -> list[Any]:
+    results = graph.output_node().args[0]
+    nodes = results if isinstance(results, tuple) else [results]
+    values = [node.meta["val"] for node in nodes]
+    return [(v.dtype, str(v.device), str(v.shape), str(v.stride())) for v in values]
+
+
+def targets(graph: fx.Graph) -> list[Any]:
+    return [node.target for node in graph.nodes if node.op == "call_function"]
+
+
+def kernels(graph: fx.Graph) -> list[fx.Node]:
+    return graph.find_nodes(op="call_function", target=triton_kernel_wrapper_functional)
+
+
+def lowered_linear(operands: Operands, bias: Tensor | None = None, dtype: Any = BF16) -> fx.Graph:
+    name = operands.format.name
+
+    def linear(x: Tensor, xs: Tensor, w: Tensor, ws: Tensor, *bias: Tensor) -> Tensor:
+        return ops.mx_linear(x, xs, w, ws, *(bias or (None,)), name, name, dtype)
+
+    return lowered(linear, *operands.tensors, *([] if bias is None else [bias]))
+
+
+def assert_dense(graph: fx.Graph) -> None:
+    assert not kernels(graph) and "mxnorm_pass" not in str(graph)
+    assert aten.mm.default in targets(graph) or aten.addmm.default in targets(graph)
+
+
+# Chips that multiply no MX operands
+
+
+@pytest.mark.parametrize("rows", [1, 64, (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp8 e5m2", "mxfp4"])
+def test_few_rows_are_a_kernel(fakes: FakeTensorMode, rows: Any, name: str) -> None:
+    graph = lowered_linear(Operands(fakes, rows, name))
+    assert len(kernels(graph)) == 1 and aten.mm.default not in targets(graph)
+
+
+def test_a_bias_reaches_the_kernel(fakes: FakeTensorMode) -> None:
+    with fakes:
+        bias = torch.empty(COLUMNS, dtype=BF16, device="cuda")
+    (kernel,) = kernels(lowered_linear(Operands(fakes, 4), bias))
+    assert kernel.kwargs["kwargs"]["bias_ptr"].op == "placeholder"
+
+
+DENSE: dict[str, tuple[Callable[[FakeTensorMode], fx.Graph], str]] = {
+    "many rows": (lambda m: lowered_linear(Operands(m, 65)), "65 rows"),
+    "no rows": (lambda m: lowered_linear(Operands(m, 0)), "there are no rows"),
+    "dtype": (lambda m: lowered_linear(Operands(m, 4), dtype=F32), "torch.float32; the kernel"),
+    "format": (lambda m: lowered_linear(Operands(m, 4, "mxfp6")), "mxfp6 e2m3"),
+    "block": (lambda m: lowered_linear(Operands(m, 4, "mxfp8 e4m3fn rceil block 64")), "block 64"),
+    "width": (lambda m: lowered_linear(Operands(m, 4, width=96)), "rows of 96 elements"),
+    "device": (lambda m: lowered_linear(Operands(m, 4, device="cpu")), "on cpu"),
+    "nvfp4": (lambda m: lowered_linear(Operands(m, 4, "nvfp4")), "nvfp4 e2m1"),
+}
+
+
+@pytest.mark.parametrize("case", DENSE.values(), ids=DENSE)
+def test_everything_else_is_widened_with_a_reason(
+    fakes: FakeTensorMode, case: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, reason = case
+    with caplog.at_level(logging.DEBUG, logger="mxnorm_pass.passes.lower"):
+        assert_dense(make(fakes))
+    assert any(reason in record.getMessage() for record in caplog.records), caplog.text
+
+
+def test_the_norms_kernel_writes_what_linears_read(fakes: FakeTensorMode) -> None:
+    weights = [t for seed in range(2) for t in Operands(fakes, 4).tensors[2:]]
+    name = SPEC.format.name
+
+    def block(x: Tensor, *weights: Tensor) -> Any:
+        values, scales, _ = ops.norm_cast(x, None, None, None, *SPEC.arguments())
+        pairs = zip(weights[::2], weights[1::2], strict=True)
+        return tuple(ops.mx_linear(values, scales, *w, None, name, name, BF16) for w in pairs)
+
+    with fakes:
+        x = torch.empty(4, WIDTH, dtype=BF16, device="cuda")
+    graph = lowered(block, x, *weights)
+    norm, *linears = kernels(graph)
+    assert len(linears) == 2 and ops.dequantize not in targets(graph)
+    assert "dequantized_ptr" in norm.kwargs["kwargs"]
+    assert "values_ptr" not in norm.kwargs["kwargs"]
+
+
+@pytest.mark.parametrize("width", [WIDTH, 96])
+def test_symbolic_rows_choose_at_each_call(fakes: FakeTensorMode, width: int) -> None:
+    rows = tuple(fakes.from_tensor(torch.empty(6, 10)).shape)
+    guards = len(fakes.shape_env.guards)
+    graph = lowered_linear(Operands(fakes, rows, width=width))
+    if width == 96:
+        assert_dense(graph)
+    else:
+        assert targets(graph).count(ops.mx_weight_linear) == 1
+        assert ops.dequantize not in targets(graph)
+    assert len(fakes.shape_env.guards) == guards
+
+
+# Chips that do
+
+
+@pytest.mark.usefixtures("blackwell")
+@pytest.mark.parametrize("rows", [1, 300, (2, 3)], ids=str)
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+def test_a_native_matmul(fakes: FakeTensorMode, rows: Any, name: str) -> None:
+    graph = lowered_linear(Operands(fakes, rows, name))
+    assert targets(graph).count(aten._scaled_mm.default) == 1
+    assert "mxnorm_pass" not in str(graph)
+
+
+@pytest.mark.usefixtures("blackwell")
+def test_what_the_native_matmul_does_not_do(fakes: FakeTensorMode) -> None:
+    rows = tuple(fakes.from_tensor(torch.empty(6)).shape)
+    for operands in (
+        Operands(fakes, 4, "mxfp8 e5m2"),
+        Operands(fakes, 4, "mxfp4"),
+        Operands(fakes, 4, columns=24),
+        Operands(fakes, 0),
+        Operands(fakes, rows),
+    ):
+        assert_dense(lowered_linear(operands))
+    assert_dense(lowered_linear(Operands(fakes, 4), dtype=F32))
+
+
+@pytest.mark.usefixtures("blackwell")
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+def test_numbers_of_the_native_matmul(fakes: FakeTensorMode, name: str, has_bias: bool) -> None:
+    """The graph on emulated matmuls of the CPU."""
+    fmt, generator = block_format(name), torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, WIDTH, generator=generator).to(BF16) for n in (6, COLUMNS))
+    a, b = quantize_alone(x, fmt), quantize_alone(weight, fmt)
+    bias = torch.randn(COLUMNS, generator=generator).to(BF16)
+    scales = [t for t in (a.tensor_scale, b.tensor_scale) if t is not None]
+    # Emulated matmuls of MXFP8 add no bias.
+    extra = [bias] if has_bias and scales else []
+    given = [a.values, a.scales, b.values, b.scales, *scales, *extra]
+
+    def linear(*tensors: Tensor) -> Tensor:
+        both = tensors[4 : 4 + len(scales)]
+        added = tensors[4 + len(scales) :] or (None,)
+        return ops.mx_linear(*tensors[:4], *added, fmt.name, fmt.name, BF16, *both)
+
+    with fakes:
+        on_cuda = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in given]
+    graph = lowered(linear, *on_cuda)
+    owner = graph.owning_module
+    got = Emulated(owner).run(*given)
+    wide = a.dequantize(F32) @ b.dequantize(F32).t() + (bias if extra else 0)
+    # A product and a scaled one are rounded to bfloat16.
+    torch.testing.assert_close(got.to(F32), wide, rtol=2**-6, atol=2**-6 * float(wide.abs().max()))
+    assert got.isfinite().all()
+
+
+# At run time
+
+
+def test_the_op_computes_the_reference_on_every_device() -> None:
+    """So that inner="aot_eager" has the bits of functional."""
+    assert ops.OPS[ops.mx_linear].call is None
