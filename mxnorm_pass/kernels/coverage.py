@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mxnorm_pass.kernels.operand_read import OperandRead
-from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE, NEAREST, SCALE_MODES, BlockFormat
+from mxnorm_pass.numerics.cast import Quantized
+from mxnorm_pass.numerics.formats import MX_BLOCK_SIZE, NEAREST, SCALE_MODES
 from mxnorm_pass.numerics.matmul import Operand
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
 
@@ -23,9 +24,14 @@ _BLOCK_SIZES = (16, 32, 64, 128)
 _MIN_CAPABILITY = (8, 9)
 # From here on matmuls read values and scales themselves.
 MATMUL_CAPABILITY = (10, 0)
+# The only one whose products of float8 are made in float16, and summed in float32.
+MX_LINEAR_CAPABILITY = (9, 0)
+# Beyond, a matmul in high precision of what is widened first is faster.
 MAX_LINEAR_ROWS = 64
-_LINEAR_ELEMENTS = ("e4m3fn", "e5m2", "e2m1")
-_LINEAR_WIDTH = 128
+# In which the kernel reads scales; so many bytes each.
+MX_LINEAR_WORDS = torch.int32
+_LINEAR_DTYPES = (torch.bfloat16, torch.float32)
+_LINEAR_WIDTH = MX_BLOCK_SIZE * MX_LINEAR_WORDS.itemsize
 
 
 def uncovered(x: Tensor, spec: NormCastSpec, *others: Tensor | None) -> str | None:
@@ -110,36 +116,44 @@ def uncovered_operand(x: Tensor, operand: Operand, *others: Tensor | None) -> st
 
 
 def uncovered_mx_linear(
-    x_rows: int,
-    x_dtype: torch.dtype,
-    weight: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    fmt: BlockFormat,
+    x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torch.dtype, rows: int
 ) -> str | None:
-    """The same for the kernel that multiplies few rows by a weight in a block format.
+    """The same for the kernel that multiplies few rows by a weight.
 
     Args:
-        weight: [N, K], or [N, K / 2] where two elements share a byte.
-        scales: [N, K / 32].
+        rows: of x.
+        dtype: of the result.
     """
-    reason = _uncovered_device(weight, scales, bias)
+    others = (x.scales, weight.values, weight.scales, bias)
+    reason = _uncovered_device(x.values, *others)
     if reason is not None:
         return reason
-    if capability(weight.device) >= MATMUL_CAPABILITY:
-        return f"compute capability {capability(weight.device)} multiplies MX operands by itself"
-    if x_dtype != torch.bfloat16:
-        return f"{x_dtype}; the kernel multiplies in bfloat16"
-    known = fmt.has_e8m0_scales and fmt.element.name in _LINEAR_ELEMENTS
-    if not known or fmt.block_size != MX_BLOCK_SIZE:
-        return f"{fmt.name}; the kernel knows MXFP8 and MXFP4 in blocks of {MX_BLOCK_SIZE}"
-    if not weight.is_contiguous() or not scales.is_contiguous():
-        return "the weight is not contiguous"
-    width = fmt.shape_of(weight.shape)[-1]
-    if width % _LINEAR_WIDTH:
-        return f"rows of {width} elements, which {_LINEAR_WIDTH} does not divide"
-    if x_rows > MAX_LINEAR_ROWS:
-        return f"{x_rows} rows; from {MAX_LINEAR_ROWS + 1} on a widened weight is faster"
+    if capability(x.values.device) != MX_LINEAR_CAPABILITY:
+        return f"compute capability {capability(x.values.device)}; it is for {MX_LINEAR_CAPABILITY}"
+    if dtype not in _LINEAR_DTYPES:
+        return f"{dtype} is none of {', '.join(map(str, _LINEAR_DTYPES))}"
+    for operand in (x, weight):
+        reason = _uncovered_operand(operand)
+        if reason is not None:
+            return reason
+    if rows == 0:
+        return "there are no rows"
+    if rows > MAX_LINEAR_ROWS:
+        return f"{rows} rows; the kernel is for up to {MAX_LINEAR_ROWS}"
+    return None
+
+
+def _uncovered_operand(operand: Quantized) -> str | None:
+    fmt, values, scales = operand.format, operand.values, operand.scales
+    is_mxfp8 = fmt.elem_dtype is torch.float8_e4m3fn and fmt.has_e8m0_scales
+    if not is_mxfp8 or fmt.block_size != MX_BLOCK_SIZE:
+        return f"{fmt.name}; the kernel knows MXFP8 e4m3 in blocks of {MX_BLOCK_SIZE}"
+    if not values.is_contiguous() or not scales.is_contiguous():
+        return "values or scales are not contiguous"
+    if scales.storage_offset() % MX_LINEAR_WORDS.itemsize:
+        return "the scales do not start at a word"
+    if values.shape[-1] % _LINEAR_WIDTH:
+        return f"rows of {values.shape[-1]} elements, which {_LINEAR_WIDTH} does not divide"
     return None
 
 

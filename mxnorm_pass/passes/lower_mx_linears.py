@@ -1,30 +1,30 @@
-"""Open linears on MX operands into what multiplies: a native matmul, or a widened activation.
+"""Open linears on MX operands into what multiplies: a native matmul, a kernel, or a matmul of
+what is widened first.
 
 Chips from sm_100 on multiply values and scales by themselves, with the call that torchao's
-inference linears make there (``lower_scaled_mm``). Elsewhere the activation is dequantised once
-for all linears that read it, which the norm's kernel does as it writes it, and the weight is
-multiplied as it is::
+inference linears make there (``lower_scaled_mm``). On Hopper a kernel multiplies few rows by the
+weight as it is; where the number of rows is symbolic, ``few_rows_mx_linear`` stays in the graph and
+chooses at each call. Elsewhere both are dequantised, the activation once for all that read it,
+which the norm's kernel does as it writes it::
 
-    x values, scales -> mx_linear -> y        x values, scales -> dequantize -> mx_weight_linear
-                     -> mx_linear -> z   =>                                  -> mx_weight_linear
-
-``lower`` then puts a kernel in the place of ``mx_weight_linear`` where one covers it: on chips
-below sm_100, for few rows. Where none does, or rows are many, the weight is dequantised into the
-graph and multiplied there; where the number of rows is symbolic, the op stays and chooses at each
-call.
+    x values, scales -> mx_linear -> y        x values, scales -> dequantize -> mm -> y
+                     -> mx_linear -> z   =>                                  -> mm -> z
+                                              weight values, scales -> dequantize -> mm
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import call
+from mxnorm_pass.graph.nodes import tensor_of
 from mxnorm_pass.graph.trace import FunctionTracer
-from mxnorm_pass.ops.mx_linear import MXLinearCall
+from mxnorm_pass.ops.mx_linear import MXLinearCall, multiply
 from mxnorm_pass.passes.lower_scaled_mm import ScaledMM, scaled_mm
 
 log = logging.getLogger(__name__)
@@ -32,35 +32,54 @@ log = logging.getLogger(__name__)
 
 def lower_mx_linears(graph: fx.Graph, tracer: FunctionTracer) -> int:
     """Replace every ``mx_linear``; returns how many native matmuls there are then."""
-    widened: dict[tuple[Any, ...], fx.Node] = {}
+    widening = _Widening(graph, tracer)
     native = 0
     for node in graph.find_nodes(op="call_function", target=ops.mx_linear):
-        linear = MXLinearCall.of(node.args)
-        with graph.inserting_before(node):
-            decision = scaled_mm(linear)
-            if isinstance(decision, ScaledMM):
+        linear = MXLinearCall.of(node.target, node.args)
+        decision = scaled_mm(linear)
+        if isinstance(decision, ScaledMM):
+            with graph.inserting_before(node):
                 y = decision.write(graph, node, tracer)
-                native += 1
-            else:
-                log.debug("%s is widened: %s", node.name, decision)
-                y = _on_widened(graph, node, linear, widened)
+            native += 1
+        elif _with_tensors(linear).may_run_kernel():
+            node.target = ops.few_rows_mx_linear
+            continue
+        else:
+            why = _with_tensors(linear).why_no_kernel()
+            log.debug("%s is widened: %s; %s", node.name, decision, why)
+            y = widening.write(node, linear)
         node.replace_all_uses_with(y)
         graph.erase_node(node)
     return native
 
 
-def _on_widened(
-    graph: fx.Graph,
-    node: fx.Node,
-    linear: MXLinearCall,
-    widened: dict[tuple[Any, ...], fx.Node],
-) -> fx.Node:
-    """At the insertion point; what several linears read is widened once, before the first."""
-    operand = (linear.x, linear.x_scales, linear.x_format.name, linear.dtype)
-    of_x = () if linear.x_tensor_scale is None else (linear.x_tensor_scale,)
-    key = (*operand, *of_x)
-    if key not in widened:
-        widened[key] = call(graph, node, ops.dequantize, *key)
-    own = (linear.weight, linear.weight_scales, linear.bias, linear.weight_format.name)
-    of_weight = () if linear.weight_tensor_scale is None else (linear.weight_tensor_scale,)
-    return call(graph, node, ops.mx_weight_linear, widened[key], *own, *of_weight)
+def _with_tensors(linear: MXLinearCall) -> MXLinearCall:
+    """The call of the nodes' fake tensors."""
+    nodes = {k: v for k, v in vars(linear).items() if isinstance(v, fx.Node)}
+    tensors: dict[str, Any] = {name: tensor_of(node) for name, node in nodes.items()}
+    return replace(linear, **tensors)
+
+
+class _Widening:
+    """Linears by their reference, what several read being widened once, before the first."""
+
+    def __init__(self, graph: fx.Graph, tracer: FunctionTracer) -> None:
+        self._graph = graph
+        self._tracer = tracer
+        self._widened: dict[tuple[Any, ...], fx.Node] = {}
+
+    def write(self, before: fx.Node, linear: MXLinearCall) -> fx.Node:
+        """The node of the result."""
+        of, dtype = linear, linear.dtype
+        x = (of.x, of.x_scales, of.x_format.name, dtype, of.x_tensor_scale)
+        weight = (of.weight, of.weight_scales, of.weight_format.name, dtype, of.weight_tensor_scale)
+        operands = (self._dequantized(before, x), self._dequantized(before, weight), of.bias)
+        y: fx.Node = self._tracer.graft(self._graph, before, multiply, operands)
+        return y
+
+    def _dequantized(self, before: fx.Node, args: tuple[Any, ...]) -> fx.Node:
+        args = args if args[-1] is not None else args[:-1]
+        if args not in self._widened:
+            with self._graph.inserting_before(before):
+                self._widened[args] = call(self._graph, before, ops.dequantize, *args)
+        return self._widened[args]

@@ -26,13 +26,15 @@ def quantized(*shape: int, name: str = "mxfp8", seed: int = 0) -> Quantized:
 
 
 def call(
-    x: Quantized, weight: Quantized, bias: Tensor | None = None, dtype: torch.dtype = BF16
+    x: Quantized,
+    weight: Quantized,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = BF16,
+    op: Any = ops.mx_linear,
 ) -> Tensor:
     scales = (x.tensor_scale, weight.tensor_scale)
     names = (x.format.name, weight.format.name)
-    y: Tensor = ops.mx_linear(
-        x.values, x.scales, weight.values, weight.scales, bias, *names, dtype, *scales
-    )
+    y: Tensor = op(x.values, x.scales, weight.values, weight.scales, bias, *names, dtype, *scales)
     return y
 
 
@@ -64,10 +66,7 @@ def test_it_is_that_of_functional(
         quantized += (operands[0].tensor_scale,)
     want = functional.mx_linear(x, weight, bias, quantized=quantized, format=name)
     assert_bits_equal(got, want)
-    widened = operands[0].dequantize(dtype)
-    other, scale = operands[1], operands[1].tensor_scale
-    args = (widened, other.values, other.scales, bias, fmt.name, scale)
-    assert_bits_equal(ops.mx_weight_linear(*args), got)
+    assert_bits_equal(call(*operands, bias, dtype, op=ops.few_rows_mx_linear), got)
 
 
 def _empty(x: Tensor, fmt: Any) -> Quantized:
@@ -153,9 +152,8 @@ def test_fake_tensors_schema_and_strides(name: str) -> None:
     scales = (x.tensor_scale, weight.tensor_scale)
     operands = (x.values, x.scales, weight.values, weight.scales, None)
     args = (*operands, x.format.name, weight.format.name, BF16, *scales)
-    torch.library.opcheck(ops.mx_linear, args, test_utils=utilities)
-    widened = (x.dequantize(BF16), *operands[2:], weight.format.name, weight.tensor_scale)
-    torch.library.opcheck(ops.mx_weight_linear, widened, test_utils=utilities)
+    for op in (ops.mx_linear, ops.few_rows_mx_linear):
+        torch.library.opcheck(op, args, test_utils=utilities)
     with FakeTensorMode(allow_non_fake_inputs=True):
         y = call(x, weight)
     assert (y.shape, y.dtype) == ((2, 4, 8), BF16)

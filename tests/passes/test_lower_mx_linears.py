@@ -104,9 +104,9 @@ def assert_dense(graph: fx.Graph) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 64, (2, 3, 4)], ids=str)
-@pytest.mark.parametrize("name", ["mxfp8", "mxfp8 e5m2", "mxfp4"])
-def test_few_rows_are_a_kernel(fakes: FakeTensorMode, rows: Any, name: str) -> None:
-    graph = lowered_linear(Operands(fakes, rows, name))
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_few_rows_are_a_kernel(fakes: FakeTensorMode, rows: Any, dtype: torch.dtype) -> None:
+    graph = lowered_linear(Operands(fakes, rows), dtype=dtype)
     assert len(kernels(graph)) == 1 and aten.mm.default not in targets(graph)
 
 
@@ -117,15 +117,24 @@ def test_a_bias_reaches_the_kernel(fakes: FakeTensorMode) -> None:
     assert kernel.kwargs["kwargs"]["bias_ptr"].op == "placeholder"
 
 
+def _on_ada(mode: FakeTensorMode) -> fx.Graph:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(coverage, "capability", lambda device: (8, 9))
+        return lowered_linear(Operands(mode, 4))
+
+
 DENSE: dict[str, tuple[Callable[[FakeTensorMode], fx.Graph], str]] = {
     "many rows": (lambda m: lowered_linear(Operands(m, 65)), "65 rows"),
     "no rows": (lambda m: lowered_linear(Operands(m, 0)), "there are no rows"),
-    "dtype": (lambda m: lowered_linear(Operands(m, 4), dtype=F32), "torch.float32; the kernel"),
+    "dtype": (lambda m: lowered_linear(Operands(m, 4), dtype=torch.float16), "torch.float16 is"),
+    "elements": (lambda m: lowered_linear(Operands(m, 4, "mxfp8 e5m2")), "e5m2"),
+    "4 bits": (lambda m: lowered_linear(Operands(m, 4, "mxfp4")), "mxfp4 e2m1"),
     "format": (lambda m: lowered_linear(Operands(m, 4, "mxfp6")), "mxfp6 e2m3"),
     "block": (lambda m: lowered_linear(Operands(m, 4, "mxfp8 e4m3fn rceil block 64")), "block 64"),
     "width": (lambda m: lowered_linear(Operands(m, 4, width=96)), "rows of 96 elements"),
     "device": (lambda m: lowered_linear(Operands(m, 4, device="cpu")), "on cpu"),
     "nvfp4": (lambda m: lowered_linear(Operands(m, 4, "nvfp4")), "nvfp4 e2m1"),
+    "chip": (lambda m: _on_ada(m), "compute capability (8, 9)"),
 }
 
 
@@ -134,13 +143,14 @@ def test_everything_else_is_widened_with_a_reason(
     fakes: FakeTensorMode, case: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     make, reason = case
-    with caplog.at_level(logging.DEBUG, logger="mxnorm_pass.passes.lower"):
+    with caplog.at_level(logging.DEBUG, logger="mxnorm_pass.passes.lower_mx_linears"):
         assert_dense(make(fakes))
     assert any(reason in record.getMessage() for record in caplog.records), caplog.text
 
 
-def test_the_norms_kernel_writes_what_linears_read(fakes: FakeTensorMode) -> None:
-    weights = [t for seed in range(2) for t in Operands(fakes, 4).tensors[2:]]
+@pytest.mark.parametrize("rows", [4, 65])
+def test_the_norms_kernel_writes_what_linears_read(fakes: FakeTensorMode, rows: int) -> None:
+    weights = [t for seed in range(2) for t in Operands(fakes, rows).tensors[2:]]
     name = SPEC.format.name
 
     def block(x: Tensor, *weights: Tensor) -> Any:
@@ -149,12 +159,12 @@ def test_the_norms_kernel_writes_what_linears_read(fakes: FakeTensorMode) -> Non
         return tuple(ops.mx_linear(values, scales, *w, None, name, name, BF16) for w in pairs)
 
     with fakes:
-        x = torch.empty(4, WIDTH, dtype=BF16, device="cuda")
+        x = torch.empty(rows, WIDTH, dtype=BF16, device="cuda")
     graph = lowered(block, x, *weights)
     norm, *linears = kernels(graph)
-    assert len(linears) == 2 and ops.dequantize not in targets(graph)
-    assert "dequantized_ptr" in norm.kwargs["kwargs"]
-    assert "values_ptr" not in norm.kwargs["kwargs"]
+    assert len(linears) == (2 if rows == 4 else 0) and ops.dequantize not in targets(graph)
+    wrote = {"values_ptr", "dequantized_ptr"} & set(norm.kwargs["kwargs"])
+    assert wrote == {"values_ptr" if rows == 4 else "dequantized_ptr"}
 
 
 @pytest.mark.parametrize("width", [WIDTH, 96])
@@ -165,7 +175,7 @@ def test_symbolic_rows_choose_at_each_call(fakes: FakeTensorMode, width: int) ->
     if width == 96:
         assert_dense(graph)
     else:
-        assert targets(graph).count(ops.mx_weight_linear) == 1
+        assert targets(graph).count(ops.few_rows_mx_linear) == 1
         assert ops.dequantize not in targets(graph)
     assert len(fakes.shape_env.guards) == guards
 
