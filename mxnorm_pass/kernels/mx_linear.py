@@ -93,7 +93,9 @@ def configuration(rows: int, columns: int, width: int) -> LinearTiling:
     """For any shape that is covered."""
     tile_rows = min(32, max(8, triton.next_power_of_2(rows)))
     tile_columns = 16 if tile_rows == 8 else 32
-    blocks = next(b for b in (16, 8, 4) if width % (b * MX_BLOCK_SIZE) == 0)
+    # As many as registers hold sums for.
+    most = 8 if tile_rows == 32 else 16
+    blocks = next(b for b in (16, 8, 4) if b <= most and width % (b * MX_BLOCK_SIZE) == 0)
     return LinearTiling(tile_rows, tile_columns, blocks, warps=4, stages=3)
 
 
