@@ -19,6 +19,7 @@ from mxnorm_pass.checkpoints.convert.plan import Plan
 from mxnorm_pass.checkpoints.convert.saving import check_quantizer, describe_for_transformers
 from mxnorm_pass.checkpoints.progress import progress_bar
 from mxnorm_pass.errors import ConversionError, MXNormWarning
+from mxnorm_pass.names import clean_module_path
 from mxnorm_pass.options.channel_order import check_channels
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.options.parse import parse
@@ -130,12 +131,18 @@ def _check_model(model: Any) -> nn.Module:
 
 def _check_formats(plan: Plan) -> None:
     for name, planned in plan.linears.items():
-        device = planned.module.weight.device
-        if planned.format.family == "nvfp4" and not multiplies_natively(device):
+        fmt, device = planned.format, planned.module.weight.device
+        if fmt.family == "nvfp4" and not multiplies_natively(device):
             raise ValueError(
                 f"{name!r} is to be converted to NVFP4 on {str(device)!r}, and torchao multiplies "
                 "that on GPUs of compute capability 10.0 or newer alone: move the model to one "
                 "first, or give format='mxfp4' or 'mxfp8', which it emulates elsewhere"
+            )
+        if fmt.element.name == "e5m2" and fmt.scale_mode != "rceil":
+            raise ValueError(
+                f"{name!r} is to be converted to {fmt.name!r}, and in a compile torchao's cast of "
+                "activations to that is none: its elements overflow. Give scale_mode='rceil', or "
+                "elem_dtype=torch.float8_e4m3fn"
             )
 
 
@@ -146,11 +153,13 @@ def _check_calibration(model: nn.Module, config: MXNormConfig) -> None:
 
 
 def _warn_unmatched(model: nn.Module, config: MXNormConfig) -> None:
-    for unmatched in config.unmatched_patterns(name for name, _ in model.named_modules() if name):
+    # Norms and linears, which have no modules inside.
+    leaves = [clean_module_path(n) for n, module in model.named_modules() if not module._modules]
+    for unmatched in config.unmatched_patterns(leaves):
         nearest = ", ".join(unmatched.nearest) or "none"
         warnings.warn(
-            f"mxnorm: the pattern {unmatched.pattern!r} in `modules` matches no module of the "
-            f"model; nearest names: {nearest}",
+            f"mxnorm: the pattern {unmatched.pattern!r} in `modules` matches no norm and no "
+            f"linear of the model; nearest names: {nearest}",
             MXNormWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""convert: the bits of the weights, the memory they take, and what eager calls and compiles give."""
+"""convert: the bits of the weights, the memory they take, what eager calls and compiles give."""
 
 from __future__ import annotations
 
@@ -28,18 +28,26 @@ from mxnorm_pass.checkpoints.convert import convert as convert_module
 from mxnorm_pass.options.config import MXNormConfig
 
 BF16 = torch.bfloat16
-FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
+E5M2 = torch.float8_e5m2
+# Options, and what torchao calls the elements.
+CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "mxfp8": ({}, torch.float8_e4m3fn),
-    "mxfp8 e5m2": ({"elem_dtype": torch.float8_e5m2}, torch.float8_e5m2),
+    "mxfp8 floor": ({"scale_mode": "floor"}, torch.float8_e4m3fn),
+    "mxfp8 ceil": ({"scale_mode": "ceil"}, torch.float8_e4m3fn),
+    "mxfp8 even": ({"scale_mode": "even"}, torch.float8_e4m3fn),
+    "mxfp8 e5m2": ({"elem_dtype": E5M2}, E5M2),
     "mxfp6": ({"format": "mxfp6"}, constants.DTYPE_FP6_E2M3),
     "mxfp6 e3m2": ({"format": "mxfp6 e3m2"}, constants.DTYPE_FP6_E3M2),
     "mxfp4": ({"format": "mxfp4"}, torch.float4_e2m1fn_x2),
+    "mxfp4 even": ({"format": "mxfp4", "scale_mode": "even"}, torch.float4_e2m1fn_x2),
 }
-MODES = ["rceil", "floor", "ceil", "even"]
 
 
 def llama(**overrides: Any) -> nn.Module:
     return build_llama(BF16, **overrides).eval()
+
+
+DOWN = "model.layers.0.mlp.down_proj"  # which a later rule turns on again
 
 
 def is_layers(module: nn.Module, name: str) -> bool:
@@ -70,17 +78,16 @@ def compiled_logits(model: nn.Module, **options: Any) -> tuple[Tensor, mxnorm_pa
     return logits, report
 
 
-@some(["mxfp8-rceil", "mxfp4-floor", "mxfp6-even"], fmt=FORMATS, mode=MODES)
-def test_weights_are_those_of_torchao_and_of_functional(fmt: Any, mode: str) -> None:
-    given, elements = fmt
-    options = {**given, "scale_mode": mode}
+@some(["mxfp8", "mxfp8 floor", "mxfp6", "mxfp4 even"], case=CASES)
+def test_weights_are_those_of_torchao_and_of_functional(case: Any) -> None:
+    options, elements = case
     model, original = llama(layers=1), llama(layers=1)
     mxnorm_pass.convert(model, options)
     config = MXDynamicActivationMXWeightConfig(
         activation_dtype=elements,
         weight_dtype=elements,
         kernel_preference=KernelPreference.EMULATED,
-        scaling_mode=ScaleCalculationMode(mode),
+        scaling_mode=ScaleCalculationMode(options.get("scale_mode", "rceil")),
     )
     torchao = copy.deepcopy(original)
     quantize_(torchao, config, filter_fn=is_layers)
@@ -106,10 +113,10 @@ def test_eager_calls_are_those_of_torchao_and_functional() -> None:
     assert torch.equal(got, plain)
 
 
-@some(["mxfp8-rceil", "mxfp4-even"], fmt=FORMATS, mode=MODES)
+@some(["mxfp8", "mxfp4 even"], case=CASES)
 @torch.no_grad()
-def test_a_compile_gives_what_it_gives_without_conversion(fmt: Any, mode: str) -> None:
-    options = {**fmt[0], "scale_mode": mode, "quantize": "all"}
+def test_a_compile_gives_what_it_gives_without_conversion(case: Any) -> None:
+    options = {**case[0], "quantize": "all"}
     model, original = llama(), llama()
     mxnorm_pass.convert(model, options)
     got, report = compiled_logits(model, **options)
@@ -170,10 +177,8 @@ def test_modules_decide_as_in_a_compile() -> None:
     }
     model, original = llama(), llama()
     conversion = mxnorm_pass.convert(model, options)
-    assert conversion.left == {
-        name: "`modules` turns it off" for name in layers_linears(original) if ".0.mlp" not in name
-        and "layers.0" in name or "layers.0.mlp.gate" in name or "layers.0.mlp.up" in name
-    }  # fmt: skip
+    first = {name for name in layers_linears(original) if ".layers.0." in name}
+    assert conversion.left == dict.fromkeys(first - {DOWN}, "`modules` turns it off")
     assert "lm_head" in conversion.converted
     down = model.get_submodule("model.layers.1.mlp.down_proj").weight
     assert down.elem_dtype == torch.float4_e2m1fn_x2
@@ -207,12 +212,7 @@ def test_a_model_that_is_converted_in_part() -> None:
 def test_the_linears_of_a_recipe() -> None:
     """In the format of its forward, but for the layers that it leaves in high precision."""
     model = llama(layers=3)
-    recipe = {
-        "forward": "mxfp4",
-        "dgrad": "high-precision",
-        "wgrad": "high-precision",
-        "high_precision_last": 1,
-    }
+    recipe = {"forward": "mxfp4", "high_precision_last": 1 / 3}
     conversion = mxnorm_pass.convert(model, {"recipe": recipe})
     assert {name.split(".")[2] for name in conversion.converted} == {"0", "1"}
     why = "it is in the last of the 3 layers of model.layers, which its recipe leaves in high"
@@ -250,7 +250,7 @@ def test_nvfp4(on_sm100: None) -> None:
 @pytest.mark.parametrize("fmt", ["mxfp8", "mxfp8 e5m2", "mxfp4"])
 def test_native_matmuls_where_torchao_has_them(fmt: str, on_sm100: None) -> None:
     model = llama(layers=1)
-    name = mxnorm_pass.convert(model, FORMATS[fmt][0]).converted[0]
+    name = mxnorm_pass.convert(model, CASES[fmt][0]).converted[0]
     preference = model.get_submodule(name).weight.kernel_preference
     expected = KernelPreference.EMULATED if "e5m2" in fmt else KernelPreference.AUTO
     assert preference == expected
@@ -259,7 +259,7 @@ def test_native_matmuls_where_torchao_has_them(fmt: str, on_sm100: None) -> None
 def test_it_prints_equal_layers_in_one_line() -> None:
     model = llama(layers=4)
     text = str(mxnorm_pass.convert(model, {"modules": {"*.3.mlp.up_proj": False}})).splitlines()
-    assert text[0].startswith("mxnorm: 27 of 29 linears converted, 0.4 MB -> 0.")
+    assert text[0].startswith("mxnorm: 27 of 29 linears converted, 0.3 MB -> 0.2 MB")
     assert "  converted  model.layers.{0..3}.self_attn.q_proj" in text
     assert "  converted  model.layers.{0..2}.mlp.up_proj" in text
     assert "  left       model.layers.3.mlp.up_proj: `modules` turns it off" in text
