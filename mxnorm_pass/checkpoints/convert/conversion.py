@@ -12,6 +12,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mxnorm_pass.report.numbers import number_set
 
+# A linear that is the whole model has no name.
+_ROOT = "the model itself"
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -32,12 +35,12 @@ class Conversion:
         sizes = f"{_megabytes(self.bytes_before)} -> {_megabytes(self.bytes_after)}"
         total = len(self.converted) + len(self.left)
         lines = [f"mxnorm: {len(self.converted)} of {total} linears converted, {sizes}"]
-        lines += [f"  converted  {name}" for name in _folded(self.converted)]
+        lines += [f"  converted  {name or _ROOT}" for name in _folded(self.converted)]
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.left.items():
             by_reason.setdefault(reason, []).append(name)
         for reason, names in by_reason.items():
-            lines += [f"  left       {name}: {reason}" for name in _folded(names)]
+            lines += [f"  left       {name or _ROOT}: {reason}" for name in _folded(names)]
         return "\n".join(lines)
 
 
@@ -58,7 +61,18 @@ def _megabytes(size: int) -> str:
 
 
 def _folded(names: Iterable[str]) -> Iterator[str]:
-    """Names that differ in numbers alone as one, ``layers.{0..31}.q_proj``, if none is missing."""
+    """Names that differ in their last part alone as one: ``layers.{0..31}.mlp.{gate, up}``."""
+    groups: dict[str, list[str]] = {}
+    for name in _without_numbers(names):
+        parent, _, child = name.rpartition(".")
+        groups.setdefault(parent, []).append(child)
+    for parent, children in groups.items():
+        last = children[0] if len(children) == 1 else f"{{{', '.join(children)}}}"
+        yield f"{parent}.{last}" if parent else last
+
+
+def _without_numbers(names: Iterable[str]) -> Iterator[str]:
+    """Names that differ in numbers alone as one, where all combinations are there."""
     groups: dict[str, list[list[str]]] = {}
     for name in names:
         parts = name.split(".")

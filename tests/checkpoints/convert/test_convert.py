@@ -23,7 +23,7 @@ from torchao.quantization import quantize_
 from torchao.quantization.quantize_.common import KernelPreference
 
 import mxnorm_pass
-from mxnorm_pass import functional
+from mxnorm_pass import Conversion, functional
 from mxnorm_pass.checkpoints.convert import convert as convert_module
 from mxnorm_pass.options.config import MXNormConfig
 
@@ -258,10 +258,21 @@ def test_native_matmuls_where_torchao_has_them(fmt: str, on_sm100: None) -> None
 
 def test_it_prints_equal_layers_in_one_line() -> None:
     model = llama(layers=4)
-    text = str(mxnorm_pass.convert(model, {"modules": {"*.3.mlp.up_proj": False}})).splitlines()
-    assert text[0].startswith("mxnorm: 27 of 29 linears converted, 0.3 MB -> 0.2 MB")
-    assert "  converted  model.layers.{0..3}.self_attn.q_proj" in text
-    assert "  converted  model.layers.{0..2}.mlp.up_proj" in text
-    assert "  left       model.layers.3.mlp.up_proj: `modules` turns it off" in text
-    assert "  left       lm_head: it is a head, and `modules` does not name it" in text
-    assert len(text) == 1 + 7 + 2
+    text = str(mxnorm_pass.convert(model, {"modules": {"*.3.mlp.*_proj": False}})).splitlines()
+    assert text == [
+        "mxnorm: 25 of 29 linears converted, 0.3 MB -> 0.2 MB",
+        "  converted  model.layers.{0..3}.self_attn.{q_proj, k_proj, v_proj, o_proj}",
+        "  converted  model.layers.{0..2}.mlp.{gate_proj, up_proj, down_proj}",
+        "  left       model.layers.3.mlp.{gate_proj, up_proj, down_proj}: `modules` turns it off",
+        "  left       lm_head: it is a head, and `modules` does not name it",
+    ]
+
+
+def test_it_prints_what_is_not_folded() -> None:
+    names = ("a.0.b.0.c", "a.1.b.1.c", "d", "2", "e.7.f")
+    lines = str(Conversion(names, {"": "why"}, 0, 0)).splitlines()[1:]
+    converted = ["a.0.b.0.c", "a.1.b.1.c", "{d, 2}", "e.7.f"]
+    assert lines == [
+        *(f"  converted  {name}" for name in converted),
+        "  left       the model itself: why",
+    ]
