@@ -22,6 +22,8 @@ from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 from transformers import LlamaForCausalLM, TorchAoConfig
 
 import mxnorm_pass
+from mxnorm_pass import Report
+from mxnorm_pass.cli import main
 
 BF16 = torch.bfloat16
 FORMATS: dict[str, dict[str, Any]] = {
@@ -132,6 +134,31 @@ def test_the_config_says_what_is_converted(options: dict[str, Any], checkpoint: 
         assert tuple(config.quant_type.fqn_to_config) == conversion.converted
     assert json.loads(json.dumps(config.to_dict()))["quant_method"] == "torchao"
     assert_same_state(loaded(checkpoint, quantization_config=config), model)
+
+
+@pytest.mark.full
+@formats
+def test_the_command_line_explains_the_checkpoint(
+    options: dict[str, Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    model = loaded(checkpoint)
+    mxnorm_pass.convert(model, options)
+    model.save_pretrained(tmp_path / "converted")
+    out = tmp_path / "report.json"
+    assert main(["explain", "--model", str(tmp_path / "converted"), "--json", str(out)]) == 0
+    with torch.no_grad():
+        want = mxnorm_pass.explain(model, token_ids())
+    fields = [(s.norm, s.consumers, s.status, s.gain, s.format) for s in want.sites]
+    got = Report.from_json(out.read_text())
+    assert fields == [(s.norm, s.consumers, s.status, s.gain, s.format) for s in got.sites]
+
+
+def test_a_loaded_model_is_saved_again(checkpoint: Path, tmp_path: Path) -> None:
+    model = loaded(checkpoint)
+    mxnorm_pass.convert(model)
+    model.save_pretrained(tmp_path / "once")
+    loaded(tmp_path / "once").save_pretrained(tmp_path / "twice", save_original_format=False)
+    assert_same_state(loaded(tmp_path / "twice"), model)
 
 
 def test_the_config_of_a_second_call_says_it_of_all(checkpoint: Path) -> None:
