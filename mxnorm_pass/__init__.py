@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from mxnorm_pass.checkpoints.channels.permute import permute_channels as permute_channels
     from mxnorm_pass.checkpoints.compare.compare import compare as compare
     from mxnorm_pass.checkpoints.compare.comparison import Comparison as Comparison
+    from mxnorm_pass.checkpoints.convert.conversion import Conversion as Conversion
+    from mxnorm_pass.checkpoints.convert.convert import convert as convert
     from mxnorm_pass.compilation.explain import explain as explain
     from mxnorm_pass.compilation.export import apply as apply
     from mxnorm_pass.compilation.layers import compile_layers as compile_layers
     from mxnorm_pass.errors import CalibrationWarning as CalibrationWarning
+    from mxnorm_pass.errors import ConversionError as ConversionError
     from mxnorm_pass.errors import MXNormWarning as MXNormWarning
     from mxnorm_pass.errors import VerificationError as VerificationError
     from mxnorm_pass.options.calibration import Calibration as Calibration
@@ -36,6 +39,8 @@ _HOME = {
     "Calibration": "options.calibration",
     "CalibrationWarning": "errors",
     "Comparison": "checkpoints.compare.comparison",
+    "Conversion": "checkpoints.convert.conversion",
+    "ConversionError": "errors",
     "Graph": "report.site",
     "MXNormConfig": "options.config",
     "MXNormWarning": "errors",
@@ -49,6 +54,7 @@ _HOME = {
     "calibrate": "checkpoints.calibrate.calibrate",
     "compare": "checkpoints.compare.compare",
     "compile_layers": "compilation.layers",
+    "convert": "checkpoints.convert.convert",
     "explain": "compilation.explain",
     "permute_channels": "checkpoints.channels.permute",
     "record": "report.recording",

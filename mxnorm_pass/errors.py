@@ -29,3 +29,7 @@ class CalibrationWarning(MXNormWarning):
 
 class ChannelError(ValueError):
     """The residual stream of a model cannot be permuted; the model is as it was."""
+
+
+class ConversionError(RuntimeError):
+    """A weight could not be cast; those before it are, and the model runs."""

@@ -50,6 +50,7 @@ print(report)
 """
 MISSED = {
     "mxnorm_pass.calibrate(block, [])": ("mxnorm_pass.calibrate needs scipy", "hf"),
+    "mxnorm_pass.convert(block)": ("mxnorm_pass.convert needs torchao", "hf"),
     "mxnorm_pass.Calibration.load(sys.executable)": (
         "a calibration's file needs safetensors",
         "hf",

@@ -8,8 +8,11 @@ from typing import Any
 from mxnorm_pass.extras import needs_extra
 
 
-def progress_bar(function: str, total: int) -> AbstractContextManager[Any]:
+def progress_bar(function: str, total: int, shown: bool = True) -> AbstractContextManager[Any]:
     """tqdm's bar of so many steps, for a function of this package.
+
+    Args:
+        shown: where there is a terminal; False: nowhere.
 
     Raises:
         MissingExtraError: tqdm is not installed.
@@ -17,5 +20,9 @@ def progress_bar(function: str, total: int) -> AbstractContextManager[Any]:
     with needs_extra("hf", f"mxnorm_pass.{function}"):
         from tqdm.auto import tqdm
 
-    bar: AbstractContextManager[Any] = tqdm(desc=function, total=total, disable=None, leave=False)
+    # None: where there is no terminal.
+    disable = None if shown else True
+    bar: AbstractContextManager[Any] = tqdm(
+        desc=function, total=total, disable=disable, leave=False
+    )
     return bar

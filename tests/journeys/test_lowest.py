@@ -135,6 +135,19 @@ def test_calibration_comparison_and_page(tmp_path: Path) -> None:
     assert all((tmp_path / name).stat().st_size > 0 for name in ("ratios.png", "report.html"))
 
 
+def test_converted_weights(tmp_path: Path) -> None:
+    model = build_llama(torch.bfloat16).eval()
+    mxnorm_pass.convert(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    # The cast to bf16 took the rotary embedding along, whose frequencies no checkpoint has.
+    loaded.model.rotary_emb = model.model.rotary_emb
+    got, report = run(loaded, quantize="all")
+    assert fused(report) == expected_sites(2)
+    plain = build_llama(torch.bfloat16).eval()
+    assert torch.equal(got, run(plain, quantize="all", gain="activation")[0])
+
+
 @pytest.mark.full
 def test_headline_example() -> None:
     sizes = ["--layers", "1", "--hidden", "64", "--tokens", "32", "--device", "cpu"]
