@@ -91,12 +91,12 @@ class LinearTiling:
 
 def configuration(rows: int, columns: int, width: int) -> LinearTiling:
     """For any shape that is covered."""
+    # A warp's sums fit its registers: of two blocks with 16 rows, of one with 32.
+    tiling = {8: (16, 16, 4), 16: (32, 16, 8), 32: (32, 8, 8)}
     tile_rows = min(32, max(8, triton.next_power_of_2(rows)))
-    tile_columns = 16 if tile_rows == 8 else 32
-    # As many as registers hold sums for.
-    most = 8 if tile_rows == 32 else 16
+    tile_columns, most, warps = tiling[tile_rows]
     blocks = next(b for b in (16, 8, 4) if b <= most and width % (b * MX_BLOCK_SIZE) == 0)
-    return LinearTiling(tile_rows, tile_columns, blocks, warps=4, stages=3)
+    return LinearTiling(tile_rows, tile_columns, blocks, min(warps, blocks), stages=3)
 
 
 def mx_linear(
