@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._functorch import config as functorch_config
 
+from mxnorm_pass.compilation.frozen_weights import FrozenWeights
 from mxnorm_pass.errors import InvalidOptionsError
 
 
@@ -26,10 +27,12 @@ class FrozenGraph:
 
     Attributes:
         inputs: positions in the original graph of the inputs that are left.
+        without_version: inputs that stayed inputs, as nothing tells that they are written to.
     """
 
     gm: fx.GraphModule
     inputs: tuple[int, ...]
+    without_version: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> FrozenGraph:
@@ -44,24 +47,38 @@ class FrozenGraph:
                 "leave it out, or compile without aot_compile"
             )
         frozen, placeholders = _copy(gm)
+        kept, without_version = [], []
         for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
-            if is_static(node):
+            if not is_static(node):
+                kept.append(index)
+            elif value.is_inference():
+                kept.append(index)
+                without_version.append(index)
+            else:
                 source = node._dynamo_source  # type: ignore[attr-defined]
                 install_guard(source.make_guard(GuardBuilder.ID_MATCH))
                 name = attribute_of(index)
                 _make_attribute(frozen, node, name, value)
                 frozen._param_name_to_source[name] = source  # type: ignore[index, operator]
         frozen.recompile()
-        kept = (i for i, node in enumerate(placeholders) if not is_static(node))
-        return cls(frozen, tuple(kept))
+        return cls(frozen, tuple(kept), tuple(without_version))
 
     def select(self, values: Sequence[Any]) -> list[Any]:
         """Those of the original graph's inputs that this graph still takes."""
         return [values[i] for i in self.inputs]
 
-    def wrap(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """Give the compiled graph the original graph's signature."""
-        return lambda *args: compiled(*self.select(args))
+    def wrap(self, compiled: Callable[..., Any], weights: FrozenWeights) -> Callable[..., Any]:
+        """Give the compiled graph the original graph's signature, and see to its weights first."""
+        inputs = self.inputs
+        # AOTAutograd's function holds the graph; weights are to live as long as their model.
+        self.gm._parameters.clear()
+        self.gm._buffers.clear()
+
+        def run(*args: Any) -> Any:
+            weights.check()
+            return compiled(*[args[i] for i in inputs])
+
+        return run
 
 
 def attribute_of(position: int) -> str:

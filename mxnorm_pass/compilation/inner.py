@@ -15,12 +15,16 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from mxnorm_pass.compilation.decompositions import norm_decompositions, trace_decompositions
 from mxnorm_pass.compilation.e8m0_on_cpu import cpu_e8m0_support
 from mxnorm_pass.compilation.freezing import FrozenGraph, attribute_of
+from mxnorm_pass.compilation.frozen_weights import FrozenWeights, ShareCasts
 from mxnorm_pass.compilation.inductor_passes import LowerOps
 from mxnorm_pass.compilation.job import CompileJob
 from mxnorm_pass.compilation.run_graph import Interpreter, run_graph
 from mxnorm_pass.options.parse import inductor_setting
+from mxnorm_pass.report.announce import announce_unfrozen
 
 CompiledFunction = Callable[..., Any]
+# Slots for passes: behind the joint graph's own, in front of the post-grad graph's own.
+_LAST_JOINT, _FIRST_POST_GRAD = "joint_custom_post_pass", "post_grad_custom_pre_pass"
 
 
 def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
@@ -29,15 +33,20 @@ def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
 
     freezing = inductor_setting(job.options, "freezing") and not torch.is_grad_enabled()
     frozen = FrozenGraph.of(job.gm, job.example_inputs) if freezing else None
+    read, share = FrozenWeights(), {}
     if frozen is not None:
+        announce_unfrozen([job.weights[i].names[0] for i in frozen.without_version])
         inputs = frozen.select(job.example_inputs)
         weights = {attribute_of(i): weight for i, weight in job.weights.items()}
         job = replace(job, gm=frozen.gm, example_inputs=inputs, weights=weights)
-    post_grad = "post_grad_custom_pre_pass"
+        names = {attribute: weight.names[0] for attribute, weight in weights.items()}
+        casts = ShareCasts(frozen.gm, names, read)
+        share = {_LAST_JOINT: job.with_users_passes(_LAST_JOINT, casts)}
     patches = {
         **job.options.inductor,
+        **share,
         "joint_custom_pre_pass": job.joint_pass(select_decomp_table()),
-        post_grad: job.with_users_passes(post_grad, LowerOps()),
+        _FIRST_POST_GRAD: job.with_users_passes(_FIRST_POST_GRAD, LowerOps()),
     }
     compiled: Any = compile_fx(
         job.gm,
@@ -45,7 +54,7 @@ def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
         inner_compile=cpu_e8m0_support()(compile_fx_inner),
         config_patches=patches,
     )
-    return cast(CompiledFunction, compiled if frozen is None else frozen.wrap(compiled))
+    return cast(CompiledFunction, compiled if frozen is None else frozen.wrap(compiled, read))
 
 
 def _compile_with_aot(

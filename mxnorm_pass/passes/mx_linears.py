@@ -72,13 +72,24 @@ def _write(graph: fx.Graph, found: MXLinear) -> None:
         while scales and scales[-1] is None:
             scales.pop()
         y = call(graph, matmul, ops.mx_linear, *args, *formats, *scales)
-        for user in list(matmul.users):
-            if is_view(user) and same_shape(user.meta["val"].shape, y.meta["val"].shape):
-                user.replace_all_uses_with(y)
-                graph.erase_node(user)
-        if matmul.users:
-            matmul.replace_all_uses_with(reshape_like(graph, matmul, y, matmul))
-    graph.erase_node(matmul)
+        view = next(iter(matmul.users)) if len(matmul.users) == 1 else None
+        if view is not None and is_view(view) and same_shape(_shape(view), _shape(y)):
+            _replace(graph, view, y)
+            graph.erase_node(matmul)
+        else:
+            _replace(graph, matmul, reshape_like(graph, matmul, y, matmul))
+
+
+def _shape(node: fx.Node) -> torch.Size:
+    shape: torch.Size = node.meta["val"].shape
+    return shape
+
+
+def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+    """The new node takes the name, too, by which an exported program knows its outputs."""
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+    new.name = old.name
 
 
 def _operand(graph: fx.Graph, like: fx.Node, operand: Widened) -> tuple[fx.Node, fx.Node]:

@@ -30,6 +30,7 @@ _ORDER_UNKNOWN = MXNormWarning(
     "is wrong: mxnorm_pass.permute_channels(model, calibration.order)"
 )
 
+_SHOWN_NAMES = 3
 _warned: set[tuple[str, ...]] = set()
 _warned_lock = threading.Lock()
 
@@ -76,6 +77,19 @@ def _log(result: PassResult) -> None:
         log.debug("%s", site)
     log.debug("before:\n%s\nafter:\n%s", result.graph.before, result.graph.after)
     _trace(result.graph)
+
+
+def announce_unfrozen(names: Sequence[str]) -> None:
+    """Warn of weights that ``freezing=True`` leaves as they are."""
+    if names:
+        shown = ", ".join(names[:_SHOWN_NAMES])
+        more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+        warning = MXNormWarning(
+            f"mxnorm: freezing=True leaves {shown}{more} as they are, so that they are cast at "
+            "every call: tensors that were made under torch.inference_mode() do not tell when they "
+            "are written to. Load the model outside of it"
+        )
+        _warn_once(warning, ())
 
 
 def announce_failure(error: Exception, gm: fx.GraphModule) -> None:

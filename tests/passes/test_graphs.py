@@ -88,8 +88,8 @@ def forward(arg0_1, arg1_1, arg2_1):
     cast_default_2 = torch.ops.mxnorm_pass.cast.default(mul_tensor, 'mxfp8 e4m3fn rceil block 32')
     getitem_7: "f8e4m3fn[32, 64]" = getitem(cast_default_2, 0)
     getitem_8: "f8e8m0fnu[32, 2]" = getitem(cast_default_2, 1)
-    mx_linear_default: "bf16[4, 32]" = torch.ops.mxnorm_pass.mx_linear.default(getitem_4, getitem_5, getitem_7, getitem_8, None, 'mxfp8 e4m3fn rceil block 32', 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
-    return (mx_linear_default,)
+    mm: "bf16[4, 32]" = torch.ops.mxnorm_pass.mx_linear.default(getitem_4, getitem_5, getitem_7, getitem_8, None, 'mxfp8 e4m3fn rceil block 32', 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
+    return (mm,)
 """,
         )
 
@@ -108,8 +108,8 @@ def forward(arg0_1, arg1_1, arg2_1):
     cast_default_1 = torch.ops.mxnorm_pass.cast.default(arg2_1, 'mxfp8 e4m3fn rceil block 32')
     getitem_2: "f8e4m3fn[32, 64]" = getitem(cast_default_1, 0)
     getitem_3: "f8e8m0fnu[32, 2]" = getitem(cast_default_1, 1)
-    mx_linear_default: "bf16[4, 32]" = torch.ops.mxnorm_pass.mx_linear.default(getitem_4, getitem_5, getitem_2, getitem_3, None, 'mxfp8 e4m3fn rceil block 32', 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
-    return (mx_linear_default,)
+    mm: "bf16[4, 32]" = torch.ops.mxnorm_pass.mx_linear.default(getitem_4, getitem_5, getitem_2, getitem_3, None, 'mxfp8 e4m3fn rceil block 32', 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
+    return (mm,)
 """,
         )
 
@@ -128,8 +128,8 @@ def forward(arg0_1, arg1_1, arg2_1):
     cast_default_1 = torch.ops.mxnorm_pass.cast.default(arg2_1, 'mxfp8 e4m3fn rceil block 32')
     getitem_2: "f8e4m3fn[32, 64]" = getitem(cast_default_1, 0)
     getitem_3: "f8e8m0fnu[32, 2]" = getitem(cast_default_1, 1)
-    mx_linear_default: "bf16[4, 32]" = torch.ops.mxnorm_pass.mx_linear.default(getitem_4, getitem_5, getitem_2, getitem_3, None, 'mxfp8 e4m3fn rceil block 32', 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
-    return (mx_linear_default,)
+    mm: "bf16[4, 32]" = torch.ops.mxnorm_pass.mx_linear.default(getitem_4, getitem_5, getitem_2, getitem_3, None, 'mxfp8 e4m3fn rceil block 32', 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
+    return (mm,)
 """,
         )
 
@@ -154,8 +154,8 @@ def forward(arg0_1, arg1_1, arg2_1):
     cast_default_1 = torch.ops.mxnorm_pass.cast.default(arg2_1, 'mxfp8 e4m3fn rceil block 32')
     getitem_2: "f8e4m3fn[32, 64]" = getitem(cast_default_1, 0)
     getitem_3: "f8e8m0fnu[32, 2]" = getitem(cast_default_1, 1)
-    mx_linear_default: "bf16[4, 32]" = torch.ops.mxnorm_pass.mx_linear.default(getitem_4, getitem_5, getitem_2, getitem_3, None, 'mxfp8 e4m3fn rceil block 32', 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
-    return (mx_linear_default, add)
+    mm: "bf16[4, 32]" = torch.ops.mxnorm_pass.mx_linear.default(getitem_4, getitem_5, getitem_2, getitem_3, None, 'mxfp8 e4m3fn rceil block 32', 'mxfp8 e4m3fn rceil block 32', torch.bfloat16)
+    return (mm, add)
 """,
         )
 
