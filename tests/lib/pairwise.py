@@ -1,7 +1,8 @@
-"""Products of parameters of which the default run takes a part, and the full run everything.
+"""Products of parameters of which the default run takes a part, and the full run each pair.
 
-A row that the default run leaves out carries the marker ``full``. Where the test itself is of the
-full run alone, these rows wait for the exhaustive one (``tests/conftest.py``). What costs is
+A row that the default run leaves out carries the marker ``full``; one whose pairs of values all
+occur in other rows, ``exhaustive``. Where the test itself is of the full run alone, the rows that
+its own default leaves out wait for the exhaustive run (``tests/conftest.py``), too. What costs is
 compiles, and a mistake shows where two values meet, seldom only where three do: so the parts are
 pairwise.
 """
@@ -37,16 +38,16 @@ def some(default: Collection[str], **values: Values) -> pytest.MarkDecorator:
     return _marked(values, lambda rows: [row for row in rows if _id(row) in default])
 
 
-def covering(rows: Iterable[Row], strength: int) -> list[Row]:
+def covering(rows: Iterable[Row], strength: int, chosen: Iterable[Row] = ()) -> list[Row]:
     """Few of the rows, in which the values of each ``strength`` columns meet as they do in all.
 
     Greedy. Of equals the row whose values were chosen less often, so that all are seen about as
-    often, then the first: the same rows each time.
+    often, then the first: the same rows each time. Those of ``chosen`` are among them.
     """
     meetings = {row: set(combinations(enumerate(row), min(strength, len(row)))) for row in rows}
-    uncovered = set().union(*meetings.values())
-    used: Counter[tuple[int, Any]] = Counter()
-    chosen = []
+    chosen = list(chosen)
+    uncovered = set().union(*meetings.values()).difference(*(meetings[row] for row in chosen))
+    used = Counter(cell for row in chosen for cell in enumerate(row))
 
     def gain(row: Row) -> tuple[int, int]:
         return len(uncovered & meetings[row]), -sum(used[cell] for cell in enumerate(row))
@@ -69,12 +70,18 @@ def _marked(
 ) -> pytest.MarkDecorator:
     named = [_named(given) for given in values.values()]
     rows = _rows(values)
-    default = set(choose(rows))
+    chosen = choose(rows)
+    default, full = set(chosen), set(covering(rows, 2, chosen))
+
+    def marks(row: Row) -> tuple[pytest.MarkDecorator, ...]:
+        left_out = ((pytest.mark.full, default), (pytest.mark.exhaustive, full))
+        return tuple(mark for mark, taken in left_out if row not in taken)
+
     params = [
         pytest.param(
             *(column[name] for column, name in zip(named, row, strict=True)),
             id=_id(row),
-            marks=() if row in default else pytest.mark.full,
+            marks=marks(row),
         )
         for row in rows
     ]
