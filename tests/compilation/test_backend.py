@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from paths import LIB
 from reference import Recipe, build_llama, quantize_with_torchao, reference_of, token_ids
 from torch import Tensor, nn
 
@@ -302,17 +301,16 @@ def test_equal_graphs_with_other_module_names_do_not_share_cache_entries() -> No
 
 
 _SCRIPT = """
-import sys; sys.path.insert(0, {tests!r})
 import torch
 from torch._dynamo.utils import counters
-from reference import build_llama, token_ids
 import mxnorm_pass
-model, ids = build_llama(layers=1), token_ids()
+torch.manual_seed(0)
+model, x = torch.nn.Sequential(torch.nn.RMSNorm(64), torch.nn.Linear(64, 64)), torch.ones(32, 64)
 with mxnorm_pass.record() as report:
     c = torch.compile(model, backend="mxnorm")
-    c(ids, labels=ids, use_cache=False).loss.backward()
+    c(x).sum().backward()
     with torch.no_grad():
-        c(ids, use_cache=False)
+        c(x)
 print("HITS", counters["aot_autograd"]["autograd_cache_hit"])
 print(report.to_json())
 """
@@ -331,18 +329,17 @@ def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[s
 @pytest.mark.full
 def test_a_warm_cache_gives_the_same_report(tmp_path) -> None:
     """The stored one, or one traced anew where none is stored or what is stored is broken."""
-    script = _SCRIPT.format(tests=str(LIB))
 
     def compile_in_a_process() -> list[str]:
         # Code without vectors compiles faster.
-        return run_script(script, TORCHINDUCTOR_VEC_ISA_OK="0").stdout.split("\n", 1)
+        return run_script(_SCRIPT, TORCHINDUCTOR_VEC_ISA_OK="0").stdout.split("\n", 1)
 
     cold, warm = compile_in_a_process(), compile_in_a_process()
     assert (cold[0], warm[0]) == ("HITS 0", "HITS 2")
     assert warm[1] == cold[1]
     report = mxnorm_pass.Report.from_json(warm[1])
     assert [g.name for g in report.graphs] == ["training_0", "inference_1"]
-    assert len(report.fused) == 4
+    assert len(report.fused) == 2
     stored = list((tmp_path / "inductor" / "mxnorm_pass").iterdir())
     assert len(stored) == 2
     stored[0].unlink()

@@ -26,31 +26,42 @@ def pairwise(**values: Values) -> pytest.MarkDecorator:
     return _marked(values, lambda rows: covering(rows, 2))
 
 
-def each_value(**values: Values) -> pytest.MarkDecorator:
+def each_value(full: int = 2, **values: Values) -> pytest.MarkDecorator:
     """Parametrize with a product; by default each value of a parameter occurs."""
-    return _marked(values, lambda rows: covering(rows, 1))
+    return _marked(values, lambda rows: covering(rows, 1), full)
 
 
-def some(default: Collection[str], **values: Values) -> pytest.MarkDecorator:
-    """Parametrize with a product; by default the rows of these ids occur."""
+def some(default: Collection[str], full: int = 2, **values: Values) -> pytest.MarkDecorator:
+    """Parametrize with a product; by default the rows of these ids occur.
+
+    In the full run each pair of values does, or, with 1, each value: where parameters have nothing
+    to do with each other.
+    """
     known = {_id(row) for row in _rows(values)}
     assert known.issuperset(default), f"{set(default) - known} not in {known}"
-    return _marked(values, lambda rows: [row for row in rows if _id(row) in default])
+    return _marked(values, lambda rows: [row for row in rows if _id(row) in default], full)
 
 
 def covering(rows: Iterable[Row], strength: int, chosen: Iterable[Row] = ()) -> list[Row]:
     """Few of the rows, in which the values of each ``strength`` columns meet as they do in all.
 
-    Greedy. Of equals the row whose values were chosen less often, so that all are seen about as
-    often, then the first: the same rows each time. Those of ``chosen`` are among them.
+    Those of ``chosen`` are among them. Greedy, twice: of rows that are equally good the first, or
+    the one whose values were chosen less often, so that all are seen about as often.
     """
+    rows, chosen = list(rows), list(chosen)
+    even, first = (_greedy(rows, strength, chosen, spread) for spread in (True, False))
+    return min(even, first, key=len)
+
+
+def _greedy(rows: list[Row], strength: int, chosen: list[Row], spread: bool) -> list[Row]:
     meetings = {row: set(combinations(enumerate(row), min(strength, len(row)))) for row in rows}
-    chosen = list(chosen)
     uncovered = set().union(*meetings.values()).difference(*(meetings[row] for row in chosen))
     used = Counter(cell for row in chosen for cell in enumerate(row))
+    chosen = list(chosen)
 
     def gain(row: Row) -> tuple[int, int]:
-        return len(uncovered & meetings[row]), -sum(used[cell] for cell in enumerate(row))
+        seen = sum(used[cell] for cell in enumerate(row)) if spread else 0
+        return len(uncovered & meetings[row]), -seen
 
     while uncovered:
         best = max(meetings, key=gain)
@@ -66,12 +77,12 @@ def _rows(values: Mapping[str, Values]) -> list[Row]:
 
 
 def _marked(
-    values: Mapping[str, Values], choose: Callable[[list[Row]], list[Row]]
+    values: Mapping[str, Values], choose: Callable[[list[Row]], list[Row]], strength: int = 2
 ) -> pytest.MarkDecorator:
     named = [_named(given) for given in values.values()]
     rows = _rows(values)
     chosen = choose(rows)
-    default, full = set(chosen), set(covering(rows, 2, chosen))
+    default, full = set(chosen), set(covering(rows, strength, chosen))
 
     def marks(row: Row) -> tuple[pytest.MarkDecorator, ...]:
         left_out = ((pytest.mark.full, default), (pytest.mark.exhaustive, full))

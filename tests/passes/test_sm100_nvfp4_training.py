@@ -49,6 +49,7 @@ def assert_nothing_is_rewritten(report: Report) -> None:
 
 @some(
     ["mxnorm-norm-fed", "exact-all"],
+    1,
     estimator=["mxnorm", "exact"],
     quantize=["norm-fed", "existing", "all"],
 )
