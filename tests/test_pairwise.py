@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations, product
 from typing import Any
 
@@ -54,13 +55,23 @@ def test_every_value_occurs_in_the_default_rows() -> None:
         assert {row[column] for row in rows} == set(values)
 
 
-@pytest.mark.parametrize("decorate", [pairwise, each_value])
-def test_the_full_run_has_the_product(decorate: Callable[..., pytest.MarkDecorator]) -> None:
+@pytest.mark.parametrize("decorate", [pairwise, each_value, partial(some, ["5-z-False-3"])])
+def test_the_full_run_has_every_pair(decorate: Callable[..., pytest.MarkDecorator]) -> None:
     mark = decorate(**VALUES)
     assert [row.values for row in mark.args[1]] == list(product(*VALUES.values()))
-    left_out = [row for row in mark.args[1] if row.marks]
-    assert left_out and all([m.name for m in row.marks] == ["full"] for row in left_out)
+    marks = [[m.name for m in row.marks] for row in mark.args[1]]
+    assert all(names in ([], ["full"], ["full", "exhaustive"]) for names in marks)
+    full = [row.values for row, names in zip(mark.args[1], marks, strict=True) if len(names) < 2]
+    assert len(full) <= 26
+    for one, other in combinations(range(len(VALUES)), 2):
+        pairs = {(row[one], row[other]) for row in full}
+        assert pairs == set(product(list(VALUES.values())[one], list(VALUES.values())[other]))
     assert mark == decorate(**VALUES)
+
+
+def test_the_full_run_has_a_product_of_two() -> None:
+    mark = each_value(a=range(3), b=range(4))
+    assert all(m.name == "full" for row in mark.args[1] for m in row.marks)
 
 
 def test_some_rows_by_their_ids() -> None:

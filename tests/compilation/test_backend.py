@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from paths import LIB
 from reference import Recipe, build_llama, quantize_with_torchao, reference_of, token_ids
 from torch import Tensor, nn
 
@@ -72,7 +71,7 @@ def test_a_mode_that_turns_off_our_stage_is_refused() -> None:
 
 
 def test_a_norm_that_is_off_keeps_its_casts_and_the_exact_rms() -> None:
-    model = build_llama()
+    model = build_llama(layers=1)
     want = infer(reference_of(model, Recipe(norm={"estimator": "exact"}, gain="activation")))
     with mxnorm_pass.record() as report, no_warning():
         got = infer(compiled(model, modules={"*norm": False}))
@@ -110,15 +109,15 @@ def test_patterns(modules) -> None:
 @pytest.mark.full
 def test_lm_head_is_converted_when_named() -> None:
     options = {"modules": {"lm_head": True}}
-    report = mxnorm_pass.explain(build_llama(), IDS, use_cache=False, options=options)
+    report = mxnorm_pass.explain(build_llama(layers=1), IDS, use_cache=False, options=options)
     assert [s.consumers for s in report.fused][-1] == ("lm_head",)
-    assert len(report.fused) == 5
+    assert len(report.fused) == 3
 
 
 def test_unmatched_pattern_is_named_with_the_nearest_names() -> None:
     options = {"modules": {"model.layers.0.input_layernrm": False}}
     with pytest.warns(mxnorm_pass.MXNormWarning) as caught:
-        infer(compiled(build_llama(), **options))
+        infer(compiled(build_llama(layers=1), **options))
     (message,) = [str(w.message) for w in caught if "pattern" in str(w.message)]
     assert "model.layers.0.input_layernrm" in message
     assert "model.layers.0.input_layernorm" in message
@@ -126,7 +125,7 @@ def test_unmatched_pattern_is_named_with_the_nearest_names() -> None:
 
 @pytest.mark.full
 def test_uncalibrated_inference_warns_once_and_says_how_to_silence() -> None:
-    model = build_llama()
+    model = build_llama(layers=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         infer(compiled(model))
@@ -140,7 +139,7 @@ def test_uncalibrated_inference_warns_once_and_says_how_to_silence() -> None:
 @pytest.mark.full
 def test_training_and_exact_do_not_warn() -> None:
     with no_warning():
-        model = build_llama()
+        model = build_llama(layers=1)
         compiled(model)(IDS, labels=IDS, use_cache=False).loss.backward()
         torch._dynamo.reset()
         infer(compiled(model, estimator="exact"))
@@ -302,17 +301,16 @@ def test_equal_graphs_with_other_module_names_do_not_share_cache_entries() -> No
 
 
 _SCRIPT = """
-import sys; sys.path.insert(0, {tests!r})
 import torch
 from torch._dynamo.utils import counters
-from reference import build_llama, token_ids
 import mxnorm_pass
-model, ids = build_llama(layers=1), token_ids()
+torch.manual_seed(0)
+model, x = torch.nn.Sequential(torch.nn.RMSNorm(64), torch.nn.Linear(64, 64)), torch.ones(32, 64)
 with mxnorm_pass.record() as report:
     c = torch.compile(model, backend="mxnorm")
-    c(ids, labels=ids, use_cache=False).loss.backward()
+    c(x).sum().backward()
     with torch.no_grad():
-        c(ids, use_cache=False)
+        c(x)
 print("HITS", counters["aot_autograd"]["autograd_cache_hit"])
 print(report.to_json())
 """
@@ -331,18 +329,17 @@ def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[s
 @pytest.mark.full
 def test_a_warm_cache_gives_the_same_report(tmp_path) -> None:
     """The stored one, or one traced anew where none is stored or what is stored is broken."""
-    script = _SCRIPT.format(tests=str(LIB))
 
     def compile_in_a_process() -> list[str]:
         # Code without vectors compiles faster.
-        return run_script(script, TORCHINDUCTOR_VEC_ISA_OK="0").stdout.split("\n", 1)
+        return run_script(_SCRIPT, TORCHINDUCTOR_VEC_ISA_OK="0").stdout.split("\n", 1)
 
     cold, warm = compile_in_a_process(), compile_in_a_process()
     assert (cold[0], warm[0]) == ("HITS 0", "HITS 2")
     assert warm[1] == cold[1]
     report = mxnorm_pass.Report.from_json(warm[1])
     assert [g.name for g in report.graphs] == ["training_0", "inference_1"]
-    assert len(report.fused) == 4
+    assert len(report.fused) == 2
     stored = list((tmp_path / "inductor" / "mxnorm_pass").iterdir())
     assert len(stored) == 2
     stored[0].unlink()

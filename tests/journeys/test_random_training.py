@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 from matching import expected_warnings
-from pairwise import some
 from random_training import run_program
 from random_training_specs import random_spec
 
 pytestmark = expected_warnings
 # More of them: python tests/lib/random_training.py COUNT FIRST
 PROGRAMS, CHUNK = 40, 10
+FULL, EXHAUSTIVE = (pytest.mark.full,), (pytest.mark.full, pytest.mark.exhaustive)
+MARKS = dict(zip(range(0, PROGRAMS, CHUNK), ((), FULL, EXHAUSTIVE, EXHAUSTIVE), strict=True))
 
 
-@some(["0"], first=range(0, PROGRAMS, CHUNK))
+@pytest.mark.parametrize("first", [pytest.param(n, marks=marks) for n, marks in MARKS.items()])
 def test_gradients_of_random_programs(first: int) -> None:
     outcomes = {seed: run_program(random_spec(seed), seed) for seed in range(first, first + CHUNK)}
     assert not {seed: o.errors for seed, o in outcomes.items() if o.errors}

@@ -134,6 +134,7 @@ def reference(original: nn.Module, fmt: Format) -> nn.Module:
 
 @some(
     ["nvfp4, no tensor scale-1"],
+    1,
     fmt={name: fmt for name, fmt in FORMATS.items() if fmt.tensor_scale == "none"},
     layers=[1, 2],
 )
@@ -162,7 +163,7 @@ def test_a_scale_of_the_tensor_that_the_backward_reads() -> None:
     assert_gradients_equal(gradients, want_gradients)
 
 
-@some(["nvfp4-1"], fmt=FORMATS, layers=[1, 2])
+@some(["nvfp4-1"], 1, fmt=FORMATS, layers=[1, 2])
 def test_exact_changes_no_bit(fmt: Format, layers: int) -> None:
     model = build_llama(BF16, layers=layers)
     quantize_(model, QATConfig(fmt.config, step="prepare"), filter_fn=is_converted)
