@@ -27,7 +27,7 @@ MATMUL_CAPABILITY = (10, 0)
 # The only one whose products of float8 are made in float16, and summed in float32.
 MX_LINEAR_CAPABILITY = (9, 0)
 # Beyond, a matmul in high precision of what is widened first is faster.
-MAX_LINEAR_ROWS = 64
+MAX_LINEAR_ROWS = 32
 # In which the kernel reads scales; so many bytes each.
 MX_LINEAR_WORDS = torch.int32
 _LINEAR_DTYPES = (torch.bfloat16, torch.float32)

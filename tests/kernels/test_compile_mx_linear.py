@@ -20,7 +20,7 @@ def empty(*shape: int, dtype: torch.dtype) -> Any:
 
 @pytest.mark.full
 @each_value(
-    rows=[1, 16, 64],
+    rows=[1, 4, 16, 32],
     shape=[(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (1000, 11008)],
     has_bias=[False, True],
     dtype=[torch.bfloat16, torch.float32],
@@ -37,8 +37,9 @@ def test_linears_of_llama(
         lambda: mx_linear(x, x_scales, weight, weight_scales, bias, dtype), CAPABILITY
     )
     assert kernel.spilled_bytes == 0, kernel.log
-    # Its sums are float32's, other than those of Hopper's products of float8, wgmma.
-    assert "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" in kernel.ptx
     assert "cvt.rn.f16x2.e4m3x2" in kernel.ptx and "wgmma" not in kernel.ptx
-    # From memory to where the tensor cores' registers are filled from, without a detour.
-    assert "cp.async" in kernel.ptx and "ldmatrix" in kernel.ptx
+    if rows > 1:
+        # Its sums are float32's, other than those of Hopper's products of float8, wgmma.
+        assert "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32" in kernel.ptx
+        # From memory to where the tensor cores' registers are filled from, without a detour.
+        assert "cp.async" in kernel.ptx and "ldmatrix" in kernel.ptx

@@ -103,7 +103,7 @@ def assert_dense(graph: fx.Graph) -> None:
 # Chips that multiply no MX operands
 
 
-@pytest.mark.parametrize("rows", [1, 64, (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("rows", [1, 32, (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_few_rows_are_a_kernel(fakes: FakeTensorMode, rows: Any, dtype: torch.dtype) -> None:
     graph = lowered_linear(Operands(fakes, rows), dtype=dtype)
@@ -124,7 +124,7 @@ def _on_ada(mode: FakeTensorMode) -> fx.Graph:
 
 
 DENSE: dict[str, tuple[Callable[[FakeTensorMode], fx.Graph], str]] = {
-    "many rows": (lambda m: lowered_linear(Operands(m, 65)), "65 rows"),
+    "many rows": (lambda m: lowered_linear(Operands(m, 33)), "33 rows"),
     "no rows": (lambda m: lowered_linear(Operands(m, 0)), "there are no rows"),
     "dtype": (lambda m: lowered_linear(Operands(m, 4), dtype=torch.float16), "torch.float16 is"),
     "elements": (lambda m: lowered_linear(Operands(m, 4, "mxfp8 e5m2")), "e5m2"),
@@ -148,7 +148,7 @@ def test_everything_else_is_widened_with_a_reason(
     assert any(reason in record.getMessage() for record in caplog.records), caplog.text
 
 
-@pytest.mark.parametrize("rows", [4, 65])
+@pytest.mark.parametrize("rows", [4, 33])
 def test_the_norms_kernel_writes_what_linears_read(fakes: FakeTensorMode, rows: int) -> None:
     weights = [t for seed in range(2) for t in Operands(fakes, rows).tensors[2:]]
     name = SPEC.format.name

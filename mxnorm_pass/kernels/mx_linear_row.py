@@ -1,0 +1,107 @@
+"""One row times a weight, both in MXFP8, on the cores that take float32: no tensor core helps.
+
+A thread widens 16 elements of a weight at a time and multiplies them by those of x, which it keeps
+for all rows of the weight that its program takes; the products of a block are scaled once. At 3.6
+instructions for each element of a weight the memory is what limits it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mxnorm_pass.kernels import launch
+from mxnorm_pass.kernels.device.mx import e8m0_value
+
+_LARGEST_CHUNK = 2048
+# What a thread reads at once, 16 bytes of the weight.
+_PER_THREAD = 16
+
+
+@triton.jit
+def mx_linear_row_kernel(
+    x_ptr, x_scales_ptr, weight_ptr, weight_scales_ptr, bias_ptr, y_ptr, columns,
+    K: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles of N elements of y.
+
+    Args:
+        K: width of x; a multiple of ``CHUNK``.
+    """
+    column = tl.program_id(0) * N + tl.arange(0, N)
+    # What is read again is not stored.
+    n = tl.minimum(column, columns - 1).to(tl.int64)[:, None]
+    at = tl.arange(0, CHUNK)
+    block = tl.arange(0, CHUNK // 32)
+    total = tl.zeros([N, CHUNK // 32], tl.float32)
+    for k in tl.range(0, K, CHUNK):
+        scales_at = weight_scales_ptr + n * (K // 32) + (k // 32 + block)[None, :]
+        weight_at = weight_ptr + n * K + (k + at)[None, :]
+        scales = e8m0_value(tl.load(scales_at).to(tl.int32))
+        weight = widened(tl.load(weight_at, eviction_policy="evict_first"))
+        x = widened(tl.load(x_ptr + k + at))
+        products = tl.reshape(weight * x[None, :], [N, CHUNK // 32, 32])
+        x_scales = e8m0_value(tl.load(x_scales_ptr + k // 32 + block).to(tl.int32))
+        total += tl.sum(products, 2) * scales * x_scales[None, :]
+    y = tl.sum(total, 1)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + tl.minimum(column, columns - 1)).to(tl.float32)
+    tl.store(y_ptr + column, y.to(y_ptr.dtype.element_ty), column < columns)
+
+
+@triton.jit
+def widened(codes):
+    """E4M3 bytes as float32, by way of float16, which holds each."""
+    return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
+
+
+@dataclass(frozen=True)
+class RowTiling:
+    """How a call is cut into programs.
+
+    Attributes:
+        columns: of y in a program; a power of two.
+        chunk: along K that is read at a time; a power of two that divides K.
+        warps: per program.
+    """
+
+    columns: int
+    chunk: int
+    warps: int
+
+
+def configuration(width: int) -> RowTiling:
+    """For any width that is covered."""
+    # The largest power of two in the width, for four warps to read 16 bytes a thread of each row.
+    chunk = min(_LARGEST_CHUNK, width & -width)
+    return RowTiling(4, chunk, max(1, chunk // (32 * _PER_THREAD)))
+
+
+def mx_linear_row(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    config: RowTiling | None = None,
+) -> None:
+    """Of bytes: x [1, K], weight [N, K], scales of a byte for each 32; writes y [1, N]."""
+    columns, width = weight.shape
+    config = config or configuration(width)
+    launch.launcher(mx_linear_row_kernel)[(triton.cdiv(columns, config.columns),)](
+        x,
+        x_scales,
+        weight,
+        weight_scales,
+        bias,
+        y,
+        columns,
+        K=width,
+        N=config.columns,
+        CHUNK=config.chunk,
+        num_warps=config.warps,
+    )
