@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from mxnorm_pass.compilation.fake_models import traceable
@@ -68,9 +68,12 @@ def _uncompiled(model: Any) -> Any:
 
 def _without_content(gm: fx.GraphModule) -> Callable[..., Any]:
     """Run the graph on shapes alone and return zeros for its outputs."""
+    known = _known_outputs(gm.graph)
     copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
 
     def run(*args: Any) -> Any:
+        if known is not None:
+            return pytree.tree_map_only(Tensor, _zeros_like, known)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             fakes = pytree.tree_map_only(Tensor, mode.from_tensor, args)
@@ -78,6 +81,25 @@ def _without_content(gm: fx.GraphModule) -> Callable[..., Any]:
         return pytree.tree_map_only(Tensor, _zeros_like, outputs)
 
     return run
+
+
+def _known_outputs(graph: fx.Graph) -> Any:
+    """What Dynamo found, where it is the same in each call; else None.
+
+    A mode for fake tensors decomposes linears before a weight of a library's class sees them.
+    """
+    outputs = graph.output_node().args[0]
+    nodes = pytree.tree_leaves(outputs)
+    values = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in nodes]
+    if not all(v is None or (isinstance(v, Tensor) and _is_static(v)) for v in values):
+        return None
+    if any(v is None and isinstance(n, fx.Node) for n, v in zip(nodes, values, strict=True)):
+        return None
+    return pytree.tree_unflatten(values, pytree.tree_structure(outputs))
+
+
+def _is_static(value: Tensor) -> bool:
+    return type(value) is FakeTensor and all(isinstance(size, int) for size in value.shape)
 
 
 def _zeros_like(fake: Tensor) -> Tensor:

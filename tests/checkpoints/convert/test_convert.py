@@ -284,6 +284,15 @@ def test_native_matmuls_where_torchao_has_them(fmt: str, on_sm100: None) -> None
     assert preference == expected
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 8)])
+def test_explain_of_few_tokens(shape: tuple[int, int]) -> None:
+    model = llama()
+    mxnorm_pass.convert(model, progress=False)
+    with torch.no_grad():
+        report = mxnorm_pass.explain(model, torch.zeros(shape, dtype=torch.long))
+    assert len(report.fused) == 4 and report.graphs[0].ops_after["mxnorm_pass.mx_linear.default"]
+
+
 def test_it_prints_equal_layers_in_one_line() -> None:
     model = llama(layers=4)
     text = str(mxnorm_pass.convert(model, {"modules": {"*.3.mlp.*_proj": False}})).splitlines()
