@@ -23,9 +23,13 @@ from torch import fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import call
+from mxnorm_pass.graph.cleanup import remove_dead
+from mxnorm_pass.graph.nodes import same_shape, strip
 from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.ops.mx_linear import MXLinearCall
 from mxnorm_pass.passes.lower_scaled_mm import ScaledMM, scaled_mm
+from mxnorm_pass.passes.match.linears.widened import keeps_rows
+from mxnorm_pass.passes.rewrite.shapes import rows_like
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,8 @@ def lower_mx_linears(graph: fx.Graph, tracer: FunctionTracer) -> int:
                 y = _on_widened(graph, node, linear, widened)
         node.replace_all_uses_with(y)
         graph.erase_node(node)
+    # The views that linears alone have read would be readers of values and scales.
+    remove_dead(graph)
     return native
 
 
@@ -56,11 +62,20 @@ def _on_widened(
     widened: dict[tuple[Any, ...], fx.Node],
 ) -> fx.Node:
     """At the insertion point; what several linears read is widened once, before the first."""
-    operand = (linear.x, linear.x_scales, linear.x_format.name, linear.dtype)
+    values, scales = _as_written(linear)
     of_x = () if linear.x_tensor_scale is None else (linear.x_tensor_scale,)
-    key = (*operand, *of_x)
+    key = (values, scales, linear.x_format.name, linear.dtype, *of_x)
     if key not in widened:
         widened[key] = call(graph, node, ops.dequantize, *key)
+    x = rows_like(graph, node, widened[key], node)
     own = (linear.weight, linear.weight_scales, linear.bias, linear.weight_format.name)
     of_weight = () if linear.weight_tensor_scale is None else (linear.weight_tensor_scale,)
-    return call(graph, node, ops.mx_weight_linear, widened[key], *own, *of_weight)
+    return call(graph, node, ops.mx_weight_linear, x, *own, *of_weight)
+
+
+def _as_written(linear: MXLinearCall) -> tuple[fx.Node, fx.Node]:
+    """Values and scales of x before they were viewed: a kernel then finds who reads its results."""
+    values, scales = (strip(n, keeps_rows) for n in (linear.x, linear.x_scales))
+    if same_shape(*(n.meta["val"].shape[:-1] for n in (values, scales))):
+        return values, scales
+    return linear.x, linear.x_scales

@@ -146,10 +146,12 @@ def test_the_norms_kernel_writes_what_linears_read(fakes: FakeTensorMode) -> Non
     def block(x: Tensor, *weights: Tensor) -> Any:
         values, scales, _ = ops.norm_cast(x, None, None, None, *SPEC.arguments())
         pairs = zip(weights[::2], weights[1::2], strict=True)
-        return tuple(ops.mx_linear(values, scales, *w, None, name, name, BF16) for w in pairs)
+        # As in the joint graph, where matmuls read matrices.
+        rows = (values.reshape(6, -1), scales.reshape(6, -1))
+        return tuple(ops.mx_linear(*rows, *w, None, name, name, BF16) for w in pairs)
 
     with fakes:
-        x = torch.empty(4, WIDTH, dtype=BF16, device="cuda")
+        x = torch.empty(2, 3, WIDTH, dtype=BF16, device="cuda")
     graph = lowered(block, x, *weights)
     norm, *linears = kernels(graph)
     assert len(linears) == 2 and ops.dequantize not in targets(graph)
