@@ -121,7 +121,7 @@ def uncovered_mx_linear(
 
     Args:
         weight: [N, K], or [N, K / 2] where two elements share a byte.
-        scales: [N, K / 32].
+        scales: [N, K / 32], which are copied where they are not contiguous.
     """
     reason = _uncovered_device(weight, scales, bias)
     if reason is not None:
@@ -133,7 +133,7 @@ def uncovered_mx_linear(
     known = fmt.has_e8m0_scales and fmt.element.name in _LINEAR_ELEMENTS
     if not known or fmt.block_size != MX_BLOCK_SIZE:
         return f"{fmt.name}; the kernel knows MXFP8 and MXFP4 in blocks of {MX_BLOCK_SIZE}"
-    if not weight.is_contiguous() or not scales.is_contiguous():
+    if not weight.is_contiguous():
         return "the weight is not contiguous"
     width = fmt.shape_of(weight.shape)[-1]
     if width % _LINEAR_WIDTH:

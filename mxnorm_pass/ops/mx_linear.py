@@ -176,7 +176,8 @@ class MXWeightLinearCall:
         from mxnorm_pass.kernels.mx_linear import few_rows
 
         rows = self.x.reshape(-1, self.x.shape[-1])
-        operands = (self.weight, self.scales, self.bias)
+        # Libraries keep them in the order of native matmuls, and cut them out of it.
+        operands = (self.weight, self.scales.contiguous(), self.bias)
         y = few_rows(rows, *operands, self.format, self.x.dtype)
         return y.reshape(*self.x.shape[:-1], self.weight.shape[0])
 

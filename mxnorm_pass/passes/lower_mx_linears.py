@@ -23,8 +23,7 @@ from torch import fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import call
-from mxnorm_pass.graph.cleanup import remove_dead
-from mxnorm_pass.graph.nodes import same_shape, strip
+from mxnorm_pass.graph.nodes import is_view, same_shape, strip
 from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.ops.mx_linear import MXLinearCall
 from mxnorm_pass.passes.lower_scaled_mm import ScaledMM, scaled_mm
@@ -50,9 +49,17 @@ def lower_mx_linears(graph: fx.Graph, tracer: FunctionTracer) -> int:
                 y = _on_widened(graph, node, linear, widened)
         node.replace_all_uses_with(y)
         graph.erase_node(node)
-    # The views that linears alone have read would be readers of values and scales.
-    remove_dead(graph)
+        for operand in (linear.x, linear.x_scales):
+            _erase_dead_views(graph, operand)
     return native
+
+
+def _erase_dead_views(graph: fx.Graph, node: fx.Node) -> None:
+    """Those that linears alone have read would be readers of values and scales."""
+    while is_view(node) and not node.users:
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        graph.erase_node(node)
+        node = source
 
 
 def _on_widened(

@@ -117,6 +117,18 @@ def test_a_bias_reaches_the_kernel(fakes: FakeTensorMode) -> None:
     assert kernel.kwargs["kwargs"]["bias_ptr"].op == "placeholder"
 
 
+def test_scales_that_are_cut_out_of_others_are_copied(fakes: FakeTensorMode) -> None:
+    operands = Operands(fakes, 4)
+    scales = operands.tensors[3]
+    strides = (2 * scales.shape[1], 1)
+    with fakes:
+        cut = torch.empty_strided(scales.shape, strides, dtype=scales.dtype, device="cuda")
+    operands.tensors[3] = cut
+    graph = lowered_linear(operands)
+    (kernel,) = kernels(graph)
+    assert kernel.kwargs["kwargs"]["scales_ptr"].meta["val"].is_contiguous()
+
+
 DENSE: dict[str, tuple[Callable[[FakeTensorMode], fx.Graph], str]] = {
     "many rows": (lambda m: lowered_linear(Operands(m, 65)), "65 rows"),
     "no rows": (lambda m: lowered_linear(Operands(m, 0)), "there are no rows"),

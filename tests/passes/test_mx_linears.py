@@ -21,6 +21,7 @@ from mxnorm_pass.graph.cleanup import remove_dead
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.joint import GraphFacts, run_pass
 from mxnorm_pass.passes.mx_linears import write_mx_linears
+from mxnorm_pass.passes.verify.float64 import Float64Interpreter
 
 BF16, F32 = torch.bfloat16, torch.float32
 aten = torch.ops.aten
@@ -217,6 +218,20 @@ STAYS = [
 @pytest.mark.parametrize("model", STAYS, ids=lambda f: f.__name__)
 def test_stays(model: Callable[..., Any]) -> None:
     assert written(model, rows(4, 64), rows(64, 64, seed=1))[0] == 0
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "nvfp4"])
+def test_in_float64_casts_are_the_identity(name: str) -> None:
+    def model(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.addmm(bias, fake_quantized(x, name), fake_quantized(weight, name).t())
+
+    args = rows(4, 64), rows(32, 64, seed=1), rows(32, seed=2)
+    count, gm = written(model, *args)
+    assert count == 1
+    result = gm.graph.output_node().args[0]
+    x, weight, bias = wide = [t.double() for t in args]
+    (got,) = Float64Interpreter(gm.graph, MXNormConfig()).run([result], wide)
+    torch.testing.assert_close(got, x @ weight.t() + bias)
 
 
 def test_graphs_that_are_differentiated_stay() -> None:
