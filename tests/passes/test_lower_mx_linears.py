@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from numerics import SPEC
-from sm100 import Emulated
+from sm100 import Emulated, sm100
 from torch import Tensor, fx
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -117,14 +117,14 @@ def test_a_bias_reaches_the_kernel(fakes: FakeTensorMode) -> None:
     assert kernel.kwargs["kwargs"]["bias_ptr"].op == "placeholder"
 
 
-def test_scales_that_are_cut_out_of_others_are_copied(fakes: FakeTensorMode) -> None:
-    operands = Operands(fakes, 4)
-    scales = operands.tensors[3]
-    strides = (2 * scales.shape[1], 1)
-    with fakes:
+def test_scales_that_are_cut_out_of_others_are_copied() -> None:
+    with sm100() as mode:
+        operands = Operands(mode, 4)
+        scales = operands.tensors[3]
+        strides = (2 * scales.shape[1], 1)
         cut = torch.empty_strided(scales.shape, strides, dtype=scales.dtype, device="cuda")
-    operands.tensors[3] = cut
-    graph = lowered_linear(operands)
+        operands.tensors[3] = cut
+        graph = lowered_linear(operands)
     (kernel,) = kernels(graph)
     assert kernel.kwargs["kwargs"]["scales_ptr"].meta["val"].is_contiguous()
 
