@@ -39,7 +39,7 @@ KINDS = {
     "rest": r"^triton_(?!tem_)",
     "casts": r"^(operand_|norm_cast)",
     "attention": r"flash|fmha|sdpa|attention",
-    "matmul": r"gemm|nvjet|cutlass|(?<!ga)mma|splitk|^triton_tem_",
+    "matmul": r"gemm|nvjet|cutlass|(?<!ga)mma|splitk|^triton_tem_|^mx_linear",
 }
 
 
