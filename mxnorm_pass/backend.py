@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from mxnorm_pass.compilation.inner import INNER, CompiledFunction, trace_only
+from mxnorm_pass.compilation.inner import INNER, CompiledFunction, is_frozen, trace_only
 from mxnorm_pass.compilation.job import CompileJob
 from mxnorm_pass.options.parse import parse
 from mxnorm_pass.passes.before_autograd.plan_json import to_json as plan_to_json
@@ -67,7 +67,14 @@ def _compile(
         kept = StoredCompile(results, job.differentiated, plan_to_json(job.plan))
         recording.store(key, kept)
     if results:
-        announce(results, job.config, job.module_paths, order_known, job.elsewhere)
+        announce(
+            results,
+            job.config,
+            job.module_paths,
+            order_known,
+            job.elsewhere,
+            casts_weights=job.config.inner == "inductor" and not is_frozen(job.options),
+        )
     return compiled
 
 

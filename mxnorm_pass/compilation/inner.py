@@ -19,7 +19,7 @@ from mxnorm_pass.compilation.frozen_weights import FrozenWeights, ShareCasts
 from mxnorm_pass.compilation.inductor_passes import LowerOps
 from mxnorm_pass.compilation.job import CompileJob
 from mxnorm_pass.compilation.run_graph import Interpreter, run_graph
-from mxnorm_pass.options.parse import inductor_setting
+from mxnorm_pass.options.parse import ParsedOptions, inductor_setting
 from mxnorm_pass.report.announce import announce_unfrozen
 
 CompiledFunction = Callable[..., Any]
@@ -27,12 +27,16 @@ CompiledFunction = Callable[..., Any]
 _LAST_JOINT, _FIRST_POST_GRAD = "joint_custom_post_pass", "post_grad_custom_pre_pass"
 
 
+def is_frozen(options: ParsedOptions) -> bool:
+    """Are weights part of the code that Inductor makes?"""
+    return bool(inductor_setting(options, "freezing")) and not torch.is_grad_enabled()
+
+
 def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
 
-    freezing = inductor_setting(job.options, "freezing") and not torch.is_grad_enabled()
-    frozen = FrozenGraph.of(job.gm, job.example_inputs) if freezing else None
+    frozen = FrozenGraph.of(job.gm, job.example_inputs) if is_frozen(job.options) else None
     read, share = FrozenWeights(), {}
     if frozen is not None:
         announce_unfrozen([job.weights[i].names[0] for i in frozen.without_version])

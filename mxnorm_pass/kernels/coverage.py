@@ -148,9 +148,10 @@ def _uncovered_operand(operand: Quantized) -> str | None:
     is_mxfp8 = fmt.elem_dtype is torch.float8_e4m3fn and fmt.has_e8m0_scales
     if not is_mxfp8 or fmt.block_size != MX_BLOCK_SIZE:
         return f"{fmt.name}; the kernel knows MXFP8 e4m3 in blocks of {MX_BLOCK_SIZE}"
-    if not values.is_contiguous() or not scales.is_contiguous():
-        return "values or scales are not contiguous"
-    if scales.storage_offset() % MX_LINEAR_WORDS.itemsize:
+    if not values.is_contiguous():
+        return "the values are not contiguous"
+    # Those that are not contiguous are copied.
+    if scales.is_contiguous() and scales.storage_offset() % MX_LINEAR_WORDS.itemsize:
         return "the scales do not start at a word"
     if values.shape[-1] % _LINEAR_WIDTH:
         return f"rows of {values.shape[-1]} elements, which {_LINEAR_WIDTH} does not divide"

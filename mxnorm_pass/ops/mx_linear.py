@@ -124,7 +124,9 @@ class MXLinearCall:
         from mxnorm_pass.kernels.mx_linear import mx_linear
 
         x, scales = (t.reshape(-1, t.shape[-1]) for t in (self.x, self.x_scales))
-        y = mx_linear(x, scales, self.weight, self.weight_scales, self.bias, self.dtype)
+        # Libraries keep scales in the order of native matmuls, and cut them out of it.
+        of_x, of_weight = (x, scales.contiguous()), (self.weight, self.weight_scales.contiguous())
+        y = mx_linear(*of_x, *of_weight, self.bias, self.dtype)
         return y.reshape(*self.x.shape[:-1], self.weight.shape[0])
 
 

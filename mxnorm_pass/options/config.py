@@ -112,7 +112,8 @@ class MXNormConfig:
         verify: check at compile time, on random data, that the gradients of what was rewritten
             are those of its forward and that "exact" changes no bit; see ``passes.verify``.
         inner: "inductor", "aot_eager" or "eager": what compiles the rewritten graph.
-        freezing: Inductor's meaning: inference weights are folded and cast once.
+        freezing: Inductor's meaning: inference weights are folded, and cast once for all graphs.
+            What is written into a weight later is cast anew; where it was folded, refused.
         prefix: full name of the module that is compiled on its own ("model.layers.3"); it goes in
             front of the names of the modules inside, in ``modules`` and in reports.
 

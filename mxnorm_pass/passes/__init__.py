@@ -4,7 +4,8 @@
 ``insert``           MX casts for plain linears
 ``match``            one fusion or one reason per norm; changes nothing
 ``rewrite``          edit the fusions in; never declines
-``joint``            these three, over one graph, with the report
+``mx_linears``       in inference, linears on values and scales in the place of matmuls
+``joint``            these four, over one graph, with the report
 ``verify``           check the result, if asked to
 ``lower``            a kernel or ATen ops in the place of each op
 """

@@ -25,6 +25,7 @@ from mxnorm_pass.passes.insert import insert_casts
 from mxnorm_pass.passes.match.decide import decide
 from mxnorm_pass.passes.match.fusion import Decision, Fusion, Refusal
 from mxnorm_pass.passes.match.linears.plain import PlainLinear, linear_name
+from mxnorm_pass.passes.match.linears.weight_casts import weight_casts
 from mxnorm_pass.passes.match.norms.find import Norm, find_norms
 from mxnorm_pass.passes.match.parts import parts_of, parts_of_created
 from mxnorm_pass.passes.match.skip import Skip
@@ -177,6 +178,7 @@ def run_pass(
         shown.matmul_modules,
         time.perf_counter() - start,
         shown.float_inputs,
+        weight_casts(graph),
     )
 
 
@@ -205,8 +207,8 @@ class _Drawing:
         readers = [(fusion, {c.linear.matmul for c in fusion.consumers}) for fusion in fusions]
         for linear in linears:
             for fusion, matmuls in readers:
-                if linear.matmul in matmuls:
-                    self.add(fusion, linear.nodes)
+                if linear.node in matmuls:
+                    self.add(fusion, linear.created)
 
     def _index(self, wanted: Fusion) -> int:
         return next(i for i, decision in enumerate(self._decisions) if decision is wanted)

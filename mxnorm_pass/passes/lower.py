@@ -139,7 +139,10 @@ def _kernel(op: Any, dequantize: Any) -> Callable[..., Any]:
 
 
 def _replace(graph: fx.Graph, node: fx.Node, outputs: Any) -> None:
-    """Let the readers of an op read ``outputs``, one node per result of the op."""
+    """Let the readers of an op read ``outputs``, one node per result of the op.
+
+    The node of a single result keeps the op's name, by which an exported program knows its outputs.
+    """
     if isinstance(outputs, tuple):
         for getitem in list(node.users):
             output = outputs[getitem.args[1]]  # type: ignore[index]
@@ -149,3 +152,5 @@ def _replace(graph: fx.Graph, node: fx.Node, outputs: Any) -> None:
     else:
         node.replace_all_uses_with(outputs)
     graph.erase_node(node)
+    if not isinstance(outputs, tuple):
+        outputs.name = node.name

@@ -22,10 +22,12 @@ from torch import fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import call
-from mxnorm_pass.graph.nodes import tensor_of
+from mxnorm_pass.graph.nodes import is_view, same_shape, strip, tensor_of
 from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.ops.mx_linear import MXLinearCall, multiply
 from mxnorm_pass.passes.lower_scaled_mm import ScaledMM, scaled_mm
+from mxnorm_pass.passes.match.linears.widened import keeps_rows
+from mxnorm_pass.passes.rewrite.shapes import rows_like
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,19 @@ def lower_mx_linears(graph: fx.Graph, tracer: FunctionTracer) -> int:
             y = widening.write(node, linear)
         node.replace_all_uses_with(y)
         graph.erase_node(node)
+        # By which an exported program knows its outputs.
+        y.name = node.name
+        for operand in (linear.x, linear.x_scales):
+            _erase_dead_views(graph, operand)
     return native
+
+
+def _erase_dead_views(graph: fx.Graph, node: fx.Node) -> None:
+    """Those that linears alone have read would be readers of values and scales."""
+    while is_view(node) and not node.users:
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        graph.erase_node(node)
+        node = source
 
 
 def _with_tensors(linear: MXLinearCall) -> MXLinearCall:
@@ -71,9 +85,12 @@ class _Widening:
     def write(self, before: fx.Node, linear: MXLinearCall) -> fx.Node:
         """The node of the result."""
         of, dtype = linear, linear.dtype
-        x = (of.x, of.x_scales, of.x_format.name, dtype, of.x_tensor_scale)
+        x = (*_as_written(of), of.x_format.name, dtype, of.x_tensor_scale)
         weight = (of.weight, of.weight_scales, of.weight_format.name, dtype, of.weight_tensor_scale)
-        operands = (self._dequantized(before, x), self._dequantized(before, weight), of.bias)
+        wide = self._dequantized(before, x)
+        with self._graph.inserting_before(before):
+            rows = rows_like(self._graph, before, wide, before)
+        operands = (rows, self._dequantized(before, weight), of.bias)
         y: fx.Node = self._tracer.graft(self._graph, before, multiply, operands)
         return y
 
@@ -83,3 +100,11 @@ class _Widening:
             with self._graph.inserting_before(before):
                 self._widened[args] = call(self._graph, before, ops.dequantize, *args)
         return self._widened[args]
+
+
+def _as_written(linear: MXLinearCall) -> tuple[fx.Node, fx.Node]:
+    """Values and scales of x before they were viewed: a kernel then finds who reads its results."""
+    values, scales = (strip(n, keeps_rows) for n in (linear.x, linear.x_scales))
+    if same_shape(*(n.meta["val"].shape[:-1] for n in (values, scales))):
+        return values, scales
+    return linear.x, linear.x_scales

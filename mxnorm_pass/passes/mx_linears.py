@@ -2,12 +2,12 @@
 
 Before::
 
-    x values, scales -----> dequantize -> view -----> mm -> view -> y
+    x values, scales -----> dequantize -> view -----> mm
     weight values, scales -> dequantize -> permute -> mm
 
-After::
+After, in the place of the matmul::
 
-    x values, scales, weight values, scales, bias -> mx_linear -> y
+    x values, scales -> views, weight values, scales, bias -> mx_linear
 
 So the weight stays in its 8 or 4 bits up to the kernel that multiplies, and no compiler can fold
 its widened copy. The op is what the graph was, bit for bit.
@@ -27,12 +27,14 @@ from torch import fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import call, created_nodes
-from mxnorm_pass.graph.nodes import aten, dtype_of, is_backward, is_transpose, is_view, same_shape
+from mxnorm_pass.graph.nodes import aten, dtype_of, is_backward, is_transpose
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.match.linears.mx_linear import MXLinear, find_mx_linears
 from mxnorm_pass.passes.match.linears.plain import linear_name
 from mxnorm_pass.passes.match.linears.widened import Widened
-from mxnorm_pass.passes.rewrite.shapes import reshape_like
+from mxnorm_pass.passes.rewrite.shapes import rows_like
+
+Views = dict[tuple[fx.Node, str], fx.Node]
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,12 @@ class WrittenLinear:
     """A linear that has become an op.
 
     Attributes:
-        matmul: the node that it was, erased since.
-        nodes: what stands in its place.
+        node: that was the matmul.
+        created: the views that it reads, and no linear before it.
     """
 
-    matmul: fx.Node
-    nodes: tuple[fx.Node, ...]
+    node: fx.Node
+    created: tuple[fx.Node, ...]
 
 
 def write_mx_linears(graph: fx.Graph, config: MXNormConfig) -> list[WrittenLinear]:
@@ -56,40 +58,32 @@ def write_mx_linears(graph: fx.Graph, config: MXNormConfig) -> list[WrittenLinea
 
 
 def _write_all(graph: fx.Graph, config: MXNormConfig) -> Iterator[WrittenLinear]:
+    views: Views = {}
     for found in find_mx_linears(graph):
         if not config.turns_off(linear_name(found.matmul)):
             with created_nodes(graph) as created:
-                _write(graph, found)
+                _write(graph, found, views)
             yield WrittenLinear(found.matmul, tuple(created))
 
 
-def _write(graph: fx.Graph, found: MXLinear) -> None:
-    matmul, x, weight = found.matmul, found.x, found.weight
-    with graph.inserting_before(matmul):
-        args = (*_operand(graph, matmul, x), *_operand(graph, matmul, weight), found.bias)
-        formats = (x.format.name, weight.format.name, weight.dtype)
-        scales = [x.tensor_scale, weight.tensor_scale]
-        while scales and scales[-1] is None:
-            scales.pop()
-        y = call(graph, matmul, ops.mx_linear, *args, *formats, *scales)
-        view = next(iter(matmul.users)) if len(matmul.users) == 1 else None
-        if view is not None and is_view(view) and same_shape(_shape(view), _shape(y)):
-            _replace(graph, view, y)
-            graph.erase_node(matmul)
-        else:
-            _replace(graph, matmul, reshape_like(graph, matmul, y, matmul))
+def _write(graph: fx.Graph, found: MXLinear, views: Views) -> None:
+    node, x, weight = found.matmul, found.x, found.weight
+    with graph.inserting_before(node):
+        rows = [_in_rows_of(graph, node, operand, views) for operand in _operand(graph, node, x)]
+        args = (*rows, *_operand(graph, node, weight), found.bias)
+    scales = [x.tensor_scale, weight.tensor_scale]
+    while scales and scales[-1] is None:
+        scales.pop()
+    node.target = ops.mx_linear
+    node.args = (*args, x.format.name, weight.format.name, weight.dtype, *scales)
 
 
-def _shape(node: fx.Node) -> torch.Size:
-    shape: torch.Size = node.meta["val"].shape
-    return shape
-
-
-def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
-    """The new node takes the name, too, by which an exported program knows its outputs."""
-    old.replace_all_uses_with(new)
-    graph.erase_node(old)
-    new.name = old.name
+def _in_rows_of(graph: fx.Graph, matmul: fx.Node, operand: fx.Node, views: Views) -> fx.Node:
+    """What a matmul of matrices reads as one, made once for all that do."""
+    key = (operand, str(matmul.meta["val"].shape[:-1]))
+    if key not in views:
+        views[key] = rows_like(graph, matmul, operand, matmul)
+    return views[key]
 
 
 def _operand(graph: fx.Graph, like: fx.Node, operand: Widened) -> tuple[fx.Node, fx.Node]:

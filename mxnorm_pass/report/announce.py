@@ -41,12 +41,14 @@ def announce(
     module_paths: Sequence[str],
     order_known: bool = True,
     elsewhere: Collection[str] = (),
+    casts_weights: bool = False,
 ) -> None:
     """Report, log and warn of one compile; the same after a cold and a warm one.
 
     Args:
         results: one for each graph of the compile.
         order_known: could the channel order be compared with the calibration's?
+        casts_weights: does each call cast the weights of which the results say so?
         elsewhere: modules that another graph of what is compiled may have.
     """
     recording.publish(results)
@@ -59,8 +61,27 @@ def announce(
     linears = [linear for result in results for linear in result.graph.linears]
     for warning in _warnings_of(sites, linears, names, config, is_inference, elsewhere):
         _warn_once(warning, owner)
+    if casts_weights:
+        _warn_of_weight_casts(results)
     if not order_known and any(site.calibration == "block weights" for site in sites):
         _warn_once(_ORDER_UNKNOWN, owner)
+
+
+def _warn_of_weight_casts(results: Sequence[PassResult]) -> None:
+    """Once for equal numbers: the layers of a model, or its graphs for several shapes."""
+    for casts in {result.weight_casts for result in results if result.weight_casts.count}:
+        sizes = (_megabytes(size) for size in (casts.read, casts.written))
+        count = f"{casts.count} weight{'s are' if casts.count > 1 else ' is'}"
+        warning = MXNormWarning(
+            f"mxnorm: {count} cast at every call, which reads {next(sizes)} and writes "
+            f"{next(sizes)}. Where weights do not change, cast them once: options={{'freezing': "
+            "True}, or mxnorm_pass.convert(model) before it is compiled"
+        )
+        _warn_once(warning, ())
+
+
+def _megabytes(size: int | None) -> str:
+    return "an unknown number of bytes" if size is None else f"{size / 1e6:,.1f} MB"
 
 
 def _log(result: PassResult) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from mxnorm_pass.files import write_text
 from mxnorm_pass.report.json_values import json_value
 from mxnorm_pass.report.report import Report
-from mxnorm_pass.report.site import Graph, PassResult
+from mxnorm_pass.report.site import Graph, PassResult, WeightCasts
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,12 @@ def store(key: str, compiled: StoredCompile) -> None:
     path = _path(key)
     entry = {
         "results": [
-            {"matmul_modules": r.matmul_modules, "graph": r.graph} for r in compiled.results
+            {
+                "matmul_modules": r.matmul_modules,
+                "graph": r.graph,
+                "weight_casts": r.weight_casts,
+            }
+            for r in compiled.results
         ],
         "differentiated": compiled.differentiated,
         "plan": compiled.plan,
@@ -105,7 +110,9 @@ def load(key: str) -> StoredCompile | None:
 
 def _result(entry: Mapping[str, Any]) -> PassResult:
     graph = Graph.from_dict(entry["graph"])
-    return PassResult(graph, tuple(entry["matmul_modules"]), seconds=0.0)
+    casts = WeightCasts(**entry["weight_casts"])
+    modules = tuple(entry["matmul_modules"])
+    return PassResult(graph, modules, seconds=0.0, weight_casts=casts)
 
 
 def _path(key: str) -> Path:

@@ -163,6 +163,20 @@ def count_ops(targets: list[str]) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
+class WeightCasts:
+    """The weights of high precision that each call of an inference graph casts.
+
+    Attributes:
+        count: how many there are.
+        read, written: bytes that the casts read and write; None where unknown.
+    """
+
+    count: int = 0
+    read: int | None = 0
+    written: int | None = 0
+
+
+@dataclass(frozen=True)
 class PassResult:
     """What one run of the pass did.
 
@@ -172,12 +186,14 @@ class PassResult:
             matrices, in the forward graph.
         seconds: time the pass took, the report included.
         float_inputs: positions of the graph inputs that a norm's eps or factor depends on.
+        weight_casts: what each call spends on weights.
     """
 
     graph: Graph
     matmul_modules: tuple[str, ...]
     seconds: float
     float_inputs: tuple[int, ...] = ()
+    weight_casts: WeightCasts = WeightCasts()
 
     @property
     def sites(self) -> tuple[Site, ...]:

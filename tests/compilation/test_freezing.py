@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from usage import Block, inputs
 import mxnorm_pass
 from mxnorm_pass.compilation import shared_casts
 from mxnorm_pass.errors import InvalidOptionsError
+from mxnorm_pass.report import announce
 
 BF16 = torch.bfloat16
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
@@ -208,13 +210,15 @@ def test_a_new_parameter_is_seen() -> None:
 
 
 def test_a_model_that_is_gone_leaves_nothing() -> None:
+    before = len(list(shared_casts.shared_casts()))
     model = Stack()
     run(frozen(model), inputs(4, 64).to(BF16))
-    (values, _), _ = (cast.results for cast in casts_of(model))
-    weight, cast = weakref.ref(model.linears[0].weight), weakref.ref(values)
-    del model, values
+    assert len(casts_of(model)) == 2
+    weight = weakref.ref(model.linears[0].weight)
+    del model
     gc.collect()
-    assert weight() is None and cast() is None
+    # Inductor keeps the modules that it has written, with their constants.
+    assert weight() is None and len(list(shared_casts.shared_casts())) == before
 
 
 def test_weights_without_versions_stay_inputs() -> None:
@@ -260,3 +264,47 @@ def test_a_warm_cache_shares_the_casts() -> None:
     with torch.no_grad():
         model.linears[0].weight.mul_(2)
     assert not torch.equal(run(frozen(model), x), first)
+
+
+# Who does not freeze is told
+
+
+@contextmanager
+def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    monkeypatch.setattr(announce, "_warned", set())
+    messages: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield messages
+    messages += [str(w.message) for w in caught if "cast at every call" in str(w.message)]
+
+
+def test_casts_at_every_call_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Stack()
+    with told(monkeypatch) as cold:
+        compiled = plain(model)
+        for rows in (4, 8):
+            run(compiled, inputs(rows, 64).to(BF16))
+    values, scales = 2 * 64 * 64, 2 * 64 * 2
+    (message,) = cold
+    assert f"2 weights are cast at every call, which reads {2 * values / 1e6:.1f} MB" in message
+    assert f"writes {(values + scales) / 1e6:.1f} MB" in message
+    assert "{'freezing': True}" in message and "mxnorm_pass.convert(model)" in message
+    torch._dynamo.reset()
+    with told(monkeypatch) as warm:
+        run(plain(model), inputs(4, 64).to(BF16))
+    assert warm == cold
+
+
+def test_who_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = inputs(4, 64).to(BF16)
+    ids = token_ids()
+    with told(monkeypatch) as messages:
+        run(frozen(Stack()), x)
+        run(plain(Stack(), inner="aot_eager"), x)
+        plain(Stack())(x).sum().backward()
+        with torch.no_grad():
+            mxnorm_pass.explain(Stack(), x)
+            converted = quantize_with_torchao(build_llama(BF16, layers=1))
+            plain(converted, inner="inductor")(ids, use_cache=False)
+    assert not messages

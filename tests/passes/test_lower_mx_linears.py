@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from numerics import SPEC
-from sm100 import Emulated
+from sm100 import Emulated, sm100
 from torch import Tensor, fx
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -117,6 +117,18 @@ def test_a_bias_reaches_the_kernel(fakes: FakeTensorMode) -> None:
     assert kernel.kwargs["kwargs"]["bias_ptr"].op == "placeholder"
 
 
+def test_scales_that_are_cut_out_of_others_are_copied() -> None:
+    with sm100() as mode:
+        operands = Operands(mode, 4)
+        scales = operands.tensors[3]
+        strides = (2 * scales.shape[1], 1)
+        cut = torch.empty_strided(scales.shape, strides, dtype=scales.dtype, device="cuda")
+        operands.tensors[3] = cut
+        graph = lowered_linear(operands)
+    (kernel,) = kernels(graph)
+    assert kernel.kwargs["kwargs"]["weight_scales_ptr"].meta["val"].is_contiguous()
+
+
 def _on_ada(mode: FakeTensorMode) -> fx.Graph:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(coverage, "capability", lambda device: (8, 9))
@@ -156,10 +168,12 @@ def test_the_norms_kernel_writes_what_linears_read(fakes: FakeTensorMode, rows: 
     def block(x: Tensor, *weights: Tensor) -> Any:
         values, scales, _ = ops.norm_cast(x, None, None, None, *SPEC.arguments())
         pairs = zip(weights[::2], weights[1::2], strict=True)
-        return tuple(ops.mx_linear(values, scales, *w, None, name, name, BF16) for w in pairs)
+        # As in the joint graph, where matmuls read matrices.
+        matrix = (values.reshape(rows, -1), scales.reshape(rows, -1))
+        return tuple(ops.mx_linear(*matrix, *w, None, name, name, BF16) for w in pairs)
 
     with fakes:
-        x = torch.empty(rows, WIDTH, dtype=BF16, device="cuda")
+        x = torch.empty(1, rows, WIDTH, dtype=BF16, device="cuda")
     graph = lowered(block, x, *weights)
     norm, *linears = kernels(graph)
     assert len(linears) == (2 if rows == 4 else 0) and ops.dequantize not in targets(graph)

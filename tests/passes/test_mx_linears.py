@@ -21,6 +21,7 @@ from mxnorm_pass.graph.cleanup import remove_dead
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.joint import GraphFacts, run_pass
 from mxnorm_pass.passes.mx_linears import write_mx_linears
+from mxnorm_pass.passes.verify.float64 import Float64Interpreter
 
 BF16, F32 = torch.bfloat16, torch.float32
 aten = torch.ops.aten
@@ -79,15 +80,14 @@ def test_formats(name: str) -> None:
 
 
 def test_more_dimensions_and_views() -> None:
-    """Views around the matmul go where the op has the shape itself."""
-
     def model(x: Tensor, weight: Tensor) -> Tensor:
         y = torch.mm(fake_quantized(x).view(-1, 64), fake_quantized(weight).t().t().mT)
         return y.view(2, 3, 32)
 
     count, gm = written(model, rows(2, 3, 64), rows(32, 64, seed=1))
     (node,) = gm.graph.find_nodes(op="call_function", target=ops.mx_linear)
-    assert count == 1 and gm.graph.output_node().args[0] is node
+    assert count == 1 and node.meta["val"].shape == (6, 32)
+    assert node.args[0].args[0].meta["val"].shape == (2, 3, 64)
 
 
 def test_result_that_is_read_as_a_matrix() -> None:
@@ -218,6 +218,20 @@ STAYS = [
 @pytest.mark.parametrize("model", STAYS, ids=lambda f: f.__name__)
 def test_stays(model: Callable[..., Any]) -> None:
     assert written(model, rows(4, 64), rows(64, 64, seed=1))[0] == 0
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "nvfp4"])
+def test_in_float64_casts_are_the_identity(name: str) -> None:
+    def model(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.addmm(bias, fake_quantized(x, name), fake_quantized(weight, name).t())
+
+    args = rows(4, 64), rows(32, 64, seed=1), rows(32, seed=2)
+    count, gm = written(model, *args)
+    assert count == 1
+    result = gm.graph.output_node().args[0]
+    x, weight, bias = wide = [t.double() for t in args]
+    (got,) = Float64Interpreter(gm.graph, MXNormConfig()).run([result], wide)
+    torch.testing.assert_close(got, x @ weight.t() + bias)
 
 
 def test_graphs_that_are_differentiated_stay() -> None:

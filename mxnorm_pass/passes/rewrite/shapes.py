@@ -21,9 +21,23 @@ def reshape_like(graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node) -> 
     """View ``node`` in the shape of ``like``, which has as many elements."""
     own, target = tensor_of(node), tensor_of(like)
     assert own is not None and target is not None
-    if same_shape(own.shape, target.shape):
+    return _reshape(graph, at, node, like, list(target.shape))
+
+
+def rows_like(graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node) -> fx.Node:
+    """View ``node`` with the leading dimensions of ``like``, which has as many rows."""
+    own, target = tensor_of(node), tensor_of(like)
+    assert own is not None and target is not None
+    return _reshape(graph, at, node, like, [*target.shape[:-1], own.shape[-1]])
+
+
+def _reshape(
+    graph: fx.Graph, at: fx.Node, node: fx.Node, like: fx.Node, sizes: list[object]
+) -> fx.Node:
+    own = tensor_of(node)
+    assert own is not None
+    if same_shape(own.shape, sizes):
         return node
-    sizes: list[object] = list(target.shape)
     symbolic = [i for i, size in enumerate(sizes) if not isinstance(size, int)]
     if len(symbolic) == 1:
         sizes[symbolic[0]] = -1

@@ -55,6 +55,8 @@ def _mx_linear(matmul: fx.Node) -> MXLinear | None:
     x = widened_operand(a, transposed=False)
     if x is None or x.dtype != weight.dtype or not _have_one_width(x, weight):
         return None
+    if not _has_known_rows(matmul, x):
+        return None
     position = _BIAS.get(matmul.target)
     bias: Any = None if position is None else next(iter(matmul.args[position:]), None)
     if bias is not None and not _is_bias(bias, weight):
@@ -70,6 +72,12 @@ def _are_rows_and_matrix(a: fx.Node, b: fx.Node) -> bool:
 def _have_one_width(x: Widened, weight: Widened) -> bool:
     widths = (w.format.shape_of(tensor_of(w.values).shape)[-1] for w in (x, weight))  # type: ignore[union-attr]
     return same_size(next(widths), next(widths))
+
+
+def _has_known_rows(matmul: fx.Node, x: Widened) -> bool:
+    """Can x be viewed in the matmul's rows, before it is computed?"""
+    rows, own = (tensor_of(n).shape[:-1] for n in (matmul, x.values))  # type: ignore[union-attr]
+    return sum(not isinstance(size, int) for size in rows) <= 1 or same_shape(rows, own)
 
 
 def _is_bias(bias: Any, weight: Widened) -> bool:

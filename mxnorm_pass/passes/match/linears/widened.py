@@ -73,13 +73,13 @@ def widened_operand(operand: fx.Node, transposed: bool) -> Widened | None:
     while True:
         if is_transpose(node):
             transposed = not transposed
-        elif not _keeps_rows(node, transposed):
+        elif not keeps_rows(node, transposed):
             break
         node = node.args[0]  # type: ignore[assignment]
     return None if transposed else _widened(node)
 
 
-def _keeps_rows(node: fx.Node, transposed: bool) -> bool:
+def keeps_rows(node: fx.Node, transposed: bool = False) -> bool:
     """A view whose rows, or columns where it is a transpose, are those of what it views."""
     if not is_view(node):
         return False
