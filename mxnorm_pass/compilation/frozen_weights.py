@@ -26,7 +26,7 @@ from mxnorm_pass.compilation.shared_casts import (
     Stamp,
     WeightExpression,
     shared_cast,
-    stamp,
+    stamps_of,
 )
 from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.graph.build import owner_of
@@ -52,7 +52,7 @@ class FrozenWeights:
         self._folded |= folded
         cast_weights = (weight for cast in self._casts for weight in cast.weights)
         self._weights = list(dict.fromkeys([*self._folded, *cast_weights]))
-        self._stamps = list(map(stamp, self._weights))
+        self._stamps = stamps_of(self._weights)
 
     def check(self) -> None:
         """Cast anew what was written to since.
@@ -60,7 +60,7 @@ class FrozenWeights:
         Raises:
             InvalidOptionsError: it is a weight that Inductor has folded.
         """
-        stamps = list(map(stamp, self._weights))
+        stamps = stamps_of(self._weights)
         if stamps == self._stamps:
             return
         for weight, old, new in zip(self._weights, self._stamps, stamps, strict=True):

@@ -39,7 +39,8 @@ def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
     frozen = FrozenGraph.of(job.gm, job.example_inputs) if is_frozen(job.options) else None
     read, share = FrozenWeights(), {}
     if frozen is not None:
-        announce_unfrozen([job.weights[i].names[0] for i in frozen.without_version])
+        unfrozen = (i for i in frozen.without_version if i in job.weights)
+        announce_unfrozen([job.weights[i].names[0] for i in unfrozen])
         inputs = frozen.select(job.example_inputs)
         weights = {attribute_of(i): weight for i, weight in job.weights.items()}
         job = replace(job, gm=frozen.gm, example_inputs=inputs, weights=weights)

@@ -9,6 +9,7 @@ graphs and CUDA graphs read.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +28,15 @@ _MAX_NODES = 32
 Stamp = tuple[int, int] | None
 
 
-def stamp(weight: WeakIdRef) -> Stamp:
-    """None of a weight that lives no more."""
-    tensor = weight()
-    return None if tensor is None else (tensor._version, tensor.data_ptr())
+def stamps_of(weights: Sequence[WeakIdRef]) -> list[Stamp]:
+    """None of a weight that lives no more. It is asked at each call, of all weights of a graph."""
+    alive = map(_dereference, weights)
+    return [None if t is None else (t._version, t.data_ptr()) for t in alive]
+
+
+# Without what WeakIdRef does in Python for tensors whose Python object had died: those of a module
+# have not, and the ones that had are asked for nothing but these numbers.
+_dereference: Callable[[WeakIdRef], Tensor | None] = weakref.ref.__call__
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class SharedCast:
     def __init__(self, expression: WeightExpression) -> None:
         self._compute = expression.compute
         self.weights = tuple(map(WeakIdRef, expression.weights))
-        self._stamps = list(map(stamp, self.weights))
+        self._stamps = stamps_of(self.weights)
         self.results = self._compute(*expression.weights)
 
     def refresh(self) -> None:
@@ -110,7 +116,7 @@ class SharedCast:
         Raises:
             InvalidOptionsError: it has another shape, dtype or device now.
         """
-        stamps = list(map(stamp, self.weights))
+        stamps = stamps_of(self.weights)
         if stamps == self._stamps or None in stamps:
             return
         with _lock:
