@@ -4,7 +4,7 @@
     compute-sanitizer --tool memcheck $options
     compute-sanitizer --tool racecheck $options
 
-The regular expression leaves out the kernels of PyTorch that make the inputs.
+And with ``kns=mx_linear`` in the place of ``kns=cast``. The regular expression leaves out the kernels of PyTorch that make the inputs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mxnorm_pass.kernels.mx_linear import mx_linear
 from mxnorm_pass.kernels.norm_cast import norm_cast
 from mxnorm_pass.kernels.norm_cast_both import norm_cast_both
 from mxnorm_pass.kernels.operand_casts import operand_casts
 from mxnorm_pass.kernels.operand_read import OperandRead
+from mxnorm_pass.numerics.cast import mx_cast
 from mxnorm_pass.numerics.formats import BlockFormat, block_format
 from mxnorm_pass.numerics.matmul import Operand
 from mxnorm_pass.numerics.norm_cast import NormCastSpec
@@ -33,6 +35,9 @@ FP4 = replace(BLOCKED, format=block_format("nvfp4"))
 ROW_SHAPES = [(tokens, width) for width in (96, 5120, 40000) for tokens in (5, 130)]
 # Less than a group of rows, fewer groups than the lag, more; without and with prefetched rows.
 BOTH_SHAPES = [(t, width) for width in (160, 4096, 8192, 16384) for t in (96, 512, 1312)]
+# One row, and tiles of 8, 16 and 32 that are not full; columns that do not fill a program.
+LINEAR_SHAPES = [(rows, width) for width in (128, 4096, 11008) for rows in (1, 5, 13, 33)]
+COLUMNS = 1001
 
 
 def inputs(tokens: int, width: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,13 +77,25 @@ def along_both(tokens: int, width: int, device: str = "cuda") -> None:
     operand_casts(x.contiguous()[:, : width // 64 * 64], gradient, gradient)
 
 
+def linears(rows: int, width: int, device: str = "cuda", columns: int = COLUMNS) -> None:
+    """With and without a bias."""
+    x, bias, _ = inputs(rows, width, device)
+    weight, _, _ = inputs(columns, width, device)
+    operands = (*mx_cast(x), *mx_cast(weight))
+    mx_linear(*operands, None, torch.bfloat16)
+    mx_linear(*operands, bias.repeat(columns // width + 1)[:columns], torch.float32)
+
+
 def main() -> None:
     for shape in ROW_SHAPES:
         along_d(*shape)
     for shape in BOTH_SHAPES:
         along_both(*shape)
+    for shape in LINEAR_SHAPES:
+        linears(*shape)
     torch.cuda.synchronize()
-    print(f"{4 * len(ROW_SHAPES) + 6 * len(BOTH_SHAPES)} launches")
+    count = 4 * len(ROW_SHAPES) + 6 * len(BOTH_SHAPES) + 2 * len(LINEAR_SHAPES)
+    print(f"{count} launches")
 
 
 if __name__ == "__main__":

@@ -21,3 +21,10 @@ def test_as_many_launches_as_it_says(function: str, shape: tuple[int, int], coun
     with mock.patch.object(launch, "launcher", wraps=launch.launcher) as launches:
         getattr(sanitize_kernels, function)(*shape, device=DEVICE)
     assert launches.call_count == count
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_linears(rows: int) -> None:
+    with mock.patch.object(launch, "launcher", wraps=launch.launcher) as launches:
+        sanitize_kernels.linears(rows, 128, device=DEVICE, columns=21)
+    assert launches.call_count == 2
