@@ -4,7 +4,8 @@
     compute-sanitizer --tool memcheck $options
     compute-sanitizer --tool racecheck $options
 
-And with ``kns=mx_linear`` in the place of ``kns=cast``. The regular expression leaves out the kernels of PyTorch that make the inputs.
+And both with ``kns=mx_linear``. The regular expressions leave out the kernels of PyTorch that make
+the inputs.
 """
 
 from __future__ import annotations
