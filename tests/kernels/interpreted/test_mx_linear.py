@@ -1,58 +1,29 @@
-"""The kernel of linears on MX operands, against float64."""
+"""Linears on MX operands by either kernel, against float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from kernel_rows import DEVICE
+from mx_linears import (
+    F32,
+    F64,
+    MXFP8,
+    NAN_ELEMENT,
+    NAN_SCALE,
+    ONE,
+    assert_within_bound,
+    of_bytes,
+    operand,
+    run,
+    wide,
+)
 from numerics import assert_bits_equal
 from pairwise import each_value
-from torch import Tensor
 
-from mxnorm_pass.functional import block_format
-from mxnorm_pass.kernels.mx_linear import mx_linear
-from mxnorm_pass.kernels.mx_linear_row import RowTiling, mx_linear_row
-from mxnorm_pass.kernels.mx_linear_rows import RowsTiling, mx_linear_rows
 from mxnorm_pass.numerics.cast import Quantized
 
-BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
-MXFP8 = block_format("mxfp8")
-ONE, NAN_SCALE, NAN_ELEMENT = 127, 255, 0x7F
-
-
-def operand(rows: int, width: int, seed: int, low: int = 100, high: int = 140) -> Quantized:
-    """Every finite element, subnormal ones too, under scales of 2^(low - 127) and more."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 256, (rows, width), dtype=torch.uint8, generator=generator)
-    codes[(codes & 0x7F) == NAN_ELEMENT] = 0
-    shape = (rows, width // 32)
-    scales = torch.randint(low, high, shape, dtype=torch.uint8, generator=generator)
-    return of_bytes(codes, scales)
-
-
-def of_bytes(codes: Tensor, scales: Tensor) -> Quantized:
-    values = codes.to(DEVICE).view(torch.float8_e4m3fn)
-    return Quantized(values, scales.to(DEVICE).view(torch.float8_e8m0fnu), MXFP8)
-
-
-def run(
-    x: Quantized, weight: Quantized, bias: Tensor | None = None, dtype: torch.dtype = F32
-) -> Tensor:
-    return mx_linear(x.values, x.scales, weight.values, weight.scales, bias, dtype)
-
-
-def wide(operand: Quantized) -> Tensor:
-    scales = operand.scales.view(torch.uint8).to(F64).sub(127).exp2()
-    return operand.values.to(F64) * scales.repeat_interleave(32, -1)
-
-
-def assert_within_bound(y: Tensor, x: Quantized, weight: Quantized) -> None:
-    a, b = wide(x), wide(weight)
-    # Roundings in a row, of at most an ulp each as tensor cores truncate: 32 products, two scales,
-    # a sum for each block that a warp or a thread takes, and what joins these.
-    roundings = 34 + a.shape[-1] / 32 + 8
-    bound = roundings * 2.0**-23 * (a.abs() @ b.abs().t())
-    assert ((y.to(F64) - a @ b.t()).abs() <= bound).all()
+BF16 = torch.bfloat16
 
 
 @each_value(rows=[1, 9, 33], columns=[16, 41], width=[128, 384, 640])
@@ -70,22 +41,6 @@ def test_sums_of_more_than_14_bits() -> None:
         a, b = wide(x), wide(weight)
         error = (run(x, weight).to(F64) - a @ b.t()).norm()
         assert error <= 2.0**-21 * (a.abs() @ b.abs().t()).norm()
-
-
-def bytes_of(*operands: Quantized) -> list[Tensor]:
-    return [t.view(torch.uint8) for o in operands for t in (o.values, o.scales)]
-
-
-def test_tilings() -> None:
-    x, weight = operand(20, 512, 0), operand(72, 512, 1)
-    y = torch.empty(20, 72, device=DEVICE)
-    for config in (RowsTiling(8, 16, 4, 2), RowsTiling(16, 64, 2, 3)):
-        mx_linear_rows(*bytes_of(x, weight), None, y, config)
-        assert_within_bound(y, x, weight)
-    one = Quantized(x.values[:1], x.scales[:1], MXFP8)
-    for columns, chunk, warps in ((4, 512, 1), (2, 256, 2), (8, 128, 4)):
-        mx_linear_row(*bytes_of(one, weight), None, y[:1], RowTiling(columns, chunk, warps))
-        assert_within_bound(y[:1], one, weight)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -233,18 +233,40 @@ def test_a_checkpointed_region_dequantises_for_itself() -> None:
 @pytest.mark.full
 @some(["inference"], training={"inference": False, "training": True})
 def test_llama(training: bool) -> None:
-    """All that reads a fused norm's values and scales is one op."""
+    """All that reads a fused norm's values and scales is one op, or linears on them."""
     convert = convert_to_mxfp8_training if training else quantize_with_torchao
     model = convert(build_llama(BF16, layers=1))
     with torch.set_grad_enabled(training):
         report = mxnorm_pass.explain(model, IDS, use_cache=False)
     assert len(report.fused) == 2
-    for values, scales in results_of_norms(report):
-        readers = readers_of(report, values), readers_of(report, scales)
-        assert readers[0] == readers[1]
-        (reader,) = readers[0]
-        assert f"mxnorm_pass.dequantize.default({values}, {scales}, 'mxfp8 " in reader
-        assert "block 32', torch.bfloat16)" in reader
+    results = results_of_norms(report)
+    if training:
+        for names in results:
+            (reader,) = readers_of_both(report, *names)
+            assert "mxnorm_pass.dequantize.default(" in reader
+            assert "'mxfp8 " in reader and "block 32', torch.bfloat16)" in reader
+    else:
+        views = [[result_of(report, name) for name in names] for names in results]
+        linears = [readers_of_both(report, *names) for names in views]
+        assert [len(readers) for readers in linears] == [3, 2]
+        assert all("mxnorm_pass.mx_linear.default(" in text for group in linears for text in group)
+
+
+def readers_of_both(report: Report, values: str, scales: str) -> list[str]:
+    """Those of values, which read scales behind them."""
+    readers = readers_of(report, values)
+    assert readers == readers_of(report, scales)
+    assert all(f"({values}, {scales}, " in reader for reader in readers)
+    return readers
+
+
+def result_of(report: Report, name: str) -> str:
+    """The name of the one matrix that what has a name is seen as."""
+    (reader,) = readers_of(report, name)
+    assert "aten.reshape.default(" in reader
+    lines = report.graphs[0].after.splitlines()
+    (line,) = [line for line in lines if line.endswith(f" = {reader}")]
+    return line.split(":")[0].strip()
 
 
 def results_of_norms(report: Report) -> list[tuple[str, str]]:
