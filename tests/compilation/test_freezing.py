@@ -266,6 +266,22 @@ def test_a_warm_cache_shares_the_casts() -> None:
     assert not torch.equal(run(frozen(model), x), first)
 
 
+def test_scales_of_tensors_are_no_numbers_in_the_code() -> None:
+    """Neither of what was written to since, nor of another model with the same graph."""
+    model, x = Stack(1), inputs(4, 64).to(BF16)
+    compiled = frozen(model, format="nvfp4")
+    run(compiled, x)
+    with torch.no_grad():
+        model.linears[0].weight.mul_(5)
+    want = run(plain(model, format="nvfp4"), x)
+    assert torch.equal(run(compiled, x), want)
+    torch._dynamo.reset()
+    other = Stack(1)
+    run(frozen(other, format="nvfp4"), x)
+    torch._dynamo.reset()
+    assert torch.equal(run(frozen(model, format="nvfp4"), x), want)
+
+
 # Who does not freeze is told
 
 
