@@ -282,6 +282,34 @@ def test_scales_of_tensors_are_no_numbers_in_the_code() -> None:
     assert torch.equal(run(frozen(model, format="nvfp4"), x), want)
 
 
+class Latents(nn.Module):
+    """A linear of constants, or one whose cast weight is widened in the graph."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.norm = kind, nn.RMSNorm(64)
+        self.linear = nn.Linear(64, 64, bias=False)
+        self.latents = nn.Parameter(torch.randn(4, 64))
+        self.to(BF16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "constant":
+            return x + self.linear(self.norm(self.latents))
+        return torch.addmm(x, self.norm(x), self.linear.weight.t())
+
+
+@pytest.mark.parametrize("kind", ["constant", "widened"])
+def test_casts_of_which_inductor_folds_more_are_refused(kind: str) -> None:
+    model, x = Latents(kind), inputs(4, 64).to(BF16)
+    compiled = frozen(model)
+    run(compiled, x)
+    with torch.no_grad():
+        model.linear.weight.mul_(-3)
+    with pytest.raises(InvalidOptionsError, match=r"linear.weight was written to after"):
+        run(compiled, x)
+
+
 # Who does not freeze is told
 
 
