@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdRef
 
 from mxnorm_pass import ops
 from mxnorm_pass.compilation.inductor_passes import source_digest
+from mxnorm_pass.compilation.optimizer_writes import count_writes
 from mxnorm_pass.compilation.shared_casts import (
     SharedCast,
     Stamp,
@@ -65,6 +66,7 @@ class FrozenWeights:
         cast_weights = (weight for cast in self._casts for weight in cast.weights)
         self._weights = list(dict.fromkeys([*self._folded, *cast_weights]))
         self._stamps = stamps_of(self._weights)
+        count_writes(tensor for weight in self._weights if (tensor := weight()) is not None)
 
     def check(self) -> None:
         """Cast anew what was written to since.

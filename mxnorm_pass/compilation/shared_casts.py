@@ -110,14 +110,17 @@ class SharedCast:
         self._stamps = stamps_of(self.weights)
         self.results = self._compute(*expression.weights)
 
-    def refresh(self) -> None:
+    def refresh(self, always: bool = False) -> None:
         """Compute it anew where a weight was written to since.
+
+        Args:
+            always: also where nothing tells that one was: ``weight.data`` counts no writes.
 
         Raises:
             InvalidOptionsError: it has another shape, dtype or device now.
         """
         stamps = stamps_of(self.weights)
-        if stamps == self._stamps or None in stamps:
+        if None in stamps or (stamps == self._stamps and not always):
             return
         with _lock:
             for old, new in zip(self.results, self._compute(*self._alive()), strict=True):
@@ -149,9 +152,10 @@ def shared_cast(expression: WeightExpression) -> SharedCast:
         for key in [key for key, cast in of_weight.items() if _is_dead(cast.weights)]:
             del of_weight[key]
         key = (expression.key, others)
-        if key not in of_weight:
+        if key in of_weight:
+            of_weight[key].refresh(always=True)
+        else:
             of_weight[key] = SharedCast(expression)
-        of_weight[key].refresh()
         return of_weight[key]
 
 

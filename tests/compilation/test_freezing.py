@@ -310,6 +310,29 @@ def test_casts_of_which_inductor_folds_more_are_refused(kind: str) -> None:
         run(compiled, x)
 
 
+@pytest.mark.parametrize("again", ["rows", "reset"])
+def test_what_nothing_tells_of_is_seen_by_the_next_compile(again: str) -> None:
+    model = Stack(1)
+    compiled, x = frozen(model), inputs(4, 64).to(BF16)
+    run(compiled, x)
+    model.linears[0].weight.data.mul_(-3)
+    if again == "reset":
+        torch._dynamo.reset()
+    else:
+        x = inputs(8, 64).to(BF16)
+    assert torch.equal(run(compiled, x), run(plain(model), x))
+
+
+def test_fused_optimizers_are_seen() -> None:
+    model = Stack(1)
+    compiled, x = frozen(model), inputs(4, 64).to(BF16)
+    run(compiled, x)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3, fused=True)
+    model(x).sum().backward()
+    optimizer.step()
+    assert torch.equal(run(compiled, x), run(plain(model), x))
+
+
 # Who does not freeze is told
 
 
