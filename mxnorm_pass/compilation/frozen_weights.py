@@ -18,6 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.freezing_utils import enter_freezing, maybe_set_is_frozen_param
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import is_fake
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdRef
 
 from mxnorm_pass import ops
@@ -29,6 +30,7 @@ from mxnorm_pass.compilation.shared_casts import (
     WeightExpression,
     shared_cast,
     stamps_of,
+    storages_of,
 )
 from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.graph.build import owner_of
@@ -58,6 +60,7 @@ class FrozenWeights:
         self._folded: dict[WeakIdRef, str] = {}
         self._weights: list[WeakIdRef] = []
         self._stamps: list[Stamp] = []
+        self._storages: list[StorageWeakRef] = []
 
     def add(self, casts: Iterable[SharedCast], folded: Mapping[WeakIdRef, str]) -> None:
         """Of one graph: the casts, and by weight the names of those that Inductor has."""
@@ -65,7 +68,7 @@ class FrozenWeights:
         self._folded |= folded
         cast_weights = (weight for cast in self._casts for weight in cast.weights)
         self._weights = list(dict.fromkeys([*self._folded, *cast_weights]))
-        self._stamps = stamps_of(self._weights)
+        self._stamps, self._storages = stamps_of(self._weights), storages_of(self._weights)
         count_writes(tensor for weight in self._weights if (tensor := weight()) is not None)
 
     def check(self) -> None:
@@ -86,7 +89,7 @@ class FrozenWeights:
                 )
         for cast in self._casts:
             cast.refresh()
-        self._stamps = stamps
+        self._stamps, self._storages = stamps, storages_of(self._weights)
 
 
 class ShareCasts(CustomGraphPass):

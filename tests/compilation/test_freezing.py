@@ -323,6 +323,18 @@ def test_what_nothing_tells_of_is_seen_by_the_next_compile(again: str) -> None:
     assert torch.equal(run(compiled, x), run(plain(model), x))
 
 
+def test_other_data_in_the_same_place_is_seen() -> None:
+    """As allocators give memory that was freed to the next who asks."""
+    model, x = Stack(1), inputs(4, 64).to(BF16)
+    weight = model.linears[0].weight
+    place = bytearray(weight.nbytes)
+    weight.data = torch.frombuffer(place, dtype=BF16).view(64, 64)
+    compiled = frozen(model)
+    run(compiled, x)
+    weight.data = torch.frombuffer(place, dtype=BF16).view(64, 64).fill_(0.5)
+    assert torch.equal(run(compiled, x), run(plain(model), x))
+
+
 def test_fused_optimizers_are_seen() -> None:
     model = Stack(1)
     compiled, x = frozen(model), inputs(4, 64).to(BF16)
