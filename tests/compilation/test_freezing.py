@@ -118,7 +118,9 @@ def test_one_cast_for_all_graphs(format: str, gain: str) -> None:
         gains = 2 * 64 * 2 if gain == "activation" else 0
         # No widened copy of a weight.
         assert stored[BF16] == gains
-        assert sum(stored.values()) <= values + scales + gains + 2 * 4
+        # Scales of two weights and, where gains are in them, of two activations.
+        tensor_scales = (4 if gain == "activation" else 2) * 4
+        assert sum(stored.values()) <= values + scales + gains + tensor_scales
     casts = casts_of(model)
     assert len(casts) == (4 if format == "nvfp4" else 2)
 
