@@ -10,31 +10,46 @@ it does, the casts of weights are replaced by those that all graphs share::
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.freezing_utils import enter_freezing, maybe_set_is_frozen_param
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import is_fake
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdRef
 
 from mxnorm_pass import ops
 from mxnorm_pass.compilation.inductor_passes import source_digest
+from mxnorm_pass.compilation.optimizer_writes import count_writes
 from mxnorm_pass.compilation.shared_casts import (
     SharedCast,
     Stamp,
     WeightExpression,
     shared_cast,
     stamps_of,
+    storages_of,
 )
 from mxnorm_pass.errors import InvalidOptionsError
 from mxnorm_pass.graph.build import owner_of
 from mxnorm_pass.graph.cleanup import remove_dead
-from mxnorm_pass.graph.nodes import aten
+from mxnorm_pass.graph.nodes import aten, is_call
 
 _ATTRIBUTE = "_mxnorm_shared_cast_"
 _CASTS = (ops.cast, ops.tensor_scale)
+_SAME_MEMORY = frozenset(
+    {
+        aten.view.default,
+        aten.view.dtype,
+        aten.permute.default,
+        aten.t.default,
+        aten.transpose.int,
+        aten.alias.default,
+        aten.detach.default,
+    }
+)
 
 
 class FrozenWeights:
@@ -45,6 +60,7 @@ class FrozenWeights:
         self._folded: dict[WeakIdRef, str] = {}
         self._weights: list[WeakIdRef] = []
         self._stamps: list[Stamp] = []
+        self._storages: list[StorageWeakRef] = []
 
     def add(self, casts: Iterable[SharedCast], folded: Mapping[WeakIdRef, str]) -> None:
         """Of one graph: the casts, and by weight the names of those that Inductor has."""
@@ -52,7 +68,8 @@ class FrozenWeights:
         self._folded |= folded
         cast_weights = (weight for cast in self._casts for weight in cast.weights)
         self._weights = list(dict.fromkeys([*self._folded, *cast_weights]))
-        self._stamps = stamps_of(self._weights)
+        self._stamps, self._storages = stamps_of(self._weights), storages_of(self._weights)
+        count_writes(tensor for weight in self._weights if (tensor := weight()) is not None)
 
     def check(self) -> None:
         """Cast anew what was written to since.
@@ -72,7 +89,7 @@ class FrozenWeights:
                 )
         for cast in self._casts:
             cast.refresh()
-        self._stamps = stamps
+        self._stamps, self._storages = stamps, storages_of(self._weights)
 
 
 class ShareCasts(CustomGraphPass):
@@ -94,10 +111,16 @@ class ShareCasts(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         inputs = graph.find_nodes(op="placeholder")
         found = {node: tensor for node in inputs if (tensor := self._frozen(node)) is not None}
-        casts = list(_share(graph, found))
+        shared = list(_share(graph, found))
         remove_dead(graph)
-        folded = {WeakIdRef(t): self._name(node) for node, t in found.items() if node.users}
-        self._weights.add(casts, folded)
+        names = {WeakIdRef(tensor): self._name(node) for node, tensor in found.items()}
+        folded = {WeakIdRef(tensor) for node, tensor in found.items() if node.users}
+        constants = _constants(graph, found)
+        for cast, attributes in shared:
+            if any(_is_folded(node, constants) for node in attributes):
+                folded |= set(cast.weights)
+        casts = (cast for cast, _ in shared)
+        self._weights.add(casts, {weight: names[weight] for weight in folded})
 
     def _frozen(self, node: fx.Node) -> Tensor | None:
         """The weight that an input is and stays, if Inductor makes it a constant."""
@@ -134,8 +157,10 @@ def _attribute(gm: fx.GraphModule, desc: Any) -> Any:
         return None
 
 
-def _share(graph: fx.Graph, weights: Mapping[fx.Node, Tensor]) -> Iterable[SharedCast]:
-    """Let all read the shared casts; yields them."""
+def _share(
+    graph: fx.Graph, weights: Mapping[fx.Node, Tensor]
+) -> Iterable[tuple[SharedCast, list[fx.Node]]]:
+    """Let all read the shared casts; yields them, and the attributes that hold their results."""
     names: dict[int, str] = {}
     for target in _CASTS:
         for node in graph.find_nodes(op="call_function", target=target):
@@ -144,16 +169,19 @@ def _share(graph: fx.Graph, weights: Mapping[fx.Node, Tensor]) -> Iterable[Share
                 continue
             cast = shared_cast(expression)
             readers = [(node, 0)] if target is ops.tensor_scale else _results(node)
-            for reader, index in readers:
-                _become_attribute(graph, reader, cast.results[index], names)
-            yield cast
+            yield (
+                cast,
+                [_become_attribute(graph, node, cast.results[i], names) for node, i in readers],
+            )
 
 
 def _results(node: fx.Node) -> list[tuple[fx.Node, int]]:
     return [(getitem, getitem.args[1]) for getitem in list(node.users)]  # type: ignore[misc]
 
 
-def _become_attribute(graph: fx.Graph, node: fx.Node, value: Tensor, names: dict[int, str]) -> None:
+def _become_attribute(
+    graph: fx.Graph, node: fx.Node, value: Tensor, names: dict[int, str]
+) -> fx.Node:
     owner = owner_of(graph)
     if id(value) not in names:
         names[id(value)] = f"{_ATTRIBUTE}{len(names)}"
@@ -166,3 +194,27 @@ def _become_attribute(graph: fx.Graph, node: fx.Node, value: Tensor, names: dict
     attribute.meta = node.meta
     node.replace_all_uses_with(attribute)
     graph.erase_node(node)
+    return attribute
+
+
+def _constants(graph: fx.Graph, weights: Iterable[fx.Node]) -> set[fx.Node]:
+    """What Inductor can compute before any call: weights, attributes, and what is made of them."""
+    found = {*weights, *graph.find_nodes(op="get_attr")}
+    for node in graph.nodes:
+        is_op = node.op == "call_function" and not isinstance(node.target, HigherOrderOperator)
+        if is_op and node.all_input_nodes and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_folded(attribute: fx.Node, constants: Container[fx.Node]) -> bool:
+    """Does Inductor compute anything of it that is not in the attribute's own memory?"""
+    pending = [attribute]
+    while pending:
+        for user in pending.pop().users:
+            if user not in constants:
+                continue
+            if not is_call(user, _SAME_MEMORY):
+                return True
+            pending.append(user)
+    return False

@@ -37,7 +37,7 @@ def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
     from torch._inductor.decomposition import select_decomp_table
 
     frozen = FrozenGraph.of(job.gm, job.example_inputs) if is_frozen(job.options) else None
-    read, share = FrozenWeights(), {}
+    read, share = FrozenWeights(), dict[str, Any]()
     if frozen is not None:
         unfrozen = (i for i in frozen.without_version if i in job.weights)
         announce_unfrozen([job.weights[i].names[0] for i in unfrozen])
@@ -46,7 +46,12 @@ def _compile_with_inductor(job: CompileJob) -> CompiledFunction:
         job = replace(job, gm=frozen.gm, example_inputs=inputs, weights=weights)
         names = {attribute: weight.names[0] for attribute, weight in weights.items()}
         casts = ShareCasts(frozen.gm, names, read)
-        share = {_LAST_JOINT: job.with_users_passes(_LAST_JOINT, casts)}
+        share = {
+            _LAST_JOINT: job.with_users_passes(_LAST_JOINT, casts),
+            # Else a tensor's scale is a number in the code, which no write reaches, and which
+            # Inductor's cache gives to every model of the same graph.
+            "always_keep_tensor_constants": True,
+        }
     patches = {
         **job.options.inductor,
         **share,

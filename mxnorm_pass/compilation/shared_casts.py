@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 from mxnorm_pass.errors import InvalidOptionsError
@@ -24,14 +25,22 @@ from mxnorm_pass.graph.nodes import ancestors, tensor_of
 
 # From a weight to its cast there are a conversion, the product with a converted gain and a scale.
 _MAX_NODES = 32
-# What tells whether a tensor was written to: the count of writes, and where it lies.
-Stamp = tuple[int, int] | None
+# What tells whether a tensor was written to: the count of writes, where it lies, in what storage.
+Stamp = tuple[int, int, int] | None
 
 
 def stamps_of(weights: Sequence[WeakIdRef]) -> list[Stamp]:
     """None of a weight that lives no more. It is asked at each call, of all weights of a graph."""
     alive = map(_dereference, weights)
-    return [None if t is None else (t._version, t.data_ptr()) for t in alive]
+    return [
+        None if t is None else (t._version, t.data_ptr(), t.untyped_storage()._cdata) for t in alive
+    ]
+
+
+def storages_of(weights: Sequence[WeakIdRef]) -> list[StorageWeakRef]:
+    """To be kept with their stamps: no other storage is then where one of these was."""
+    alive = map(_dereference, weights)
+    return [StorageWeakRef(t.untyped_storage()) for t in alive if t is not None]
 
 
 # Without what WeakIdRef does in Python for tensors whose Python object had died: those of a module
@@ -108,16 +117,20 @@ class SharedCast:
         self._compute = expression.compute
         self.weights = tuple(map(WeakIdRef, expression.weights))
         self._stamps = stamps_of(self.weights)
+        self._storages = storages_of(self.weights)
         self.results = self._compute(*expression.weights)
 
-    def refresh(self) -> None:
+    def refresh(self, always: bool = False) -> None:
         """Compute it anew where a weight was written to since.
+
+        Args:
+            always: also where nothing tells that one was: ``weight.data`` counts no writes.
 
         Raises:
             InvalidOptionsError: it has another shape, dtype or device now.
         """
         stamps = stamps_of(self.weights)
-        if stamps == self._stamps or None in stamps:
+        if None in stamps or (stamps == self._stamps and not always):
             return
         with _lock:
             for old, new in zip(self.results, self._compute(*self._alive()), strict=True):
@@ -130,7 +143,7 @@ class SharedCast:
                     )
                 with torch.inference_mode(False), real_tensors():
                     old.copy_(new)
-            self._stamps = stamps
+            self._stamps, self._storages = stamps, storages_of(self.weights)
 
     def _alive(self) -> list[Tensor]:
         return [tensor for weight in self.weights if (tensor := weight()) is not None]
@@ -149,9 +162,10 @@ def shared_cast(expression: WeightExpression) -> SharedCast:
         for key in [key for key, cast in of_weight.items() if _is_dead(cast.weights)]:
             del of_weight[key]
         key = (expression.key, others)
-        if key not in of_weight:
+        if key in of_weight:
+            of_weight[key].refresh(always=True)
+        else:
             of_weight[key] = SharedCast(expression)
-        of_weight[key].refresh()
         return of_weight[key]
 
 

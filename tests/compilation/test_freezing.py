@@ -118,7 +118,9 @@ def test_one_cast_for_all_graphs(format: str, gain: str) -> None:
         gains = 2 * 64 * 2 if gain == "activation" else 0
         # No widened copy of a weight.
         assert stored[BF16] == gains
-        assert sum(stored.values()) <= values + scales + gains + 2 * 4
+        # Scales of two weights and, where gains are in them, of two activations.
+        tensor_scales = (4 if gain == "activation" else 2) * 4
+        assert sum(stored.values()) <= values + scales + gains + tensor_scales
     casts = casts_of(model)
     assert len(casts) == (4 if format == "nvfp4" else 2)
 
@@ -264,6 +266,85 @@ def test_a_warm_cache_shares_the_casts() -> None:
     with torch.no_grad():
         model.linears[0].weight.mul_(2)
     assert not torch.equal(run(frozen(model), x), first)
+
+
+def test_scales_of_tensors_are_no_numbers_in_the_code() -> None:
+    """Neither of what was written to since, nor of another model with the same graph."""
+    model, x = Stack(1), inputs(4, 64).to(BF16)
+    compiled = frozen(model, format="nvfp4")
+    run(compiled, x)
+    with torch.no_grad():
+        model.linears[0].weight.mul_(5)
+    want = run(plain(model, format="nvfp4"), x)
+    assert torch.equal(run(compiled, x), want)
+    torch._dynamo.reset()
+    other = Stack(1)
+    run(frozen(other, format="nvfp4"), x)
+    torch._dynamo.reset()
+    assert torch.equal(run(frozen(model, format="nvfp4"), x), want)
+
+
+class Latents(nn.Module):
+    """A linear of constants, or one whose cast weight is widened in the graph."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.norm = kind, nn.RMSNorm(64)
+        self.linear = nn.Linear(64, 64, bias=False)
+        self.latents = nn.Parameter(torch.randn(4, 64))
+        self.to(BF16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "constant":
+            return x + self.linear(self.norm(self.latents))
+        return torch.addmm(x, self.norm(x), self.linear.weight.t())
+
+
+@pytest.mark.parametrize("kind", ["constant", "widened"])
+def test_casts_of_which_inductor_folds_more_are_refused(kind: str) -> None:
+    model, x = Latents(kind), inputs(4, 64).to(BF16)
+    compiled = frozen(model)
+    run(compiled, x)
+    with torch.no_grad():
+        model.linear.weight.mul_(-3)
+    with pytest.raises(InvalidOptionsError, match=r"linear.weight was written to after"):
+        run(compiled, x)
+
+
+@pytest.mark.parametrize("again", ["rows", "reset"])
+def test_what_nothing_tells_of_is_seen_by_the_next_compile(again: str) -> None:
+    model = Stack(1)
+    compiled, x = frozen(model), inputs(4, 64).to(BF16)
+    run(compiled, x)
+    model.linears[0].weight.data.mul_(-3)
+    if again == "reset":
+        torch._dynamo.reset()
+    else:
+        x = inputs(8, 64).to(BF16)
+    assert torch.equal(run(compiled, x), run(plain(model), x))
+
+
+def test_other_data_in_the_same_place_is_seen() -> None:
+    """As allocators give memory that was freed to the next who asks."""
+    model, x = Stack(1), inputs(4, 64).to(BF16)
+    weight = model.linears[0].weight
+    place = bytearray(weight.nbytes)
+    weight.data = torch.frombuffer(place, dtype=BF16).view(64, 64)
+    compiled = frozen(model)
+    run(compiled, x)
+    weight.data = torch.frombuffer(place, dtype=BF16).view(64, 64).fill_(0.5)
+    assert torch.equal(run(compiled, x), run(plain(model), x))
+
+
+def test_fused_optimizers_are_seen() -> None:
+    model = Stack(1)
+    compiled, x = frozen(model), inputs(4, 64).to(BF16)
+    run(compiled, x)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3, fused=True)
+    model(x).sum().backward()
+    optimizer.step()
+    assert torch.equal(run(compiled, x), run(plain(model), x))
 
 
 # Who does not freeze is told
