@@ -104,4 +104,5 @@ def _is_static(value: Tensor) -> bool:
 
 def _zeros_like(fake: Tensor) -> Tensor:
     zeros = torch.zeros(tuple(fake.shape), dtype=fake.dtype, device=fake.device)
-    return zeros.requires_grad_(fake.requires_grad)
+    # No leaf, into which what comes after a graph break could not write.
+    return zeros.requires_grad_().clone() if fake.requires_grad else zeros

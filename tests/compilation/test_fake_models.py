@@ -107,3 +107,21 @@ def test_default_device_meta() -> None:
     with torch.device("meta"):
         report = mxnorm_pass.explain(WithArange(), torch.zeros(TOKENS, DIM))
     assert [site.norm for site in report.fused] == ["norm"]
+
+
+class _WritesAfterABreak(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(self.norm(x))
+        torch._dynamo.graph_break()
+        y.add_(1)
+        return y
+
+
+def test_explain_of_writes_into_what_was_computed_before_a_graph_break() -> None:
+    report = mxnorm_pass.explain(_WritesAfterABreak(), torch.randn(32, 64))
+    assert len(report.fused) == 1
