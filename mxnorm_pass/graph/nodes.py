@@ -87,6 +87,15 @@ def is_backward(node: fx.Node) -> bool:
     return tag in ("is_backward", "must_be_in_backward") or BACKWARD in node.meta
 
 
+def has_backward(nodes: Iterable[fx.Node]) -> bool:
+    """Is one of the nodes part of a backward?
+
+    What copies a changed input back bears the tag in graphs for inference, too: a static cache's
+    keys and values.
+    """
+    return any(is_backward(node) and not is_call(node, (aten.copy_.default,)) for node in nodes)
+
+
 def partition_of(node: fx.Node) -> tuple[Any, ...]:
     """On which side the partitioner must put the node, whether and with what it is recomputed."""
     return tuple(node.meta.get(k) for k in ("partitioner_tag", "recompute", "ac_graph_id"))

@@ -15,7 +15,7 @@ from mxnorm_pass.graph.build import copied_graph, created_nodes
 from mxnorm_pass.graph.cleanup import remove_dead
 from mxnorm_pass.graph.inputs import mark_parameters, mark_weights
 from mxnorm_pass.graph.matmul import is_matmul
-from mxnorm_pass.graph.nodes import input_position, is_backward
+from mxnorm_pass.graph.nodes import has_backward, input_position, is_backward
 from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.graph.weights import Weight
 from mxnorm_pass.options.calibration import Calibration
@@ -221,7 +221,7 @@ class _Drawing:
         sites = [decision.site() for decision in self._decisions]
         alignment = Alignment(before, after, one_graph)
         return Graph(
-            name="training" if any(s.backward for s in after.states.values()) else "inference",
+            name="training" if has_backward(after.states) else "inference",
             before=before.code(),
             after=after.code(),
             ops_before=_op_counts(before),

@@ -27,7 +27,7 @@ from torch import fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import call, created_nodes
-from mxnorm_pass.graph.nodes import aten, dtype_of, is_backward, is_transpose
+from mxnorm_pass.graph.nodes import aten, dtype_of, has_backward, is_transpose
 from mxnorm_pass.options.config import MXNormConfig
 from mxnorm_pass.passes.match.linears.mx_linear import MXLinear, find_mx_linears
 from mxnorm_pass.passes.match.linears.plain import linear_name
@@ -52,7 +52,7 @@ class WrittenLinear:
 
 def write_mx_linears(graph: fx.Graph, config: MXNormConfig) -> list[WrittenLinear]:
     """Replace the linears of a graph for inference; what they alone read is left dead."""
-    if any(map(is_backward, graph.nodes)):
+    if has_backward(graph.nodes):
         return []
     return list(_write_all(graph, config))
 

@@ -16,7 +16,7 @@ from mxnorm_pass import ops
 from mxnorm_pass.graph.build import created_nodes
 from mxnorm_pass.graph.cleanup import merge_equal, remove_dead
 from mxnorm_pass.graph.matmul import LINEAR_KEY, UNREACHED, is_matmul
-from mxnorm_pass.graph.nodes import aten, is_backward, is_transpose, is_view
+from mxnorm_pass.graph.nodes import aten, has_backward, is_backward, is_transpose, is_view
 from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.numerics.philox import Matmul
 from mxnorm_pass.numerics.recipe import MatmulRecipe, OperandCast, in_format
@@ -49,7 +49,7 @@ def open_linears(graph: fx.Graph, tracer: FunctionTracer) -> None:
 
 def note_unreached(graph: fx.Graph) -> None:
     """Note on the forward's matmuls whose backward no recipe reaches: they were not marked."""
-    if not any(map(is_backward, graph.nodes)):
+    if not has_backward(graph.nodes):
         return
     for node in filter(is_matmul, graph.nodes):
         if not is_backward(node) and LINEAR_KEY not in node.meta:
@@ -87,7 +87,7 @@ def linear_casts(
     if not config.recipes:
         return ()
     matmuls = {linear.matmul: linear for linear in cast}
-    in_training = any(map(is_backward, graph.nodes))
+    in_training = has_backward(graph.nodes)
     found = []
     for node in filter(is_matmul, graph.nodes):
         if is_backward(node) or not linear_name(node):

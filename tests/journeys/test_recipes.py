@@ -210,20 +210,10 @@ def test_gradients_are_verified(recipe: Any) -> None:
     train(compiled(model, recipe=recipe, verify=True), model)
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        pytest.param(RECIPES["mxfp8"], id="mxfp8"),
-        pytest.param(RECIPES[RANDOM], id=RANDOM, marks=pytest.mark.full),
-        # The recipe above rounds to its elements, too.
-        pytest.param(
-            RECIPES["mxfp4"], id="mxfp4", marks=[pytest.mark.full, pytest.mark.exhaustive]
-        ),
-    ],
-)
-def test_inductor_error_is_that_of_aot_eager(recipe: Any) -> None:
+@some(["mxfp8-bf16"], full=0, recipe=RECIPES, dtype=DTYPES)
+def test_inductor_error_is_that_of_aot_eager(recipe: Any, dtype: torch.dtype) -> None:
     """Gradients: at most 1.5 times the distance to those of the plain model, which they keep."""
-    model = build_llama(torch.bfloat16, layers=1)
+    model = build_llama(dtype, layers=1)
     _, plain = train(model, model)
     _, want = stepped(compiled(model, recipe=recipe), model, seed=0)
     _, got = stepped(compiled(model, recipe=recipe, inner="inductor"), model, seed=0)

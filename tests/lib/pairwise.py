@@ -35,7 +35,7 @@ def some(default: Collection[str], full: int = 2, **values: Values) -> pytest.Ma
     """Parametrize with a product; by default the rows of these ids occur.
 
     In the full run each pair of values does, or, with 1, each value: where parameters have nothing
-    to do with each other.
+    to do with each other; with 0 no more than by default: where each row costs a minute.
     """
     known = {_id(row) for row in _rows(values)}
     assert known.issuperset(default), f"{set(default) - known} not in {known}"
