@@ -28,7 +28,7 @@ MATMUL_CAPABILITY = (10, 0)
 MX_LINEAR_CAPABILITY = (9, 0)
 # Beyond, a matmul in high precision of what is widened first is faster.
 MAX_LINEAR_ROWS = 32
-# In which the kernel reads scales; so many bytes each.
+# In which kernels read values and scales.
 MX_LINEAR_WORDS = torch.int32
 _LINEAR_DTYPES = (torch.bfloat16, torch.float32)
 _LINEAR_WIDTH = MX_BLOCK_SIZE * MX_LINEAR_WORDS.itemsize
@@ -150,6 +150,8 @@ def _uncovered_operand(operand: Quantized) -> str | None:
         return f"{fmt.name}; the kernel knows MXFP8 e4m3 in blocks of {MX_BLOCK_SIZE}"
     if not values.is_contiguous():
         return "the values are not contiguous"
+    if values.storage_offset() % MX_LINEAR_WORDS.itemsize:
+        return "the values do not start at a word"
     # Those that are not contiguous are copied.
     if scales.is_contiguous() and scales.storage_offset() % MX_LINEAR_WORDS.itemsize:
         return "the scales do not start at a word"

@@ -1,4 +1,4 @@
-"""One row times a weight, both in MXFP8, on the cores that take float32: no tensor core helps.
+"""One row times up to three weights, all in MXFP8, on the cores that take float32.
 
 A thread widens 16 elements of a weight at a time and multiplies them by those of x, which it keeps
 for all rows of the weight that its program takes; the products of a block are scaled once. At 3.6
@@ -7,6 +7,7 @@ instructions for each element of a weight the memory is what limits it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import triton
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mxnorm_pass.kernels import launch
 from mxnorm_pass.kernels.device.mx import e8m0_value
+from mxnorm_pass.kernels.linears import Linear, slots
 
 _LARGEST_CHUNK = 2048
 # What a thread reads at once, 16 bytes of the weight.
@@ -23,15 +25,24 @@ _PER_THREAD = 16
 
 @triton.jit
 def mx_linear_row_kernel(
-    x_ptr, x_scales_ptr, weight_ptr, weight_scales_ptr, bias_ptr, y_ptr, columns,
+    x_ptr, x_scales_ptr, weight_0, weight_1, weight_2, scales_0, scales_1, scales_2,
+    bias_0, bias_1, bias_2, y_0, y_1, y_2, columns_0, columns_1, columns_2,
     K: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of N elements of y.
+    """Grid: tiles of N elements of the first y, then of the second's and third's, if any.
 
     Args:
         K: width of x; a multiple of ``CHUNK``.
     """
-    column = tl.program_id(0) * N + tl.arange(0, N)
+    program = tl.program_id(0)
+    tiles_0, tiles_1 = tl.cdiv(columns_0, N), tl.cdiv(columns_1, N)
+    linear = (program >= tiles_0).to(tl.int32) + (program >= tiles_0 + tiles_1).to(tl.int32)
+    tile = program - tl.where(linear > 0, tiles_0, 0) - tl.where(linear > 1, tiles_1, 0)
+    columns = chosen(linear, columns_0, columns_1, columns_2)
+    weight_ptr = chosen(linear, weight_0, weight_1, weight_2)
+    weight_scales_ptr = chosen(linear, scales_0, scales_1, scales_2)
+    y_ptr = chosen(linear, y_0, y_1, y_2)
+    column = tile * N + tl.arange(0, N)
     # What is read again is not stored.
     n = tl.minimum(column, columns - 1).to(tl.int64)[:, None]
     at = tl.arange(0, CHUNK)
@@ -47,9 +58,21 @@ def mx_linear_row_kernel(
         x_scales = e8m0_value(tl.load(x_scales_ptr + k // 32 + block).to(tl.int32))
         total += tl.sum(products, 2) * scales * x_scales[None, :]
     y = tl.sum(total, 1)
-    if bias_ptr is not None:
+    if bias_0 is not None:
+        bias_ptr = chosen(linear, bias_0, bias_1, bias_2)
         y += tl.load(bias_ptr + tl.minimum(column, columns - 1)).to(tl.float32)
     tl.store(y_ptr + column, y.to(y_ptr.dtype.element_ty), column < columns)
+
+
+@triton.jit
+def chosen(linear, first, second, third):
+    """That of the linear; those that are None are of linears that are not there."""
+    if second is None:
+        return first
+    elif third is None:
+        return first if linear == 0 else second
+    else:
+        return first if linear == 0 else (second if linear == 1 else third)
 
 
 @triton.jit
@@ -81,25 +104,20 @@ def configuration(width: int) -> RowTiling:
 
 
 def mx_linear_row(
-    x: Tensor,
-    x_scales: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    config: RowTiling | None = None,
+    x: Tensor, x_scales: Tensor, linears: Sequence[Linear], config: RowTiling | None = None
 ) -> None:
-    """Of bytes: x [1, K], weight [N, K], scales of a byte for each 32; writes y [1, N]."""
-    columns, width = weight.shape
+    """Of bytes: x [1, K] and its scales [1, K / 32]; writes the y [1, N] of each linear."""
+    width = x.shape[1]
     config = config or configuration(width)
-    launch.launcher(mx_linear_row_kernel)[(triton.cdiv(columns, config.columns),)](
+    tiles = [triton.cdiv(linear.columns, config.columns) for linear in linears]
+    launch.launcher(mx_linear_row_kernel)[(sum(tiles),)](
         x,
         x_scales,
-        weight,
-        weight_scales,
-        bias,
-        y,
-        columns,
+        *slots(linear.weight for linear in linears),
+        *slots(linear.scales for linear in linears),
+        *slots(linear.bias for linear in linears),
+        *slots(linear.y for linear in linears),
+        *slots((linear.columns for linear in linears), absent=0),
         K=width,
         N=config.columns,
         CHUNK=config.chunk,

@@ -9,7 +9,7 @@
 ``mxnorm_pass::tensor_scale``        NVFP4's scale of a tensor (``functional.nvfp4_tensor_scale``)
 ``mxnorm_pass::dequantize``          back to high precision (``functional.mx_dequantize``)
 ``mxnorm_pass::mx_linear``           a linear on MX operands (``functional.mx_linear``)
-``mxnorm_pass::few_rows_mx_linear``  the same, by a kernel where one covers it
+``mxnorm_pass::few_rows_mx_linears``  several of one x, by a kernel where one covers them
 ``mxnorm_pass::inverse_rms``         the estimate alone, differentiable (``functional.inverse_rms``)
 ``mxnorm_pass::inverse_rms_backward``  its derivative (``functional.inverse_rms_vjp``)
 ``mxnorm_pass::linear``              a linear whose backward knows whose it is
@@ -36,7 +36,7 @@ from mxnorm_pass.ops.define import NAMESPACE, OPS, Op
 from mxnorm_pass.ops.estimates import inverse_rms, inverse_rms_backward
 from mxnorm_pass.ops.linears import linear, recipe_matmul
 from mxnorm_pass.ops.marks import mark
-from mxnorm_pass.ops.mx_linear import few_rows_mx_linear, mx_linear
+from mxnorm_pass.ops.mx_linear import few_rows_mx_linears, mx_linear
 from mxnorm_pass.ops.norm_casts import add_norm_cast, add_norm_cast_both, norm_cast, norm_cast_both
 from mxnorm_pass.ops.operands import operand_cast, operand_tensor_scale
 
@@ -54,7 +54,7 @@ __all__ = [
     "add_norm_cast_both",
     "cast",
     "dequantize",
-    "few_rows_mx_linear",
+    "few_rows_mx_linears",
     "inverse_rms",
     "inverse_rms_backward",
     "linear",

@@ -45,6 +45,8 @@ class Op:
         differentiable: it has a derivative, registered apart.
         stays_whole: of its arguments; does a compiled graph call it, rather than what it consists
             of?
+        is_called: of its arguments; does a compiled graph call it, as Inductor cannot launch its
+            kernel?
         add_first: of an op of rows, the one that adds a residual first.
         along_rows_only: of an op that casts along D and T, the one that casts along D alone.
     """
@@ -57,6 +59,7 @@ class Op:
     part: str = ""
     differentiable: bool = False
     stays_whole: Callable[[Sequence[Any]], bool] | None = None
+    is_called: Callable[[Sequence[Any]], bool] | None = None
     add_first: Any = None
     along_rows_only: Any = None
 

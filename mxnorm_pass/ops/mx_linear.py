@@ -1,10 +1,11 @@
-"""The op of linears whose operands are in block formats, and its twin that has a kernel.
+"""The op of linears whose operands are in block formats, and one of several that has a kernel.
 
 ``mx_linear`` is what inference graphs hold: a linear on values and scales, which runs from weights
 of 8 bits and fewer. It computes its reference on every device: with ``inner="aot_eager"`` and
 ``inner="eager"`` results equal ``functional.mx_linear`` bit for bit, and a kernel sums in another
-order. ``passes.lower_mx_linears`` puts ``few_rows_mx_linear`` in its place for Inductor where the
-kernel covers it, or may do so at run time, where only each call knows how many rows it has.
+order. ``passes.lower_mx_linears`` puts ``few_rows_mx_linears`` in its place for Inductor where a
+kernel covers it, or may do so at run time, where only each call knows how many rows it has; those
+that read one x together.
 """
 
 from __future__ import annotations
@@ -74,6 +75,34 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
+def _mx_linears(
+    x: Tensor,
+    x_scales: Tensor,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    x_format: str,
+    weight_format: str,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    each = zip(weights, weight_scales, biases, strict=True)
+    return [_mx_linear(x, x_scales, *of, x_format, weight_format, dtype) for of in each]
+
+
+def _fake_mx_linears(
+    x: Tensor,
+    x_scales: Tensor,
+    weights: Sequence[Tensor],
+    weight_scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    x_format: str,
+    weight_format: str,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    each = zip(weights, weight_scales, biases, strict=True)
+    return [_fake_mx_linear(x, x_scales, *of, x_format, weight_format, dtype) for of in each]
+
+
 @dataclass(frozen=True)
 class MXLinearCall:
     """The arguments of ``mx_linear`` by name; tensors, or the nodes that hold them."""
@@ -90,14 +119,31 @@ class MXLinearCall:
     weight_tensor_scale: Any = None
 
     @classmethod
-    def of(cls, _: Any, args: Sequence[Any]) -> MXLinearCall:
+    def of(cls, args: Sequence[Any]) -> MXLinearCall:
         formats = map(block_format, args[5:7])
         return cls(*args[:5], *formats, *args[7:])
 
+
+@dataclass(frozen=True)
+class FewRowsCall:
+    """The arguments of ``few_rows_mx_linears`` by name; tensors, maybe fake."""
+
+    x: Tensor
+    x_scales: Tensor
+    weights: Sequence[Tensor]
+    weight_scales: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    x_format: BlockFormat
+    weight_format: BlockFormat
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, _: Any, args: Sequence[Any]) -> FewRowsCall:
+        return cls(*args[:5], *map(block_format, args[5:7]), *args[7:])
+
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.x.device
-        return device
+        return self.x.device
 
     @property
     def rows(self) -> Any:
@@ -114,50 +160,52 @@ class MXLinearCall:
         return self._uncovered(self.rows if isinstance(self.rows, int) else 1) is None
 
     def _uncovered(self, rows: int) -> str | None:
-        if self.x_tensor_scale is not None or self.weight_tensor_scale is not None:
-            return "there are tensor scales, which the kernel does not read"
         x = Quantized(self.x, self.x_scales, self.x_format)
-        weight = Quantized(self.weight, self.weight_scales, self.weight_format)
-        return uncovered_mx_linear(x, weight, self.bias, self.dtype, rows)
+        for weight, scales, bias in zip(self.weights, self.weight_scales, self.biases, strict=True):
+            matrix = Quantized(weight, scales, self.weight_format)
+            reason = uncovered_mx_linear(x, matrix, bias, self.dtype, rows)
+            if reason is not None:
+                return reason
+        return None
 
-    def run_kernel(self, dequantize: torch.dtype | None = None) -> Tensor:
-        from mxnorm_pass.kernels.mx_linear import mx_linear
+    def run_kernel(self, dequantize: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        from mxnorm_pass.kernels.mx_linear import mx_linears
 
-        x, scales = (t.reshape(-1, t.shape[-1]) for t in (self.x, self.x_scales))
+        x, x_scales = (t.reshape(-1, t.shape[-1]) for t in (self.x, self.x_scales))
         # Libraries keep scales in the order of native matmuls, and cut them out of it.
-        of_x, of_weight = (x, scales.contiguous()), (self.weight, self.weight_scales.contiguous())
-        y = mx_linear(*of_x, *of_weight, self.bias, self.dtype)
-        return y.reshape(*self.x.shape[:-1], self.weight.shape[0])
+        scales = [scales.contiguous() for scales in self.weight_scales]
+        results = mx_linears(
+            x, x_scales.contiguous(), self.weights, scales, self.biases, self.dtype
+        )
+        return tuple(y.reshape(*self.x.shape[:-1], y.shape[-1]) for y in results)
 
 
-def _stays_whole(args: Sequence[Any]) -> bool:
-    """Where each call has rows of its own number, it chooses between kernel and reference."""
-    call = MXLinearCall.of(None, args)
-    return not isinstance(call.rows, int) and call.may_run_kernel()
+def _is_called(args: Sequence[Any]) -> bool:
+    """Unless it is of one row, whose kernel is Triton's: Inductor takes none in Gluon."""
+    call = FewRowsCall.of(None, args)
+    return call.may_run_kernel() and not (isinstance(call.rows, int) and call.rows == 1)
 
 
-_SIGNATURE = (
-    "(Tensor x, Tensor x_scales, Tensor weight, Tensor weight_scales, Tensor? bias, "
-    "str x_format, str weight_format, ScalarType dtype, Tensor? x_tensor_scale=None, "
-    "Tensor? weight_tensor_scale=None) -> Tensor"
-)
 mx_linear = define(
     Op(
-        f"mx_linear{_SIGNATURE}",
+        "mx_linear(Tensor x, Tensor x_scales, Tensor weight, Tensor weight_scales, Tensor? bias, "
+        "str x_format, str weight_format, ScalarType dtype, Tensor? x_tensor_scale=None, "
+        "Tensor? weight_tensor_scale=None) -> Tensor",
         _mx_linear,
         _fake_mx_linear,
         traffic="library",
         part="linear",
     )
 )
-few_rows_mx_linear = define(
+few_rows_mx_linears = define(
     Op(
-        f"few_rows_mx_linear{_SIGNATURE}",
-        _mx_linear,
-        _fake_mx_linear,
-        call=MXLinearCall.of,
+        "few_rows_mx_linears(Tensor x, Tensor x_scales, Tensor[] weights, Tensor[] weight_scales, "
+        "Tensor?[] biases, str x_format, str weight_format, ScalarType dtype) -> Tensor[]",
+        _mx_linears,
+        _fake_mx_linears,
+        call=FewRowsCall.of,
         traffic="library",
         part="linear",
-        stays_whole=_stays_whole,
+        is_called=_is_called,
     )
 )

@@ -43,6 +43,8 @@ def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     lowered += lower_operand_casts(graph, tracer)
     for overload, make_call in _kernel_calls():
         for node in graph.find_nodes(op="call_function", target=overload):
+            if _is_called(node):
+                continue
             reason = make_call(overload, values_of(node)).why_no_kernel()
             if reason is not None:
                 log.debug("%s is decomposed: %s", node.name, reason)
@@ -52,9 +54,15 @@ def lower(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     return lowered + decompose(graph, decompositions)
 
 
+def _is_called(node: fx.Node) -> bool:
+    asked = ops.OPS[node.target].is_called
+    return asked is not None and asked(values_of(node))
+
+
 def values_of(node: fx.Node) -> list[Any]:
     """The arguments, with fake tensors."""
-    return [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
+    values: list[Any] = list(fx.map_arg(node.args, lambda argument: argument.meta["val"]))
+    return values
 
 
 def _kernel_calls() -> list[tuple[Any, Callable[..., KernelCall]]]:
@@ -89,7 +97,7 @@ def decompose(graph: fx.Graph, decompositions: Mapping[Any, Any]) -> int:
     replaced = 0
     for overload, op in ops.OPS.items():
         for node in graph.find_nodes(op="call_function", target=overload):
-            if op.stays_whole is not None and op.stays_whole(values_of(node)):
+            if _is_called(node) or (op.stays_whole and op.stays_whole(values_of(node))):
                 continue
             _replace(graph, node, tracer.graft(graph, node, op.reference, node.args))
             replaced += 1

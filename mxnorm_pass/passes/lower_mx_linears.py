@@ -3,8 +3,8 @@ what is widened first.
 
 Chips from sm_100 on multiply values and scales by themselves, with the call that torchao's
 inference linears make there (``lower_scaled_mm``). On Hopper a kernel multiplies few rows by the
-weight as it is; where the number of rows is symbolic, ``few_rows_mx_linear`` stays in the graph and
-chooses at each call. Elsewhere both are dequantised, the activation once for all that read it,
+weight as it is, and those of one x together (``few_rows``); where the number of rows is symbolic,
+each call chooses. Elsewhere both are dequantised, the activation once for all that read it,
 which the norm's kernel does as it writes it::
 
     x values, scales -> mx_linear -> y        x values, scales -> dequantize -> mm -> y
@@ -15,16 +15,16 @@ which the norm's kernel does as it writes it::
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from mxnorm_pass import ops
 from mxnorm_pass.graph.build import call
-from mxnorm_pass.graph.nodes import is_view, same_shape, strip, tensor_of
+from mxnorm_pass.graph.nodes import is_view, same_shape, strip
 from mxnorm_pass.graph.trace import FunctionTracer
 from mxnorm_pass.ops.mx_linear import MXLinearCall, multiply
+from mxnorm_pass.passes.few_rows import FewRows, few_rows, write_few_rows
 from mxnorm_pass.passes.lower_scaled_mm import ScaledMM, scaled_mm
 from mxnorm_pass.passes.match.linears.widened import keeps_rows
 from mxnorm_pass.passes.rewrite.shapes import rows_like
@@ -35,20 +35,20 @@ log = logging.getLogger(__name__)
 def lower_mx_linears(graph: fx.Graph, tracer: FunctionTracer) -> int:
     """Replace every ``mx_linear``; returns how many native matmuls there are then."""
     widening = _Widening(graph, tracer)
-    native = 0
+    native, few = 0, []
     for node in graph.find_nodes(op="call_function", target=ops.mx_linear):
-        linear = MXLinearCall.of(node.target, node.args)
+        linear = MXLinearCall.of(node.args)
         decision = scaled_mm(linear)
         if isinstance(decision, ScaledMM):
             with graph.inserting_before(node):
                 y = decision.write(graph, node, tracer)
             native += 1
-        elif _with_tensors(linear).may_run_kernel():
-            node.target = ops.few_rows_mx_linear
-            continue
         else:
-            why = _with_tensors(linear).why_no_kernel()
-            log.debug("%s is widened: %s; %s", node.name, decision, why)
+            kernel = few_rows(node, linear)
+            if isinstance(kernel, FewRows):
+                few.append(kernel)
+                continue
+            log.debug("%s is widened: %s; %s", node.name, decision, kernel)
             y = widening.write(node, linear)
         node.replace_all_uses_with(y)
         graph.erase_node(node)
@@ -56,6 +56,7 @@ def lower_mx_linears(graph: fx.Graph, tracer: FunctionTracer) -> int:
         y.name = node.name
         for operand in (linear.x, linear.x_scales):
             _erase_dead_views(graph, operand)
+    write_few_rows(graph, few)
     return native
 
 
@@ -65,13 +66,6 @@ def _erase_dead_views(graph: fx.Graph, node: fx.Node) -> None:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
         graph.erase_node(node)
         node = source
-
-
-def _with_tensors(linear: MXLinearCall) -> MXLinearCall:
-    """The call of the nodes' fake tensors."""
-    nodes = {k: v for k, v in vars(linear).items() if isinstance(v, fx.Node)}
-    tensors: dict[str, Any] = {name: tensor_of(node) for name, node in nodes.items()}
-    return replace(linear, **tensors)
 
 
 class _Widening:

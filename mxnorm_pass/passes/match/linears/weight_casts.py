@@ -19,7 +19,7 @@ def weight_casts(graph: fx.Graph) -> WeightCasts:
     written: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     sources: dict[fx.Node, None] = {}
     for node in graph.find_nodes(op="call_function", target=ops.mx_linear):
-        linear = MXLinearCall.of(node.target, node.args)
+        linear = MXLinearCall.of(node.args)
         found = [n for n in ancestors(linear.weight) if _is_wide_parameter(n)]
         if found:
             sources |= dict.fromkeys(found)
