@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from mxnorm_pass.graph.build import copy_origin
 from mxnorm_pass.graph.fake import fake_mode, run_fake, signature, tensors
@@ -38,18 +39,19 @@ class FunctionTracer:
         """Copy ``function(*args)`` in before a node and return its output node(s).
 
         Args:
-            args: nodes, and constants that are passed through.
+            args: nodes, lists of them, and constants that are passed through.
             origin: the node from which the copies say they come; None: ``before``.
         """
         like = origin or before
         traced = self._trace(function, args, like)
-        inputs = iter([a for a in args if isinstance(a, fx.Node)])
+        inputs = [a for a in pytree.tree_leaves(args) if isinstance(a, fx.Node)]
+        mode = fake_mode(like, *inputs)
+        given = iter(inputs)
         env: dict[fx.Node, fx.Node] = {}
-        mode = fake_mode(like, *[a for a in args if isinstance(a, fx.Node)])
         with graph.inserting_before(before):
             for node in traced.graph.nodes:
                 if node.op == "placeholder":
-                    env[node] = next(inputs)
+                    env[node] = next(given)
                 elif node.op == "output":
                     return fx.map_arg(node.args[0], lambda n: env[n])
                 elif node.op == "get_attr":
@@ -65,13 +67,15 @@ class FunctionTracer:
     def _trace(
         self, function: Callable[..., Any], args: Sequence[Any], like: fx.Node
     ) -> fx.GraphModule:
+        leaves, structure = pytree.tree_flatten(list(args))
         key = (function, signature(args))
         if key not in self._traced:
-            nodes = [a for a in args if isinstance(a, fx.Node)]
+            nodes = [a for a in leaves if isinstance(a, fx.Node)]
 
             def on_tensors(*tensors: Tensor) -> Any:
                 it = iter(tensors)
-                return function(*[next(it) if isinstance(a, fx.Node) else a for a in args])
+                given = [next(it) if isinstance(a, fx.Node) else a for a in leaves]
+                return function(*pytree.tree_unflatten(given, structure))
 
             values = [n.meta["val"] for n in nodes]
             # Some ops take symbolic sizes in their Python implementation only.

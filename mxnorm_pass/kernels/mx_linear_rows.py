@@ -28,6 +28,9 @@ from mxnorm_pass.kernels.device.fragments import (
 )
 from mxnorm_pass.kernels.linears import Linear, slots
 
+# As it is called since Triton 3.7, and before.
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
 
 @gluon.jit
 def mx_linear_rows_kernel(
@@ -141,7 +144,7 @@ def _begin_copy(step, steps, sources, stages, STAGES: gl.constexpr):
     if step < steps:
         for i in gl.static_range(4):
             stage = stages[i].index(step % STAGES)
-            async_copy.async_copy_global_to_shared(stage, sources[i] + step * stage.shape[1])
+            async_load(stage, sources[i] + step * stage.shape[1])
     async_copy.commit_group()
 
 
@@ -179,12 +182,13 @@ def configuration(rows: int, columns: int, width: int) -> RowsTiling:
     Args:
         columns: of all the weights.
     """
-    warps = next(warps for warps in (4, 2, 1) if width % (128 * warps) == 0)
+    # Two steps at least: Triton 3.6 fails to compile one.
+    warps = next(warps for warps in (4, 2, 1) if width % (128 * warps) == 0 and width > 128 * warps)
     tile = max(8, triton.next_power_of_2(rows))
     if columns <= 2048:
         return RowsTiling(tile, 16, warps, stages=4 if rows <= 16 else 3)
     if columns >= 8192:
-        return RowsTiling(tile, 64 if rows <= 16 else 32, warps, stages=2)
+        return RowsTiling(tile, 64 if rows <= 8 else 32, warps, stages=2)
     return RowsTiling(tile, 32, warps, stages=4)
 
 
