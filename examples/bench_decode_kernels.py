@@ -16,42 +16,44 @@ from torch import Tensor
 
 from mxnorm_pass import functional
 
-# Of Llama-3-8B, [N, K]. Keys and values have few rows.
+# Of Llama-3-8B: the N of linears that one launch takes, and their K.
 SHAPES = {
-    "q_proj, o_proj": (4096, 4096),
-    "k_proj, v_proj": (1024, 4096),
-    "gate_proj, up_proj": (14336, 4096),
-    "down_proj": (4096, 14336),
+    "q, k, v": ((4096, 1024, 1024), 4096),
+    "o_proj": ((4096,), 4096),
+    "gate_proj": ((14336,), 4096),
+    "gate, up": ((14336, 14336), 4096),
+    "down_proj": ((4096,), 14336),
 }
-ROWS = (1, 4, 16, 32, 64)
+ROWS = (1, 4, 8, 16, 32)
 CONTESTANTS = ("copy", "kernel", "bf16")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A linear and the rows that it is given.
+    """Linears of one x and the rows that they are given.
 
     Attributes:
         layer: a key of ``SHAPES``.
     """
 
     layer: str
-    columns: int
+    columns: tuple[int, ...]
     width: int
     rows: int
 
     @property
     def bytes(self) -> int:
-        """In MXFP8: x, weight, and y in bf16."""
-        read = (self.columns + self.rows) * self.width * 33 // 32
-        return read + 2 * self.rows * self.columns
+        """In MXFP8: x, weights, and each y in bf16."""
+        columns = sum(self.columns)
+        read = (columns + self.rows) * self.width * 33 // 32
+        return read + 2 * self.rows * columns
 
     @property
     def calls(self) -> int:
         return calls_that_move(self.bytes)
 
     def __str__(self) -> str:
-        return f"{self.layer} {self.columns}x{self.width}, {self.rows} rows"
+        return f"{self.layer} {sum(self.columns)}x{self.width}, {self.rows} rows"
 
 
 def cases(rows: Sequence[int]) -> list[Case]:
@@ -60,12 +62,12 @@ def cases(rows: Sequence[int]) -> list[Case]:
 
 @dataclass(frozen=True)
 class Operands:
-    """Of one call: x [M, K] and weight [N, K] in MXFP8, and what they are in bf16."""
+    """Of one call: x [M, K] and weights [N, K] in MXFP8, and what they are in bf16."""
 
     x: tuple[Tensor, Tensor]
-    weight: tuple[Tensor, Tensor]
+    weights: tuple[tuple[Tensor, Tensor], ...]
     wide_x: Tensor
-    wide_weight: Tensor
+    wide_weights: tuple[Tensor, ...]
 
     @classmethod
     def random(cls, case: Case) -> Operands:
@@ -76,18 +78,24 @@ class Operands:
         def widen(operand: tuple[Tensor, Tensor]) -> Tensor:
             return functional.mx_dequantize(*operand, torch.bfloat16)
 
-        x, weight = cast(case.rows), cast(case.columns)
-        return cls(x, weight, widen(x), widen(weight))
+        x, weights = cast(case.rows), tuple(map(cast, case.columns))
+        return cls(x, weights, widen(x), tuple(map(widen, weights)))
 
 
 def kernel(operands: Operands) -> Outputs:
-    from mxnorm_pass.kernels.mx_linear import mx_linear
+    from mxnorm_pass.kernels.mx_linear import mx_linears
 
-    return {"y": mx_linear(*operands.x, *operands.weight, None, torch.bfloat16)}
+    values, scales = zip(*operands.weights, strict=True)
+    none = [None] * len(values)
+    return _named(mx_linears(*operands.x, values, scales, none, torch.bfloat16))
 
 
 def bf16(operands: Operands) -> Outputs:
-    return {"y": operands.wide_x @ operands.wide_weight.t()}
+    return _named([operands.wide_x @ weight.t() for weight in operands.wide_weights])
+
+
+def _named(results: Sequence[Tensor]) -> Outputs:
+    return {f"y{i}": y for i, y in enumerate(results)}
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,8 @@ class Measured:
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Measured:
         times = {name: Timing(**t) for name, t in entry["times"].items()}
-        return cls(**{**entry, "case": Case(**entry["case"]), "times": times})
+        case = Case(**{**entry["case"], "columns": tuple(entry["case"]["columns"])})
+        return cls(**{**entry, "case": case, "times": times})
 
     def __str__(self) -> str:
         times = " ".join(f"{name} {timing.us:.2f}" for name, timing in self.times.items())
@@ -129,8 +138,8 @@ def measure(case: Case, rounds: int) -> Measured:
             poison(outputs)
     times = time_entries(case, entries, rounds)
     first = sets[0]
-    want = first.wide_x.double() @ first.wide_weight.double().t()
-    errors = [distance(entries[name].outputs[0]["y"], want) for name in calls]
+    want = first.wide_x.double() @ first.wide_weights[0].double().t()
+    errors = [distance(entries[name].outputs[0]["y0"], want) for name in calls]
     left = sum(map(unwritten, entries["kernel"].outputs))
     return Measured(case, times, left, *errors)
 
@@ -159,6 +168,6 @@ def table(measured: Sequence[Measured]) -> list[str]:
         times = [m.times[name].us for name in CONTESTANTS]
         copy, own, wide = times
         cells = [f"{us:.1f}" for us in times] + [f"{copy / own:.2f}", f"{wide / own:.2f}x"]
-        shape = f"{m.case.columns} x {m.case.width}"
+        shape = f"{sum(m.case.columns)} x {m.case.width}"
         lines.append(f"| {m.case.layer} | {shape} | {m.case.rows} | {' | '.join(cells)} |")
     return lines

@@ -23,7 +23,7 @@ import mxnorm_pass
 LLAMA = Path(__file__).parent / "configs" / "llama-3-8b.json"
 BASELINE = "bf16"
 BATCHES = (1, 4, 16, 64)
-ALL = {"quantize": "all"}
+FROZEN = {"quantize": "all", "freezing": True}
 COMPILES = 64
 # Tokens of room in the cache.
 SPARE = 64
@@ -45,9 +45,10 @@ class Arm:
 ARMS = {
     BASELINE: Arm(False, None),
     "torchao": Arm(True, None),
-    "mxnorm": Arm(True, ALL),
-    "exact": Arm(True, ALL | {"estimator": "exact"}),
-    "mxnorm, frozen": Arm(False, ALL | {"freezing": True}),
+    "mxnorm": Arm(True, FROZEN),
+    "exact": Arm(True, FROZEN | {"estimator": "exact"}),
+    "mxnorm, plain model": Arm(False, FROZEN),
+    "mxnorm, lm_head too": Arm(False, FROZEN | {"modules": {"lm_head": True}}),
 }
 
 
@@ -169,7 +170,7 @@ class Steps:
     @cached_property
     def converted(self) -> LlamaForCausalLM:
         model = copy.deepcopy(self.plain)
-        mxnorm_pass.convert(model, ALL, progress=False)
+        mxnorm_pass.convert(model, {"quantize": "all"}, progress=False)
         return model
 
     def model(self, arm: str) -> LlamaForCausalLM:

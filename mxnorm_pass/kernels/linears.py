@@ -17,7 +17,7 @@ class Linear:
     """One linear in MXFP8, and where its result goes.
 
     Attributes:
-        weight: bytes [N, K].
+        weight: [N, K] float8_e4m3fn.
         scales: bytes [N, K / 32].
         bias: [N] or None; all linears of a launch have one, or none has.
         y: [M, N].

@@ -40,7 +40,7 @@ def mx_linears(
     """
     linears = [
         Linear(
-            weight.view(torch.uint8),
+            weight,
             scales.view(torch.uint8),
             bias,
             x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype),
@@ -49,5 +49,6 @@ def mx_linears(
     ]
     run = mx_linear_row if x.shape[0] == 1 else mx_linear_rows
     for i in range(0, len(linears), MAX_LINEARS):
-        run(x.view(torch.uint8), x_scales.view(torch.uint8), linears[i : i + MAX_LINEARS])
+        # Elements stay what they are: of a view as bytes Inductor makes a kernel of its own.
+        run(x, x_scales.view(torch.uint8), linears[i : i + MAX_LINEARS])
     return [linear.y for linear in linears]

@@ -76,9 +76,9 @@ def chosen(linear, first, second, third):
 
 
 @triton.jit
-def widened(codes):
-    """E4M3 bytes as float32, by way of float16, which holds each."""
-    return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
+def widened(elements):
+    """E4M3 elements as float32, by way of float16, which holds each."""
+    return elements.to(tl.float16).to(tl.float32)
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,15 @@ class RowTiling:
 
 def configuration(width: int) -> RowTiling:
     """For any width that is covered."""
-    # The largest power of two in the width, for four warps to read 16 bytes a thread of each row.
+    # The largest power of two in the width.
     chunk = min(_LARGEST_CHUNK, width & -width)
-    return RowTiling(4, chunk, max(1, chunk // (32 * _PER_THREAD)))
+    return RowTiling(2, chunk, max(1, chunk // (2 * 32 * _PER_THREAD)))
 
 
 def mx_linear_row(
     x: Tensor, x_scales: Tensor, linears: Sequence[Linear], config: RowTiling | None = None
 ) -> None:
-    """Of bytes: x [1, K] and its scales [1, K / 32]; writes the y [1, N] of each linear."""
+    """Of x [1, K] float8_e4m3fn, its scales as bytes [1, K / 32]; writes each linear's y [1, N]."""
     width = x.shape[1]
     config = config or configuration(width)
     tiles = [triton.cdiv(linear.columns, config.columns) for linear in linears]

@@ -160,6 +160,10 @@ def _product(weight, x, fragment: gl.constexpr):
     return mma_v2(a, b, gl.zeros(shape, gl.float32, fragment))
 
 
+# From here on programs are many, and each may be large.
+_MANY_COLUMNS = 8192
+
+
 @dataclass(frozen=True)
 class RowsTiling:
     """How a call is cut into programs.
@@ -182,20 +186,24 @@ def configuration(rows: int, columns: int, width: int) -> RowsTiling:
     Args:
         columns: of all the weights.
     """
+    most = 2 if columns >= _MANY_COLUMNS and 8 < rows <= 16 else 4
     # Two steps at least: Triton 3.6 fails to compile one.
-    warps = next(warps for warps in (4, 2, 1) if width % (128 * warps) == 0 and width > 128 * warps)
+    warps = next(w for w in (most, 2, 1) if width % (128 * w) == 0 and width > 128 * w)
     tile = max(8, triton.next_power_of_2(rows))
-    if columns <= 2048:
+    if columns >= _MANY_COLUMNS:
+        if rows <= 8:
+            return RowsTiling(tile, 64, warps, stages=3)
+        return RowsTiling(tile, 32, warps, stages=4 if rows <= 16 else 2)
+    # Few programs, and little work in each: more of them.
+    if columns <= 2048 or (rows > 4 and width <= 4096):
         return RowsTiling(tile, 16, warps, stages=4 if rows <= 16 else 3)
-    if columns >= 8192:
-        return RowsTiling(tile, 64 if rows <= 8 else 32, warps, stages=2)
     return RowsTiling(tile, 32, warps, stages=4)
 
 
 def mx_linear_rows(
     x: Tensor, x_scales: Tensor, linears: Sequence[Linear], config: RowsTiling | None = None
 ) -> None:
-    """Of bytes: x [M, K] and its scales [M, K / 32]; writes the y [M, N] of each linear."""
+    """Of x [M, K] float8_e4m3fn, its scales as bytes [M, K / 32]; writes each linear's y [M, N]."""
     rows, width = x.shape
     config = config or configuration(rows, sum(linear.columns for linear in linears), width)
     tiles = [triton.cdiv(linear.columns, config.columns) for linear in linears]
