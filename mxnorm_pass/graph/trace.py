@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from mxnorm_pass.graph.build import copy_origin
 from mxnorm_pass.graph.fake import fake_mode, run_fake, signature, tensors
@@ -38,14 +39,14 @@ class FunctionTracer:
         """Copy ``function(*args)`` in before a node and return its output node(s).
 
         Args:
-            args: nodes, and constants that are passed through.
+            args: nodes, lists of them, and constants that are passed through.
             origin: the node from which the copies say they come; None: ``before``.
         """
         like = origin or before
         traced = self._trace(function, args, like)
-        inputs = iter([a for a in args if isinstance(a, fx.Node)])
+        inputs = iter(_nodes(args))
         env: dict[fx.Node, fx.Node] = {}
-        mode = fake_mode(like, *[a for a in args if isinstance(a, fx.Node)])
+        mode = fake_mode(like, *_nodes(args))
         with graph.inserting_before(before):
             for node in traced.graph.nodes:
                 if node.op == "placeholder":
@@ -67,11 +68,11 @@ class FunctionTracer:
     ) -> fx.GraphModule:
         key = (function, signature(args))
         if key not in self._traced:
-            nodes = [a for a in args if isinstance(a, fx.Node)]
+            nodes = _nodes(args)
 
             def on_tensors(*tensors: Tensor) -> Any:
                 it = iter(tensors)
-                return function(*[next(it) if isinstance(a, fx.Node) else a for a in args])
+                return function(*pytree.tree_map_only(fx.Node, lambda _: next(it), list(args)))
 
             values = [n.meta["val"] for n in nodes]
             # Some ops take symbolic sizes in their Python implementation only.
@@ -81,6 +82,11 @@ class FunctionTracer:
             traced.graph.eliminate_dead_code()
             self._traced[key] = traced
         return self._traced[key]
+
+
+def _nodes(args: Sequence[Any]) -> list[fx.Node]:
+    """Those among the arguments and in lists of these, in order."""
+    return [leaf for leaf in pytree.tree_leaves(list(args)) if isinstance(leaf, fx.Node)]
 
 
 @contextmanager
