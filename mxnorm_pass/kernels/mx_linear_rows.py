@@ -28,6 +28,13 @@ from mxnorm_pass.kernels.device.fragments import (
 )
 from mxnorm_pass.kernels.linears import Linear, slots
 
+# Triton 3.9 knows the copy by its new name alone, 3.6 by the old one.
+copy_to_shared = (
+    async_copy.async_load
+    if hasattr(async_copy, "async_load")
+    else async_copy.async_copy_global_to_shared
+)
+
 
 @gluon.jit
 def mx_linear_rows_kernel(
@@ -141,7 +148,7 @@ def _begin_copy(step, steps, sources, stages, STAGES: gl.constexpr):
     if step < steps:
         for i in gl.static_range(4):
             stage = stages[i].index(step % STAGES)
-            async_copy.async_copy_global_to_shared(stage, sources[i] + step * stage.shape[1])
+            copy_to_shared(stage, sources[i] + step * stage.shape[1])
     async_copy.commit_group()
 
 
