@@ -81,9 +81,11 @@ class Operands:
 
 
 def kernel(operands: Operands) -> Outputs:
-    from mxnorm_pass.kernels.mx_linear import mx_linear
+    from mxnorm_pass.kernels.mx_linear import mx_linears
 
-    return {"y": mx_linear(*operands.x, *operands.weight, None, torch.bfloat16)}
+    values, scales = operands.weight
+    (y,) = mx_linears(*operands.x, [values], [scales], [None], torch.bfloat16)
+    return {"y": y}
 
 
 def bf16(operands: Operands) -> Outputs:
