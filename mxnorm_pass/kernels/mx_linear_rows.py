@@ -75,7 +75,8 @@ def mx_linear_rows_kernel(
     total = gl.zeros([W, N, M], gl.float32, fragment)
     weight_nan = gl.zeros([W, N, 1], gl.int32, fragment)
     x_nan = gl.zeros([W, 1, M], gl.int32, fragment)
-    for step in range(steps):
+    # Triton 3.6 fails where it knows that a loop has but one step.
+    for step in range(steps if steps > 1 else gl.where(rows > 0, 1, 0)):
         async_copy.wait_group(STAGES - 2)
         stage = step % STAGES
         weight = blocks_of(weight_words.index(stage).load(words_of_lanes(N, W)), W)

@@ -49,6 +49,17 @@ def test_linears_of_llama(
         assert max(kernel.load_bits) == 128
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("width", [128, 256, 512])
+def test_a_single_step(width: int) -> None:
+    values, scales = torch.float8_e4m3fn, torch.float8_e8m0fnu
+    x, weight = (empty(16, width, dtype=values) for _ in range(2))
+    x_scales, weight_scales = (empty(16, width // 32, dtype=scales) for _ in range(2))
+    operands = (x, x_scales, [weight], [weight_scales], [None])
+    kernel = compiled(lambda: mx_linears(*operands, torch.bfloat16), CAPABILITY)
+    assert "mma.sync" in kernel.ptx
+
+
 def assert_copies_of_16_bytes(ptx: str) -> None:
     """Except for those of scales, which two warps and fewer have less of in a row."""
     copies = re.findall(r"cp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], 0x(\w+)", ptx)
