@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mxnorm_pass.kernels.mx_linear import mx_linear
+from mxnorm_pass.kernels.mx_linear import mx_linears
 from mxnorm_pass.kernels.norm_cast import norm_cast
 from mxnorm_pass.kernels.norm_cast_both import norm_cast_both
 from mxnorm_pass.kernels.operand_casts import operand_casts
@@ -79,12 +79,15 @@ def along_both(tokens: int, width: int, device: str = "cuda") -> None:
 
 
 def linears(rows: int, width: int, device: str = "cuda", columns: int = COLUMNS) -> None:
-    """With and without a bias."""
+    """One, and three with a bias."""
     x, bias, _ = inputs(rows, width, device)
     weight, _, _ = inputs(columns, width, device)
-    operands = (*mx_cast(x), *mx_cast(weight))
-    mx_linear(*operands, None, torch.bfloat16)
-    mx_linear(*operands, bias.repeat(columns // width + 1)[:columns], torch.float32)
+    x_operand, (values, scales) = mx_cast(x), mx_cast(weight)
+    mx_linears(*x_operand, [values], [scales], [None], torch.bfloat16)
+    bias = bias.repeat(columns // width + 1)
+    counts = (columns, columns // 2, columns // 3)
+    cut = [(values[:n], scales[:n], bias[:n]) for n in counts]
+    mx_linears(*x_operand, *map(list, zip(*cut, strict=True)), torch.float32)
 
 
 def main() -> None:

@@ -44,14 +44,13 @@ class FunctionTracer:
         """
         like = origin or before
         traced = self._trace(function, args, like)
-        inputs = [a for a in pytree.tree_leaves(args) if isinstance(a, fx.Node)]
-        mode = fake_mode(like, *inputs)
-        given = iter(inputs)
+        inputs = iter(_nodes(args))
         env: dict[fx.Node, fx.Node] = {}
+        mode = fake_mode(like, *_nodes(args))
         with graph.inserting_before(before):
             for node in traced.graph.nodes:
                 if node.op == "placeholder":
-                    env[node] = next(given)
+                    env[node] = next(inputs)
                 elif node.op == "output":
                     return fx.map_arg(node.args[0], lambda n: env[n])
                 elif node.op == "get_attr":
@@ -67,15 +66,13 @@ class FunctionTracer:
     def _trace(
         self, function: Callable[..., Any], args: Sequence[Any], like: fx.Node
     ) -> fx.GraphModule:
-        leaves, structure = pytree.tree_flatten(list(args))
         key = (function, signature(args))
         if key not in self._traced:
-            nodes = [a for a in leaves if isinstance(a, fx.Node)]
+            nodes = _nodes(args)
 
             def on_tensors(*tensors: Tensor) -> Any:
                 it = iter(tensors)
-                given = [next(it) if isinstance(a, fx.Node) else a for a in leaves]
-                return function(*pytree.tree_unflatten(given, structure))
+                return function(*pytree.tree_map_only(fx.Node, lambda _: next(it), list(args)))
 
             values = [n.meta["val"] for n in nodes]
             # Some ops take symbolic sizes in their Python implementation only.
@@ -85,6 +82,11 @@ class FunctionTracer:
             traced.graph.eliminate_dead_code()
             self._traced[key] = traced
         return self._traced[key]
+
+
+def _nodes(args: Sequence[Any]) -> list[fx.Node]:
+    """Those among the arguments and in lists of these, in order."""
+    return [leaf for leaf in pytree.tree_leaves(list(args)) if isinstance(leaf, fx.Node)]
 
 
 @contextmanager

@@ -138,8 +138,6 @@ def uncovered_mx_linear(
             return reason
     if rows == 0:
         return "there are no rows"
-    if rows > 1 and x.values.shape[-1] < 2 * _LINEAR_WIDTH:
-        return f"{rows} rows of {_LINEAR_WIDTH} elements; the kernel takes these of one row"
     if rows > MAX_LINEAR_ROWS:
         return f"{rows} rows; the kernel is for up to {MAX_LINEAR_ROWS}"
     return None

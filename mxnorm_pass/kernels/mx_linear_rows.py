@@ -28,8 +28,12 @@ from mxnorm_pass.kernels.device.fragments import (
 )
 from mxnorm_pass.kernels.linears import Linear, slots
 
-# As it is called since Triton 3.7, and before.
-async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+# Triton 3.9 knows the copy by its new name alone, 3.6 by the old one.
+copy_to_shared = (
+    async_copy.async_load
+    if hasattr(async_copy, "async_load")
+    else async_copy.async_copy_global_to_shared
+)
 
 
 @gluon.jit
@@ -55,10 +59,11 @@ def mx_linear_rows_kernel(
     weight_ptr = _chosen(linear, weight_0, weight_1, weight_2)
     scales_ptr = _chosen(linear, scales_0, scales_1, scales_2)
 
-    weight_at = _words_at(weight_ptr, tile * N, N, columns, K // 4, W)
-    weight_scales_at = _scales_at(scales_ptr, tile * N, N, columns, K // 128, W)
-    x_at = _words_at(x_ptr, 0, M, rows, K // 4, W)
-    x_scales_at = _scales_at(x_scales_ptr, 0, M, rows, K // 128, W)
+    left = columns - tile * N
+    weight_at = _words_at(weight_ptr + (tile * N).to(gl.int64) * (K // 4), N, left, K // 4, W)
+    weight_scales_at = _scales_at(scales_ptr + tile * N * (K // 128), N, left, K // 128, W)
+    x_at = _words_at(x_ptr, M, rows, K // 4, W)
+    x_scales_at = _scales_at(x_scales_ptr, M, rows, K // 128, W)
     sources = (weight_at, weight_scales_at, x_at, x_scales_at)
     weight_words, weight_scales = _stages(N, W, STAGES)
     x_words, x_scales = _stages(M, W, STAGES)
@@ -71,7 +76,8 @@ def mx_linear_rows_kernel(
     total = gl.zeros([W, N, M], gl.float32, fragment)
     weight_nan = gl.zeros([W, N, 1], gl.int32, fragment)
     x_nan = gl.zeros([W, 1, M], gl.int32, fragment)
-    for step in range(steps):
+    # Triton 3.6 fails where it knows that a loop has but one step.
+    for step in range(steps if steps > 1 else gl.where(rows > 0, 1, 0)):
         async_copy.wait_group(STAGES - 2)
         stage = step % STAGES
         weight = blocks_of(weight_words.index(stage).load(words_of_lanes(N, W)), W)
@@ -87,14 +93,20 @@ def mx_linear_rows_kernel(
             total += product * e8m0_value(of_weight, block) * e8m0_value(of_x, block)
 
     y = gl.sum(gl.where((weight_nan | x_nan) != 0, float("nan"), total), 0)
-    column = tile * N + gl.arange(0, N, gl.SliceLayout(1, y.type.layout))
-    row = gl.arange(0, M, gl.SliceLayout(0, y.type.layout))
+    y_ptr = _chosen(linear, y_0, y_1, y_2)
+    _store(y, y_ptr, tile, rows, columns, linear, bias_0, bias_1, bias_2)
+
+
+@gluon.jit
+def _store(y, y_ptr, tile, rows, columns, linear, bias_0, bias_1, bias_2):
+    """The tile, [N, M], and the linear's bias, where it is inside of y."""
+    column = tile * y.shape[0] + gl.arange(0, y.shape[0], gl.SliceLayout(1, y.type.layout))
+    row = gl.arange(0, y.shape[1], gl.SliceLayout(0, y.type.layout))
     if bias_0 is not None:
         bias_ptr = _chosen(linear, bias_0, bias_1, bias_2)
         # What is read again is not stored.
         bias = gl.load(bias_ptr + gl.minimum(column, columns - 1))
         y += bias.to(gl.float32)[:, None]
-    y_ptr = _chosen(linear, y_0, y_1, y_2)
     y_at = y_ptr + row[None, :] * columns + column[:, None]
     inside = (row < rows)[None, :] & (column < columns)[:, None]
     gl.store(y_at, y.to(y_ptr.dtype.element_ty), inside)
@@ -111,21 +123,24 @@ def _chosen(linear, first, second, third):
 
 
 @gluon.jit
-def _words_at(ptr, first, R: gl.constexpr, rows, PITCH: gl.constexpr, W: gl.constexpr):
-    """Where the first step's words of R rows are; beyond the last its own, which nobody uses."""
+def _words_at(ptr, R: gl.constexpr, rows, PITCH: gl.constexpr, W: gl.constexpr):
+    """Where the first step's words of R rows are; beyond the last its own, which nobody uses.
+
+    Apart, the pointer and offsets: together they take twice the registers.
+    """
     coalesced: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [W, 1], [1, 0])
-    row = gl.minimum(first + gl.arange(0, R, gl.SliceLayout(1, coalesced)), rows - 1)
+    row = gl.minimum(gl.arange(0, R, gl.SliceLayout(1, coalesced)), rows - 1)
     word = gl.arange(0, 32 * W, gl.SliceLayout(0, coalesced))
-    return ptr + (row.to(gl.int64)[:, None] * PITCH + word[None, :])
+    return ptr, row[:, None] * PITCH + word[None, :]
 
 
 @gluon.jit
-def _scales_at(ptr, first, R: gl.constexpr, rows, PITCH: gl.constexpr, W: gl.constexpr):
+def _scales_at(ptr, R: gl.constexpr, rows, PITCH: gl.constexpr, W: gl.constexpr):
     """The same of words of scales, one for each warp."""
     of_rows: gl.constexpr = gl.BlockedLayout([1, W], [32, 1], [W, 1], [1, 0])
-    row = gl.minimum(first + gl.arange(0, R, gl.SliceLayout(1, of_rows)), rows - 1)
+    row = gl.minimum(gl.arange(0, R, gl.SliceLayout(1, of_rows)), rows - 1)
     word = gl.arange(0, W, gl.SliceLayout(0, of_rows))
-    return ptr + (row[:, None] * PITCH + word[None, :])
+    return ptr, row[:, None] * PITCH + word[None, :]
 
 
 @gluon.jit
@@ -144,7 +159,7 @@ def _begin_copy(step, steps, sources, stages, STAGES: gl.constexpr):
     if step < steps:
         for i in gl.static_range(4):
             stage = stages[i].index(step % STAGES)
-            async_load(stage, sources[i] + step * stage.shape[1])
+            copy_to_shared(stage, sources[i][0] + step * stage.shape[1] + sources[i][1])
     async_copy.commit_group()
 
 
@@ -187,8 +202,7 @@ def configuration(rows: int, columns: int, width: int) -> RowsTiling:
         columns: of all the weights.
     """
     most = 2 if columns >= _MANY_COLUMNS and 8 < rows <= 16 else 4
-    # Two steps at least: Triton 3.6 fails to compile one.
-    warps = next(w for w in (most, 2, 1) if width % (128 * w) == 0 and width > 128 * w)
+    warps = next(w for w in (most, 2, 1) if width % (128 * w) == 0)
     tile = max(8, triton.next_power_of_2(rows))
     if columns >= _MANY_COLUMNS:
         if rows <= 8:

@@ -67,7 +67,8 @@ def _move_operands(one: FewRows, first: fx.Node) -> bool:
     behind, node = [], one.node.prev
     while node is not first:
         if node in needed:
-            if node.is_impure():
+            # Linears themselves stay: each may be in a group, and become a result of its call.
+            if node.is_impure() or node.target is ops.mx_linear:
                 return False
             needed |= set(node.all_input_nodes)
             behind.append(node)

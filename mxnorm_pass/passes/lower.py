@@ -151,7 +151,7 @@ def _replace(graph: fx.Graph, node: fx.Node, outputs: Any) -> None:
 
     The node of a single result keeps the op's name, by which an exported program knows its outputs.
     """
-    if isinstance(outputs, tuple):
+    if isinstance(outputs, (tuple, list)):
         for getitem in list(node.users):
             output = outputs[getitem.args[1]]  # type: ignore[index]
             if output is not None:
@@ -160,5 +160,5 @@ def _replace(graph: fx.Graph, node: fx.Node, outputs: Any) -> None:
     else:
         node.replace_all_uses_with(outputs)
     graph.erase_node(node)
-    if not isinstance(outputs, tuple):
+    if isinstance(outputs, fx.Node):
         outputs.name = node.name

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from kernel_rows import DEVICE
 from torch import Tensor
 
 from mxnorm_pass.functional import block_format
-from mxnorm_pass.kernels.mx_linear import mx_linear
+from mxnorm_pass.kernels.linears import Linear
+from mxnorm_pass.kernels.mx_linear import mx_linears
 from mxnorm_pass.numerics.cast import Quantized
 
 F32, F64 = torch.float32, torch.float64
@@ -33,7 +36,18 @@ def of_bytes(codes: Tensor, scales: Tensor) -> Quantized:
 def run(
     x: Quantized, weight: Quantized, bias: Tensor | None = None, dtype: torch.dtype = F32
 ) -> Tensor:
-    return mx_linear(x.values, x.scales, weight.values, weight.scales, bias, dtype)
+    (y,) = run_all(x, [weight], [bias], dtype)
+    return y
+
+
+def run_all(
+    x: Quantized,
+    weights: Sequence[Quantized],
+    biases: Sequence[Tensor | None],
+    dtype: torch.dtype = F32,
+) -> list[Tensor]:
+    values, scales = [w.values for w in weights], [w.scales for w in weights]
+    return mx_linears(x.values, x.scales, values, scales, biases, dtype)
 
 
 def wide(operand: Quantized) -> Tensor:
@@ -41,14 +55,30 @@ def wide(operand: Quantized) -> Tensor:
     return operand.values.to(F64) * scales.repeat_interleave(32, -1)
 
 
-def assert_within_bound(y: Tensor, x: Quantized, weight: Quantized) -> None:
+def assert_within_bound(
+    y: Tensor, x: Quantized, weight: Quantized, bias: Tensor | None = None
+) -> None:
     a, b = wide(x), wide(weight)
     # Roundings in a row, of at most an ulp each as tensor cores truncate: 32 products, two scales,
     # a sum for each block that a warp or a thread takes, and what joins these.
     roundings = 34 + a.shape[-1] / 32 + 8
-    bound = roundings * 2.0**-23 * (a.abs() @ b.abs().t())
-    assert ((y.to(F64) - a @ b.t()).abs() <= bound).all()
+    bound, want = roundings * 2.0**-23 * (a.abs() @ b.abs().t()), a @ b.t()
+    if bias is not None:
+        want += bias
+        bound += 2.0**-23 * want.abs()
+    assert ((y.to(F64) - want).abs() <= bound).all()
 
 
-def bytes_of(*operands: Quantized) -> list[Tensor]:
-    return [t.view(torch.uint8) for o in operands for t in (o.values, o.scales)]
+def bytes_of(operand: Quantized) -> tuple[Tensor, Tensor]:
+    return operand.values.view(torch.uint8), operand.scales.view(torch.uint8)
+
+
+def linears_of(rows: int, weights: Sequence[Quantized], biased: bool = False) -> list[Linear]:
+    """For a launch; results are yet to be written."""
+    linears = []
+    for i, weight in enumerate(weights):
+        columns = weight.values.shape[0]
+        bias = torch.full((columns,), 2.0**i, device=DEVICE) if biased else None
+        y = torch.empty(rows, columns, device=DEVICE)
+        linears.append(Linear(*bytes_of(weight), bias, y))
+    return linears

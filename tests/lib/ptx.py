@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from mxnorm_pass.kernels import launch, rows
 
@@ -115,7 +116,8 @@ def compiled(call: Callable[[], Any], capability: int) -> Compiled:
             signature[name] = "i32"
             if argument % 16 == 0:
                 attributes[(i,)] = _DIVISIBLE
-    source = ASTSource(launched.kernel, signature, constants, attributes)
+    make_source = GluonASTSource if launched.kernel.is_gluon() else ASTSource
+    source = make_source(launched.kernel, signature, constants, attributes)
     log = io.StringIO()
     environment = {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
     with mock.patch.dict(os.environ, environment), redirect_stdout(log):

@@ -30,12 +30,28 @@ def call(
     weight: Quantized,
     bias: Tensor | None = None,
     dtype: torch.dtype = BF16,
-    op: Any = ops.mx_linear,
 ) -> Tensor:
     scales = (x.tensor_scale, weight.tensor_scale)
     names = (x.format.name, weight.format.name)
-    y: Tensor = op(x.values, x.scales, weight.values, weight.scales, bias, *names, dtype, *scales)
+    operands = (x.values, x.scales, weight.values, weight.scales)
+    y: Tensor = ops.mx_linear(*operands, bias, *names, dtype, *scales)
     return y
+
+
+def few_rows_arguments(
+    x: Quantized,
+    weights: list[Quantized],
+    biases: list[Tensor | None],
+    dtype: torch.dtype = BF16,
+) -> tuple[Any, ...]:
+    values, scales = [w.values for w in weights], [w.scales for w in weights]
+    names = (x.format.name, weights[0].format.name)
+    return x.values, x.scales, values, scales, biases, *names, dtype
+
+
+def call_few_rows(*args: Any) -> list[Tensor]:
+    results: list[Tensor] = ops.few_rows_mx_linears(*few_rows_arguments(*args))
+    return results
 
 
 @settings(max_examples=40, deadline=None)
@@ -66,7 +82,9 @@ def test_it_is_that_of_functional(
         quantized += (operands[0].tensor_scale,)
     want = functional.mx_linear(x, weight, bias, quantized=quantized, format=name)
     assert_bits_equal(got, want)
-    assert_bits_equal(call(*operands, bias, dtype, op=ops.few_rows_mx_linear), got)
+    if operands[0].tensor_scale is None:
+        for y in call_few_rows(operands[0], [operands[1]] * 2, [bias] * 2, dtype):
+            assert_bits_equal(y, got)
 
 
 def _empty(x: Tensor, fmt: Any) -> Quantized:
@@ -152,11 +170,29 @@ def test_fake_tensors_schema_and_strides(name: str) -> None:
     scales = (x.tensor_scale, weight.tensor_scale)
     operands = (x.values, x.scales, weight.values, weight.scales, None)
     args = (*operands, x.format.name, weight.format.name, BF16, *scales)
-    for op in (ops.mx_linear, ops.few_rows_mx_linear):
-        torch.library.opcheck(op, args, test_utils=utilities)
+    torch.library.opcheck(ops.mx_linear, args, test_utils=utilities)
+    if name == "mxfp8":
+        several = few_rows_arguments(x, [weight, quantized(5, 64)], [None, None])
+        torch.library.opcheck(ops.few_rows_mx_linears, several, test_utils=utilities)
     with FakeTensorMode(allow_non_fake_inputs=True):
         y = call(x, weight)
     assert (y.shape, y.dtype) == ((2, 4, 8), BF16)
+
+
+def test_several_are_what_each_is() -> None:
+    x, weights = quantized(2, 3, 64), [quantized(n, 64, seed=n) for n in (8, 3, 5, 1)]
+    biases = [normal(n, dtype=BF16) for n in (8, 3, 5, 1)]
+    for of_all in (biases, [None] * len(weights)):
+        results = call_few_rows(x, weights, of_all)
+        for y, weight, bias in zip(results, weights, of_all, strict=True):
+            assert_bits_equal(y, call(x, weight, bias))
+
+
+def test_several_refuse_what_one_does() -> None:
+    with pytest.raises(ValueError, match=r"weight has shape \(2, 8, 64\)"):
+        call_few_rows(quantized(4, 64), [quantized(8, 64), quantized(2, 8, 64)], [None, None])
+    with pytest.raises(ValueError, match="shorter"):
+        call_few_rows(quantized(4, 64), [quantized(8, 64)] * 2, [None])
 
 
 def test_values_of_any_strides() -> None:

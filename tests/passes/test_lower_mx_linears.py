@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from numerics import SPEC
 from sm100 import Emulated, sm100
 from torch import Tensor, fx
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -25,6 +27,7 @@ from mxnorm_pass.passes import lower
 aten = torch.ops.aten
 BF16, F32 = torch.bfloat16, torch.float32
 WIDTH, COLUMNS = 256, 64
+NAME = block_format("mxfp8").name
 
 
 @pytest.fixture
@@ -86,6 +89,10 @@ def kernels(graph: fx.Graph) -> list[fx.Node]:
     return graph.find_nodes(op="call_function", target=triton_kernel_wrapper_functional)
 
 
+def calls(graph: fx.Graph) -> list[fx.Node]:
+    return graph.find_nodes(op="call_function", target=ops.few_rows_mx_linears)
+
+
 def lowered_linear(operands: Operands, bias: Tensor | None = None, dtype: Any = BF16) -> fx.Graph:
     name = operands.format.name
 
@@ -103,30 +110,162 @@ def assert_dense(graph: fx.Graph) -> None:
 # Chips that multiply no MX operands
 
 
-@pytest.mark.parametrize("rows", [1, 32, (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("rows", [2, 32, (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-def test_few_rows_are_a_kernel(fakes: FakeTensorMode, rows: Any, dtype: torch.dtype) -> None:
+def test_few_rows_are_a_call(fakes: FakeTensorMode, rows: Any, dtype: torch.dtype) -> None:
+    """Of the op, which launches the kernel: Inductor takes none that is Gluon's."""
     graph = lowered_linear(Operands(fakes, rows), dtype=dtype)
-    assert len(kernels(graph)) == 1 and aten.mm.default not in targets(graph)
+    assert len(calls(graph)) == 1 and not kernels(graph) and aten.mm.default not in targets(graph)
 
 
-def test_a_bias_reaches_the_kernel(fakes: FakeTensorMode) -> None:
+@pytest.mark.parametrize("rows", [1, (1, 1)], ids=str)
+def test_one_row_is_a_kernel(fakes: FakeTensorMode, rows: Any) -> None:
+    graph = lowered_linear(Operands(fakes, rows))
+    assert len(kernels(graph)) == 1 and "mxnorm_pass" not in str(graph)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_bias_reaches_the_kernel(fakes: FakeTensorMode, rows: int) -> None:
     with fakes:
         bias = torch.empty(COLUMNS, dtype=BF16, device="cuda")
-    (kernel,) = kernels(lowered_linear(Operands(fakes, 4), bias))
-    assert kernel.kwargs["kwargs"]["bias_ptr"].op == "placeholder"
+    graph = lowered_linear(Operands(fakes, rows), bias)
+    if rows == 1:
+        (kernel,) = kernels(graph)
+        assert kernel.kwargs["kwargs"]["bias_0"].op == "placeholder"
+    else:
+        (call,) = calls(graph)
+        assert [b.op for b in call.args[4]] == ["placeholder"]
 
 
 def test_scales_that_are_cut_out_of_others_are_copied() -> None:
     with sm100() as mode:
-        operands = Operands(mode, 4)
+        operands = Operands(mode, 1)
         scales = operands.tensors[3]
         strides = (2 * scales.shape[1], 1)
         cut = torch.empty_strided(scales.shape, strides, dtype=scales.dtype, device="cuda")
         operands.tensors[3] = cut
         graph = lowered_linear(operands)
     (kernel,) = kernels(graph)
-    assert kernel.kwargs["kwargs"]["weight_scales_ptr"].meta["val"].is_contiguous()
+    assert kernel.kwargs["kwargs"]["scales_0"].meta["val"].is_contiguous()
+
+
+def test_a_compiled_program_launches_the_kernel_of_one_row_alone(fakes: FakeTensorMode) -> None:
+    rows = tuple(fakes.from_tensor(torch.empty(6)).shape)
+    with V.set_aot_compilation(True):
+        assert len(kernels(lowered_linear(Operands(fakes, 1)))) == 1
+        for more in (4, rows):
+            assert_dense(lowered_linear(Operands(fakes, more)))
+
+
+# Several that read one x
+
+
+def lowered_linears(
+    mode: FakeTensorMode, rows: Any, block: Callable[..., Any], count: int = 3
+) -> fx.Graph:
+    """``block(linear, weights)``, where ``linear(weight, bias)`` has the one x."""
+    x, xs, *_ = Operands(mode, rows).tensors
+    of_weights = [Operands(mode, 1, columns=32 * (i + 1)).tensors[2:] for i in range(count)]
+
+    def run(x: Tensor, xs: Tensor, *flat: Tensor) -> Any:
+        def linear(weight: tuple[Tensor, Tensor], bias: Tensor | None = None) -> Tensor:
+            return ops.mx_linear(x, xs, *weight, bias, NAME, NAME, BF16)
+
+        return block(linear, list(zip(flat[::2], flat[1::2], strict=True)))
+
+    return lowered(run, x, xs, *[t for weight in of_weights for t in weight])
+
+
+def counts(graph: fx.Graph) -> list[int]:
+    """How many linears each call has."""
+    return [len(call.args[2]) for call in calls(graph)]
+
+
+def computed(y: Tensor, weight: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The weight with scales that depend on ``y``, behind its linear."""
+    values, scales = weight
+    return values, (scales.view(torch.uint8) + y.sum().to(torch.uint8)).view(scales.dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("count", [2, 3])
+def test_those_of_one_x_are_one_call(fakes: FakeTensorMode, rows: int, count: int) -> None:
+    graph = lowered_linears(fakes, rows, lambda linear, ws: tuple(map(linear, ws)), count)
+    if rows == 1:
+        (kernel,) = kernels(graph)
+        given = kernel.kwargs["kwargs"]
+        columns = [given[f"y_{i}"].meta["val"].shape[1] for i in range(count)]
+        assert columns == [32 * (i + 1) for i in range(count)]
+    else:
+        assert counts(graph) == [count]
+
+
+def test_more_than_a_launch_takes_are_one_call(fakes: FakeTensorMode) -> None:
+    graph = lowered_linears(fakes, 4, lambda linear, ws: tuple(map(linear, ws)), 5)
+    assert counts(graph) == [5]
+    graph = lowered_linears(fakes, 1, lambda linear, ws: tuple(map(linear, ws)), 5)
+    assert len(kernels(graph)) == 2
+
+
+def test_the_call_itself_is_decomposed_where_no_kernel_is(fakes: FakeTensorMode) -> None:
+    tensors = Operands(fakes, 4, device="cpu").tensors
+
+    def linears(x: Tensor, xs: Tensor, w: Tensor, ws: Tensor) -> Any:
+        weights, scales = [w, w], [ws, ws]
+        return tuple(
+            ops.few_rows_mx_linears(x, xs, weights, scales, [None, None], NAME, NAME, BF16)
+        )
+
+    graph = lowered(linears, *tensors)
+    assert_dense(graph)
+    assert targets(graph).count(aten.mm.default) == 2 and operator.getitem not in targets(graph)
+
+
+def test_what_weights_are_made_of_moves_before_the_first(fakes: FakeTensorMode) -> None:
+    """As libraries' scales, which are cut out of those of native matmuls right before a linear."""
+
+    def block(linear: Any, weights: Any) -> Any:
+        return tuple(linear((w, (s.view(torch.uint8) ^ 1).view(s.dtype))) for w, s in weights)
+
+    assert counts(lowered_linears(fakes, 4, block)) == [3]
+
+
+def test_weights_made_of_results_are_calls_of_their_own(fakes: FakeTensorMode) -> None:
+    def of_first(linear: Any, weights: Any) -> Any:
+        first = linear(weights[0])
+        return first, linear(computed(first, weights[1])), linear(weights[2])
+
+    def of_second(linear: Any, weights: Any) -> Any:
+        first, second = linear(weights[0]), linear(weights[1])
+        return first, second, linear(computed(second, weights[2]))
+
+    assert sorted(counts(lowered_linears(fakes, 4, of_first))) == [1, 2]
+    assert counts(lowered_linears(fakes, 4, of_second)) == [2, 1]
+
+
+def test_those_with_a_bias_are_a_call_of_their_own(fakes: FakeTensorMode) -> None:
+    def block(linear: Any, weights: Any) -> Any:
+        bias = weights[0][0].new_zeros(64, dtype=BF16)
+        return linear(weights[0]), linear(weights[1], bias), linear(weights[2])
+
+    graph = lowered_linears(fakes, 4, block)
+    assert sorted(counts(graph)) == [1, 2]
+
+
+def test_those_of_two_xs_are_two_calls(fakes: FakeTensorMode) -> None:
+    """Interleaved, and one's weight behind what the other computes."""
+    tensors = [t for rows in (4, 5) for t in Operands(fakes, rows).tensors]
+
+    def block(a: Tensor, a_s: Tensor, w: Tensor, ws: Tensor, *b: Tensor) -> Any:
+        def linear(x: Tensor, xs: Tensor, scales: Tensor) -> Tensor:
+            return ops.mx_linear(x, xs, w, scales, None, NAME, NAME, BF16)
+
+        of_a, of_b = linear(a, a_s, ws), linear(b[0], b[1], ws)
+        _, scales = computed(of_b, (w, ws))
+        return of_a, of_b, linear(b[0], b[1], ws), linear(a, a_s, scales)
+
+    graph = lowered(block, *tensors)
+    assert sorted(counts(graph)) in ([1, 1, 2], [2, 2])
 
 
 def _on_ada(mode: FakeTensorMode) -> fx.Graph:
@@ -175,8 +314,8 @@ def test_the_norms_kernel_writes_what_linears_read(fakes: FakeTensorMode, rows: 
     with fakes:
         x = torch.empty(1, rows, WIDTH, dtype=BF16, device="cuda")
     graph = lowered(block, x, *weights)
-    norm, *linears = kernels(graph)
-    assert len(linears) == (2 if rows == 4 else 0) and ops.dequantize not in targets(graph)
+    (norm,) = kernels(graph)
+    assert counts(graph) == ([2] if rows == 4 else []) and ops.dequantize not in targets(graph)
     wrote = {"values_ptr", "dequantized_ptr"} & set(norm.kwargs["kwargs"])
     assert wrote == {"values_ptr" if rows == 4 else "dequantized_ptr"}
 
@@ -189,7 +328,7 @@ def test_symbolic_rows_choose_at_each_call(fakes: FakeTensorMode, width: int) ->
     if width == 96:
         assert_dense(graph)
     else:
-        assert targets(graph).count(ops.few_rows_mx_linear) == 1
+        assert counts(graph) == [1]
         assert ops.dequantize not in targets(graph)
     assert len(fakes.shape_env.guards) == guards
 

@@ -8,13 +8,28 @@ from typing import Any
 
 import pytest
 import torch
+from gluon_interpreter import GluonJITFunction, Interpreted
 from torch import Tensor
+
+from mxnorm_pass.kernels import launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 COMPILED = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 # test_in_the_interpreter.py runs them in processes of their own.
 collect_ignore_glob = [] if INTERPRETED or COMPILED else ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def interpreted_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton interprets its own kernels alone."""
+    compiled = launch.launcher
+
+    def launcher(kernel: Any) -> Any:
+        is_gluon = isinstance(kernel, GluonJITFunction)
+        return Interpreted(kernel) if INTERPRETED and is_gluon else compiled(kernel)
+
+    monkeypatch.setattr(launch, "launcher", launcher)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Linears on MX operands by either kernel, against float64."""
+"""Linears on MX operands by either kernel, one and several of an x, against float64."""
 
 from __future__ import annotations
 
@@ -16,22 +16,42 @@ from mx_linears import (
     of_bytes,
     operand,
     run,
+    run_all,
     wide,
 )
 from numerics import assert_bits_equal
 from pairwise import each_value
+from torch import Tensor
 
 from mxnorm_pass.numerics.cast import Quantized
 
 BF16 = torch.bfloat16
 
 
-@each_value(rows=[1, 9, 33], columns=[16, 41], width=[128, 384, 640])
+@each_value(rows=[1, 9, 33], columns=[16, 41], width=[128, 384, 512, 640, 1024])
 def test_sums_in_float32(rows: int, columns: int, width: int) -> None:
     x, weight = operand(rows, width, 0), operand(columns, width, 1)
     y = run(x, weight)
     assert y.shape == (rows, columns) and y.dtype == F32
     assert_within_bound(y, x, weight)
+
+
+# Fewer than a tile has, as many and more; four are two launches.
+@each_value(
+    rows=[1, 2, 20],
+    columns=[(16, 16), (41, 5), (64, 16, 16), (5, 41, 33), (17, 1, 70), (8, 9, 10, 11)],
+    width=[128, 512],
+    biased=[False, True],
+)
+def test_several_of_one_x(rows: int, columns: tuple[int, ...], width: int, biased: bool) -> None:
+    x = operand(rows, width, 0)
+    weights = [operand(n, width, 1 + i) for i, n in enumerate(columns)]
+    biases = [torch.linspace(-2, i, n, device=DEVICE) for i, n in enumerate(columns)]
+    given: list[Tensor | None] = [*biases] if biased else [None] * len(columns)
+    results = run_all(x, weights, given)
+    for y, weight, bias in zip(results, weights, given, strict=True):
+        assert y.shape == (rows, weight.values.shape[0])
+        assert_within_bound(y, x, weight, bias)
 
 
 def test_sums_of_more_than_14_bits() -> None:
@@ -67,11 +87,22 @@ def test_special_scales_and_elements(rows: int) -> None:
     weight, x = of_bytes(codes, scales), operand(rows, 128, 0)
     y, want = run(x, weight), wide(x) @ wide(weight).t()
     assert y[:, 2].isnan().all() and not y[:, [0, 3]].isnan().any()
-    # Triton's interpreter takes the element for 480.
-    assert y[:, 1].isnan().all() or DEVICE == "cpu"
+    # Triton's interpreter, which runs the kernel of one row, takes the element for 480.
+    assert y[:, 1].isnan().all() or (DEVICE == "cpu" and rows == 1)
     # 2^-127 is a subnormal float32, and the sums are not.
     torch.testing.assert_close(y[:, 0].to(F64), want[:, 0], rtol=1e-5, atol=0)
     assert ((y[:, 3].to(F64) - want[:, 3]).abs() <= 128 * 2.0**-149).all()
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_scales_of_x_that_are_nan(block: int) -> None:
+    """In any byte of a word; only its row is NaN."""
+    x, weight = operand(3, 512, 0), operand(20, 512, 1)
+    x.scales.view(torch.uint8)[1, 4 + block] = NAN_SCALE
+    one = Quantized(x.values[1:2], x.scales[1:2], MXFP8)
+    y = run(x, weight)
+    assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
+    assert run(one, weight).isnan().all()
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from kernel_rows import DEVICE
-from mx_linears import assert_within_bound, bytes_of, operand
+from mx_linears import assert_within_bound, bytes_of, linears_of, operand
 
 from mxnorm_pass.kernels.mx_linear_row import RowTiling, configuration, mx_linear_row
 
@@ -15,9 +13,9 @@ from mxnorm_pass.kernels.mx_linear_row import RowTiling, configuration, mx_linea
 )
 def test_tilings(config: RowTiling) -> None:
     x, weight = operand(1, 512, 0), operand(72, 512, 1)
-    y = torch.empty(1, 72, device=DEVICE)
-    mx_linear_row(*bytes_of(x, weight), None, y, config)
-    assert_within_bound(y, x, weight)
+    (linear,) = linears_of(1, [weight])
+    mx_linear_row(*bytes_of(x), [linear], config)
+    assert_within_bound(linear.y, x, weight)
 
 
 def test_chunks_divide_the_width() -> None:
