@@ -74,7 +74,8 @@ def assert_as_good_as_eager(got: Tensor, eager: Tensor, truth: Tensor) -> None:
 
 def generate(model: LlamaForCausalLM, **kwargs: Any) -> Tensor:
     model.generation_config.eos_token_id = None
-    return model.generate(max_new_tokens=4, do_sample=False, pad_token_id=0, **kwargs)
+    kwargs = {"max_new_tokens": 4, **kwargs}
+    return model.generate(do_sample=False, pad_token_id=0, **kwargs)
 
 
 def eager_and_truth(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
