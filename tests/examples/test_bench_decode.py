@@ -21,10 +21,10 @@ TINY = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 512, "h
 
 
 def test_bytes_are_those_of_the_tensors() -> None:
-    case = kernels.Case("q_proj", 96, 128, 3)
-    x, weight = (functional.mx_cast(torch.ones(n, 128)) for n in (3, 96))
-    y = torch.empty(3, 96, dtype=torch.bfloat16)
-    assert case.bytes == sum(t.nbytes for t in (*x, *weight, y))
+    case = kernels.Case("k, v", (64, 32), 128, 3)
+    casts = [functional.mx_cast(torch.ones(n, 128)) for n in (3, 64, 32)]
+    results = [torch.empty(3, n, dtype=torch.bfloat16) for n in (64, 32)]
+    assert case.bytes == sum(t.nbytes for t in (*(t for cast in casts for t in cast), *results))
 
 
 def test_parts_are_chosen() -> None:
@@ -34,13 +34,13 @@ def test_parts_are_chosen() -> None:
 
     assert planned("--part", "steps", "--batches", "1", "4") == ["steps batch 1", "steps batch 4"]
     of_kernels = planned("--part", "kernels", "--rows", "1", "16")
-    assert len(of_kernels) == 8 and of_kernels[1] == "kernels q_proj, o_proj 4096x4096, 16 rows"
-    assert len(planned()) == 4 * len(kernels.ROWS) + len(steps.BATCHES)
+    assert len(of_kernels) == 10 and of_kernels[1] == "kernels q, k, v 6144x4096, 16 rows"
+    assert len(planned()) == 5 * len(kernels.ROWS) + len(steps.BATCHES)
 
 
 @pytest.mark.full
 def test_a_token_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = {"mxnorm": steps.ALL | {"inner": "aot_eager"}}
+    ours = {"mxnorm": {"quantize": "all", "inner": "aot_eager"}}
     arms = {name: steps.Arm(True, options) for name, options in ours.items()}
     monkeypatch.setattr(steps, "ARMS", {"bf16": steps.Arm(False, {"inner": "eager"}), **arms})
     model = steps.Steps(steps.Sizes(TINY, context=8, device="cpu"))
@@ -62,7 +62,7 @@ def timing(us: float) -> Timing:
 
 
 def test_tables_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    case = kernels.Case("q_proj", 4096, 4096, 1)
+    case = kernels.Case("o_proj", (4096,), 4096, 1)
     times = {"copy": timing(5), "kernel": timing(8), "bf16": timing(12)}
     measured = kernels.Measured(case, times, 0, 0.001, 0.001)
     step = steps.Measured(
@@ -73,7 +73,7 @@ def test_tables_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert bench_decode.main(["--tables-of", str(tmp_path / "one.json")]) == 0
     of_kernels, of_steps, failures = capsys.readouterr().out.strip().split("\n\n")
     assert of_kernels.splitlines()[2:] == [
-        "| q_proj | 4096 x 4096 | 1 | 5.0 | 8.0 | 12.0 | 0.62 | 1.50x |"
+        "| o_proj | 4096 x 4096 | 1 | 5.0 | 8.0 | 12.0 | 0.62 | 1.50x |"
     ]
     assert of_steps.splitlines()[2:] == [
         "| mxnorm | 32 | 1 | 5.000 | 1.80x | 8.00 | 5.0e-02 | 60 |"

@@ -69,8 +69,9 @@ def assert_within_bound(
     assert ((y.to(F64) - want).abs() <= bound).all()
 
 
-def bytes_of(operand: Quantized) -> tuple[Tensor, Tensor]:
-    return operand.values.view(torch.uint8), operand.scales.view(torch.uint8)
+def launched(operand: Quantized) -> tuple[Tensor, Tensor]:
+    """As kernels take it: elements, and bytes of scales."""
+    return operand.values, operand.scales.view(torch.uint8)
 
 
 def linears_of(rows: int, weights: Sequence[Quantized], biased: bool = False) -> list[Linear]:
@@ -80,5 +81,5 @@ def linears_of(rows: int, weights: Sequence[Quantized], biased: bool = False) ->
         columns = weight.values.shape[0]
         bias = torch.full((columns,), 2.0**i, device=DEVICE) if biased else None
         y = torch.empty(rows, columns, device=DEVICE)
-        linears.append(Linear(*bytes_of(weight), bias, y))
+        linears.append(Linear(*launched(weight), bias, y))
     return linears

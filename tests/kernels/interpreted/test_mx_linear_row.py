@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from mx_linears import assert_within_bound, bytes_of, linears_of, operand
+from mx_linears import assert_within_bound, launched, linears_of, operand
 
 from mxnorm_pass.kernels.mx_linear_row import RowTiling, configuration, mx_linear_row
 
@@ -14,7 +14,7 @@ from mxnorm_pass.kernels.mx_linear_row import RowTiling, configuration, mx_linea
 def test_tilings(config: RowTiling) -> None:
     x, weight = operand(1, 512, 0), operand(72, 512, 1)
     (linear,) = linears_of(1, [weight])
-    mx_linear_row(*bytes_of(x), [linear], config)
+    mx_linear_row(*launched(x), [linear], config)
     assert_within_bound(linear.y, x, weight)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from mx_linears import assert_within_bound, bytes_of, linears_of, operand
+from mx_linears import assert_within_bound, launched, linears_of, operand
 
 from mxnorm_pass.kernels.mx_linear_rows import RowsTiling, configuration, mx_linear_rows
 
@@ -26,7 +26,7 @@ def test_tilings(config: RowsTiling, width: int) -> None:
     rows = config.rows - 3
     x, weight = operand(rows, width, 0), operand(72, width, 1)
     (linear,) = linears_of(rows, [weight])
-    mx_linear_rows(*bytes_of(x), [linear], config)
+    mx_linear_rows(*launched(x), [linear], config)
     assert_within_bound(linear.y, x, weight)
 
 
