@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 log = logging.getLogger(__name__)
 
@@ -106,11 +107,15 @@ def _kernel_or_reference(overload: Any, op: Op) -> Callable[..., Any]:
     return run
 
 
+def _requires_grad(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
 def _without_derivative(overload: Any) -> Callable[..., Any]:
     """Refuse to be differentiated: the graphs that call the ops have their backward already."""
 
     def forward(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        if torch.is_grad_enabled() and any(map(_requires_grad, pytree.tree_leaves(args))):
             raise RuntimeError(
                 f"{overload} has no derivative: what mxnorm_pass.apply rewrote is for inference. "
                 "Run it under torch.no_grad(), or train with torch.compile(model, backend='mxnorm')"

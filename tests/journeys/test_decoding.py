@@ -103,6 +103,7 @@ def test_the_twins_tell_what_matters() -> None:
     assert len(logits[0].argmax(-1).unique()) > 4
 
 
+@pytest.mark.full
 @some(
     ["mxnorm-three rows"],
     full=0,
@@ -283,8 +284,6 @@ def has_smollm2() -> bool:
 def test_smollm2_says_what_its_emulation_says() -> None:
     """64 tokens, of eight prompts, with the first layer and the last compiled."""
     model, tokenizer = load_checkpoint(None, BF16)
-    # Of the file's blocks, which transformers has unpacked.
-    model.hf_quantizer = None
     # With grouped keys sdpa of one token takes another way in eager mode than under a compile.
     model.set_attn_implementation("eager")
     conversion = mxnorm_pass.convert(model, EXACT, progress=False)

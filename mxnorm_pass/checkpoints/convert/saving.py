@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 
 from mxnorm_pass.checkpoints.convert.formats import config_of, is_converted
@@ -13,7 +15,7 @@ from mxnorm_pass.checkpoints.convert.formats import config_of, is_converted
 
 def check_quantizer(model: nn.Module) -> None:
     """Raises a ValueError where the model belongs to another library's quantisation."""
-    method = _method(getattr(model, "hf_quantizer", None))
+    method = _method(model)
     if method not in (None, "torchao"):
         raise ValueError(
             f"the model is quantised by {method} already, which saves and loads its weights: "
@@ -33,7 +35,7 @@ def describe_for_transformers(model: nn.Module) -> None:
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     weights = {n: m._parameters.get("weight") for n, m in linears.items()}
     configs = {n: config_of(w) for n, w in weights.items() if w is not None and is_converted(w)}
-    if not configs or not _is_replaceable(getattr(model, "hf_quantizer", None)):
+    if not configs or not _is_replaceable(model):
         return
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -52,16 +54,24 @@ def _torchao_config(configs: dict[str, Any], left: list[str]) -> Any:
     return TorchAoConfig(FqnToConfig(OrderedDict(configs)), modules_to_not_convert=left)
 
 
-def _is_replaceable(quantizer: Any) -> bool:
-    """Is there none, or one whose config can only have come from here or says the same?"""
-    if quantizer is None:
+def _is_replaceable(model: Any) -> bool:
+    """Is there no quantizer, or one whose config can only have come from here or says the same?"""
+    if _method(model) is None:
         return True
-    kind = type(quantizer.quantization_config.quant_type).__name__
+    kind = type(model.hf_quantizer.quantization_config.quant_type).__name__
     return kind.startswith(("MXDynamicActivation", "NVFP4DynamicActivation", "FqnToConfig"))
 
 
-def _method(quantizer: Any) -> str | None:
-    if quantizer is None:
+def _method(model: nn.Module) -> str | None:
+    """How the weights are quantised; None also where they were unpacked as they were loaded."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if config is None or getattr(config, "dequantize", False):
         return None
-    method = quantizer.quantization_config.quant_method
-    return str(getattr(method, "value", method))
+    method = str(getattr(config.quant_method, "value", config.quant_method))
+    # Of architectures that it cannot run packed, transformers unpacks the file without a word.
+    return None if method == "gguf" and not _holds_bytes(model) else method
+
+
+def _holds_bytes(model: nn.Module) -> bool:
+    tensors = chain(model.parameters(), model.buffers())
+    return any(tensor.dtype in (torch.uint8, torch.int8) for tensor in tensors)

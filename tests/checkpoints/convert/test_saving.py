@@ -191,11 +191,16 @@ def test_a_model_of_another_library(checkpoint: Path) -> None:
     class Quantizer:
         class quantization_config:
             quant_method = "bitsandbytes"
+            dequantize = False
 
     model.hf_quantizer = Quantizer
     with pytest.raises(ValueError, match="quantised by bitsandbytes already.*in bfloat16"):
         mxnorm_pass.convert(model)
     assert {type(p) for p in model.parameters()} == {nn.Parameter}
+    # As of a GGUF file, whose blocks transformers unpacks.
+    Quantizer.quantization_config.dequantize = True
+    assert mxnorm_pass.convert(model).converted
+    assert model.hf_quantizer is not Quantizer
 
 
 def test_an_adapter_on_top_trains_and_is_saved(checkpoint: Path, tmp_path: Path) -> None:
