@@ -5,10 +5,12 @@
     python examples/pretrain.py --text build/text --size 30m --norm mxnorm --recipe mxfp4-rht-sr \\
         --forward mxfp8 --steps 700 --checkpoint build/run --checkpoint-every 100 \\
         --metrics build/run.jsonl
+    torchrun --nproc-per-node 2 examples/pretrain.py --text build/text --size 125m --recipe mxfp8
 
 The model is HuggingFace's, unmodified; arms differ in the options of torch.compile alone. With
 --checkpoint the same command resumes a run that was killed, and gives the losses that it would have
-given: order of the data and random draws are those of the settings.
+given: order of the data and random draws are those of the settings. torchrun splits each batch and
+the parameters over several GPUs.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import pretrain_ranks
 import torch
 from benchlib import invocation, machine
 from checkpointlib import BadInput
@@ -33,7 +36,7 @@ from prepare_text import Text, load_text
 from pretrain_checkpoint import CheckpointError, load_newest, save
 from pretrain_metrics import Line, Metrics
 from pretrain_norms import norm_statistics
-from pretrain_settings import GRADIENTS, INNERS, NORMS, SIZES, Places, Run, backend_of, new_run
+from pretrain_settings import GRADIENTS, INNERS, NORMS, SIZES, Places, Run, new_run
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
@@ -55,7 +58,7 @@ class Result:
         held_out: loss in nats per token.
         steps: the logged lines.
         tokens_per_s: median of the logged lines, without the first, which compiles.
-        peak_memory: bytes, of the device; on a CPU of the process.
+        peak_memory: bytes, of the device, the first rank's; on a CPU of the process.
         seconds: of this process, compiles and evaluations included.
     """
 
@@ -114,10 +117,7 @@ class Training:
         torch.manual_seed(run.seed)
         with self.device:
             self.model = LlamaForCausalLM(SIZES[run.size].config(text.vocab_size, run.sequence))
-        chosen = backend_of(run)
-        self.compiled: Any = torch.compile(
-            self.model, backend=chosen.backend, options=chosen.options, dynamic=False
-        )
+        self.compiled = pretrain_ranks.compiled(self.model, run)
         self.optimizer = make_optimizer(self.model, run)
         self.order = Order(len(self.rows), run.batch, run.seed, run.device)
         self.step = 0
@@ -128,12 +128,13 @@ class Training:
         rate = self.run.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.loss(self.rows[self.order(self.step)])
+        loss = self.loss(pretrain_ranks.share(self.rows[self.order(self.step)]))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.pending.append(torch.stack([loss.detach().float(), norm.float()]))
+        loss, norm = pretrain_ranks.mean(loss.detach().float()), pretrain_ranks.whole(norm).float()
+        self.pending.append(torch.stack([loss, norm]))
         self.step += 1
 
     def loss(self, rows: Tensor) -> Tensor:
@@ -162,8 +163,9 @@ class Training:
     def evaluate(self) -> float:
         """Loss on the held-out rows, by the graph that is trained, which no new compile delays."""
         with self.random_state_kept():
-            batches = self.held_out.split(self.run.batch)
-            loss = float(torch.stack([self.loss(rows).detach() for rows in batches]).mean())
+            batches = map(pretrain_ranks.share, self.held_out.split(self.run.batch))
+            losses = torch.stack([self.loss(rows).detach() for rows in batches])
+            loss = float(pretrain_ranks.mean(losses.mean()))
         if not abs(loss) < float("inf"):
             raise Diverged(f"held-out loss {loss} after step {self.step}")
         return loss
@@ -188,21 +190,22 @@ class Training:
         return {**asdict(self.run), "text": self.text_hash}
 
     def state(self) -> dict[str, Any]:
+        """All ranks must ask for it; that of the first is whole."""
         on_gpu = self.device.type == "cuda"
         return {
             "settings": self.settings(),
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": pretrain_ranks.gathered(self.model.state_dict()),
+            "optimizer": pretrain_ranks.gathered(self.optimizer.state_dict()),
             "pending": self.pending,
             "cpu_random": torch.get_rng_state(),
             "gpu_random": torch.cuda.get_rng_state(self.device) if on_gpu else None,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.step, self.pending = state["step"], state["pending"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.pending = [values.to(self.device) for values in state["pending"]]
+        pretrain_ranks.load(self.model, self.optimizer, state)
         torch.set_rng_state(state["cpu_random"].cpu())
         if state["gpu_random"] is not None:
             torch.cuda.set_rng_state(state["gpu_random"].cpu(), self.device)
@@ -277,10 +280,12 @@ def train(run: Run, text: Text, places: Places, *, progress: bool = True) -> Res
         # cuBLAS reads it at its first product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(run.deterministic, warn_only=True)
-    training, metrics = Training(run, text), Metrics(places.metrics)
+    training = Training(run, text)
+    metrics = Metrics(places.metrics if pretrain_ranks.is_first() else None)
     if places.checkpoint is not None:
         resume(training, places.checkpoint)
-    header = {"run": asdict(run), "text": text.sha256, "machine": machine(), **invocation()}
+    header = {"run": asdict(run), "text": text.sha256, "ranks": pretrain_ranks.count()}
+    header |= {"machine": machine(), **invocation()}
     metrics.start({"kind": "run", "parameters": training.parameters, **header}, training.step)
     try:
         return Loop(training, metrics, places).run(progress)
@@ -293,7 +298,10 @@ def train(run: Run, text: Text, places: Places, *, progress: bool = True) -> Res
 
 
 def resume(training: Training, folder: Path) -> None:
-    state = load_newest(folder, training.run.device)
+    # Of several ranks each keeps its part alone on its device.
+    device = training.run.device if pretrain_ranks.count() == 1 else "cpu"
+    state = load_newest(folder, device)
+    pretrain_ranks.check_same_step(None if state is None else state["step"])
     if state is None:
         return
     old, new = state["settings"], training.settings()
@@ -317,7 +325,7 @@ class Loop:
     def run(self, progress: bool) -> Result:
         run, training = self.training.run, self.training
         title = f"{run.size} {run.recipe} {run.norm}"
-        disable = None if progress else True
+        disable = None if progress and pretrain_ranks.is_first() else True
         with tqdm(total=run.steps, initial=training.step, desc=title, disable=disable) as bar:
             while training.step < run.steps:
                 training.train_step()
@@ -368,7 +376,9 @@ class Loop:
             if norms:
                 self.metrics.add("norms", training.step, norms=training.norms())
             if keep:
-                save(places.checkpoint, training.step, training.state())
+                state = training.state()
+                if pretrain_ranks.is_first():
+                    save(places.checkpoint, training.step, state)
 
     def finish(self) -> Result:
         training = self.training
@@ -451,20 +461,26 @@ def run_of(args: argparse.Namespace) -> Run:
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     try:
-        places = Places(args.metrics, args.checkpoint, args.checkpoint_every)
-        result = train(run_of(args), load_text(args.text), places)
+        run, places = run_of(args), Places(args.metrics, args.checkpoint, args.checkpoint_every)
+        with pretrain_ranks.joined(run):
+            result = train(run, load_text(args.text), places)
+            if pretrain_ranks.is_first():
+                print(summary(result))
     except BadInput as error:
         print(f"pretrain.py: {error}", file=sys.stderr)
         return 2
     except (CheckpointError, Diverged, OSError) as error:
         print(f"pretrain.py: {error}", file=sys.stderr)
         return 1
-    print(
+    return 0
+
+
+def summary(result: Result) -> str:
+    return (
         f"held-out loss {result.held_out:.4f} after {result.run.steps} steps, "
         f"{result.tokens_per_s:,.0f} tokens/s, {result.peak_memory / 2**30:.2f} GiB, "
         f"{result.seconds:.0f} s"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def norm_statistics(model: nn.Module, ids: Tensor, p: float) -> list[NormStatist
     norms = [(n, m) for n, m in model.named_modules() if type(m).__name__.endswith("RMSNorm")]
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in norms]
     try:
-        with torch.no_grad():
+        # Of a sharded model the layers themselves are compiled, in place.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:

@@ -53,9 +53,9 @@ def damage(path: Path) -> None:
 
 
 @contextmanager
-def tiny_size() -> Iterator[None]:
+def tiny_size(layers: int = 1) -> Iterator[None]:
     """With a size "tiny"."""
-    size = Size(64, 96, 1, 1, sequence=32, batch=4, steps=6, lr=1e-2, held_out_rows=8)
+    size = Size(64, 96, layers, 1, sequence=32, batch=4, steps=6, lr=1e-2, held_out_rows=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SIZES, "tiny", size)
         yield
