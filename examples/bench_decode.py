@@ -12,7 +12,8 @@ cache flushed before each replay, contestants in turns.
 Steps: one token behind a context of 1024 in a static cache, random weights, in a CUDA graph:
 "bf16" is ``torch.compile``; the others run from MXFP8 weights, "torchao" those of torchao under
 ``torch.compile``, "mxnorm" and "exact" the same under this backend with ``freezing`` after
-``mxnorm_pass.convert``, "mxnorm, plain model" those that ``freezing`` casts. All take turns.
+``mxnorm_pass.convert``, "mxnorm, plain model" those that ``freezing`` casts, and
+"mxnorm, lm_head too" that of the head, too. All take turns.
 
 The JSON is written anew after each measurement.
 """

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mxnorm_pass.kernels import launch
 from mxnorm_pass.kernels.device.mx import e8m0_value
-from mxnorm_pass.kernels.linears import Linear, slots
+from mxnorm_pass.kernels.linears import Linear, launch_arguments
 
 _LARGEST_CHUNK = 2048
 # What a thread reads at once, 16 bytes of the weight.
@@ -98,7 +98,7 @@ class RowTiling:
 
 def configuration(width: int) -> RowTiling:
     """For any width that is covered."""
-    # The largest power of two in the width.
+    # The largest power of two in the width; a thread reads twice of each row.
     chunk = min(_LARGEST_CHUNK, width & -width)
     return RowTiling(2, chunk, max(1, chunk // (2 * 32 * _PER_THREAD)))
 
@@ -113,11 +113,7 @@ def mx_linear_row(
     launch.launcher(mx_linear_row_kernel)[(sum(tiles),)](
         x,
         x_scales,
-        *slots(linear.weight for linear in linears),
-        *slots(linear.scales for linear in linears),
-        *slots(linear.bias for linear in linears),
-        *slots(linear.y for linear in linears),
-        *slots((linear.columns for linear in linears), absent=0),
+        *launch_arguments(linears),
         K=width,
         N=config.columns,
         CHUNK=config.chunk,

@@ -11,7 +11,7 @@ that read one x together.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,32 +75,21 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _mx_linears(
-    x: Tensor,
-    x_scales: Tensor,
-    weights: Sequence[Tensor],
-    weight_scales: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    x_format: str,
-    weight_format: str,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    each = zip(weights, weight_scales, biases, strict=True)
-    return [_mx_linear(x, x_scales, *of, x_format, weight_format, dtype) for of in each]
+def _of_each(linear: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    """``linear`` for several that read one x."""
 
+    def linears(
+        x: Tensor,
+        x_scales: Tensor,
+        weights: Sequence[Tensor],
+        weight_scales: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        *formats_and_dtype: Any,
+    ) -> list[Tensor]:
+        each = zip(weights, weight_scales, biases, strict=True)
+        return [linear(x, x_scales, *of, *formats_and_dtype) for of in each]
 
-def _fake_mx_linears(
-    x: Tensor,
-    x_scales: Tensor,
-    weights: Sequence[Tensor],
-    weight_scales: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    x_format: str,
-    weight_format: str,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    each = zip(weights, weight_scales, biases, strict=True)
-    return [_fake_mx_linear(x, x_scales, *of, x_format, weight_format, dtype) for of in each]
+    return linears
 
 
 @dataclass(frozen=True)
@@ -146,20 +135,19 @@ class FewRowsCall:
         return self.x.device
 
     @property
-    def rows(self) -> Any:
-        """How many there are, maybe symbolic."""
-        return math.prod(self.x.shape[:-1])
+    def rows(self) -> int | None:
+        """How many there are; None where only each call knows."""
+        rows = math.prod(self.x.shape[:-1])
+        return rows if isinstance(rows, int) else None
 
     def why_no_kernel(self) -> str | None:
-        if not isinstance(self.rows, int):
+        if self.rows is None:
             return "only each call knows how many rows there are"
-        return self._uncovered(self.rows)
+        return self.why_never()
 
-    def may_run_kernel(self) -> bool:
-        """Can a kernel run it, or could one if it knew how many rows there are?"""
-        return self._uncovered(self.rows if isinstance(self.rows, int) else 1) is None
-
-    def _uncovered(self, rows: int) -> str | None:
+    def why_never(self) -> str | None:
+        """Why no kernel can run it with any number of rows that it may have."""
+        rows = 1 if self.rows is None else self.rows
         x = Quantized(self.x, self.x_scales, self.x_format)
         for weight, scales, bias in zip(self.weights, self.weight_scales, self.biases, strict=True):
             matrix = Quantized(weight, scales, self.weight_format)
@@ -183,7 +171,7 @@ class FewRowsCall:
 def _is_called(args: Sequence[Any]) -> bool:
     """Unless it is of one row, whose kernel is Triton's: Inductor takes none in Gluon."""
     call = FewRowsCall.of(None, args)
-    return call.may_run_kernel() and not (isinstance(call.rows, int) and call.rows == 1)
+    return call.rows != 1 and call.why_never() is None
 
 
 mx_linear = define(
@@ -201,8 +189,8 @@ few_rows_mx_linears = define(
     Op(
         "few_rows_mx_linears(Tensor x, Tensor x_scales, Tensor[] weights, Tensor[] weight_scales, "
         "Tensor?[] biases, str x_format, str weight_format, ScalarType dtype) -> Tensor[]",
-        _mx_linears,
-        _fake_mx_linears,
+        _of_each(_mx_linear),
+        _of_each(_fake_mx_linear),
         call=FewRowsCall.of,
         traffic="library",
         part="linear",

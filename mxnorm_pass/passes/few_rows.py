@@ -37,9 +37,10 @@ def few_rows(node: fx.Node, linear: MXLinearCall) -> FewRows | str:
     if linear.x_tensor_scale is not None or linear.weight_tensor_scale is not None:
         return "there are tensor scales, which the kernel does not read"
     ours = FewRowsCall.of(None, _tensors(_arguments([linear])))
-    if not ours.may_run_kernel():
-        return ours.why_no_kernel() or ""
-    if V.aot_compilation and not (isinstance(ours.rows, int) and ours.rows == 1):
+    reason = ours.why_never()
+    if reason is not None:
+        return reason
+    if V.aot_compilation and ours.rows != 1:
         return "a compiled program cannot launch the kernel of more than one row"
     return FewRows(node, linear)
 

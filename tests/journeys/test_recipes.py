@@ -44,7 +44,6 @@ ALONG_T = [
     pytest.param(RECIPES[RANDOM], torch.float32, id=RANDOM),
     pytest.param({"base": "mxfp4", "forward": "mxfp8"}, torch.bfloat16, marks=pytest.mark.full),
 ]
-EXHAUSTIVE = (pytest.mark.full, pytest.mark.exhaustive)
 MANY_IDS = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(7))
 
 
