@@ -26,7 +26,7 @@ from mxnorm_pass.kernels.device.fragments import (
     nan_bytes,
     words_of_lanes,
 )
-from mxnorm_pass.kernels.linears import Linear, slots
+from mxnorm_pass.kernels.linears import Linear, launch_arguments
 
 # Triton 3.9 knows the copy by its new name alone, 3.6 by the old one.
 copy_to_shared = (
@@ -206,7 +206,8 @@ def configuration(rows: int, columns: int, width: int) -> RowsTiling:
     tile = max(8, triton.next_power_of_2(rows))
     if columns >= _MANY_COLUMNS:
         if rows <= 8:
-            return RowsTiling(tile, 64, warps, stages=3)
+            # Of fewer warps each would need more registers than there are.
+            return RowsTiling(tile, 64 if warps == 4 else 32, warps, stages=3)
         return RowsTiling(tile, 32, warps, stages=4 if rows <= 16 else 2)
     # Few programs, and little work in each: more of them.
     if columns <= 2048 or (rows > 4 and width <= 4096):
@@ -224,11 +225,7 @@ def mx_linear_rows(
     launch.launcher(mx_linear_rows_kernel)[(sum(tiles),)](
         x.view(MX_LINEAR_WORDS),
         x_scales.view(MX_LINEAR_WORDS),
-        *slots(linear.weight.view(MX_LINEAR_WORDS) for linear in linears),
-        *slots(linear.scales.view(MX_LINEAR_WORDS) for linear in linears),
-        *slots(linear.bias for linear in linears),
-        *slots(linear.y for linear in linears),
-        *slots((linear.columns for linear in linears), absent=0),
+        *launch_arguments(linears, MX_LINEAR_WORDS),
         rows,
         K=width,
         M=config.rows,

@@ -37,8 +37,9 @@ def test_linears_of_llama(
     kernel = compiled(
         lambda: mx_linears(x, x_scales, weights, weight_scales, biases, dtype), CAPABILITY
     )
-    # The largest tiles take all registers: some forty words do without.
-    assert kernel.spilled_bytes <= (0 if rows == 1 else 320), kernel.log
+    # With 32 rows some tiles take all registers; what is spilled then in Triton 3.9 is no more
+    # than this. In 3.6 most of these spill nothing.
+    assert kernel.spilled_bytes <= {1: 0, 4: 24, 16: 24, 32: 256}[rows], kernel.log
     assert "cvt.rn.f16x2.e4m3x2" in kernel.ptx and "wgmma" not in kernel.ptx
     if rows > 1:
         # Its sums are float32's, other than those of Hopper's products of float8, wgmma.
@@ -62,8 +63,9 @@ def test_a_single_step(width: int) -> None:
 
 
 def assert_copies_of_16_bytes(ptx: str) -> None:
-    """Except for those of scales, which two warps and fewer have less of in a row."""
+    """Except for those of both operands' scales, of which two warps have 8 bytes in a row."""
     copies = re.findall(r"cp\.async\.\w+\.shared\.global \[[^]]*\], \[[^]]*\], 0x(\w+)", ptx)
-    assert len(copies) == ptx.count("cp.async.c") - ptx.count("cp.async.commit_group")
+    groups = ptx.count("cp.async.commit_group")
+    assert len(copies) == ptx.count("cp.async.c") - groups
     narrow = [size for size in copies if size != "10"]
-    assert len(copies) >= 8 * len(narrow)
+    assert narrow in ([], ["8"] * 2 * groups)
