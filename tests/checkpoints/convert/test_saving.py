@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from reference import build_llama, token_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchao.prototype.mx_formats.config import ScaleCalculationMode
 from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from torchao.prototype.safetensors.safetensors_support import (
     flatten_tensor_state_dict,
@@ -64,6 +66,16 @@ def assert_same_state(model: nn.Module, other: nn.Module) -> None:
         assert type(tensor) is type(theirs[name]) and parts(tensor) == parts(theirs[name]), name
 
 
+# Python 3.11.2 pickles an enum as a call of getattr, which ``weights_only`` refuses.
+loads_enums = pytest.mark.xfail(
+    ScaleCalculationMode.RCEIL.__reduce_ex__(2)[0] is getattr,
+    raises=pickle.UnpicklingError,
+    strict=True,
+    reason="this Python pickles enums by getattr",
+)
+
+
+@loads_enums
 @formats
 def test_a_state_dict_goes_into_a_converted_twin(options: dict[str, Any], tmp_path: Path) -> None:
     model = build_llama(BF16, layers=1).eval()
@@ -77,6 +89,7 @@ def test_a_state_dict_goes_into_a_converted_twin(options: dict[str, Any], tmp_pa
     assert torch.equal(logits(twin), logits(model))
 
 
+@loads_enums
 def test_a_state_dict_goes_into_a_model_that_is_not_converted(tmp_path: Path) -> None:
     model = build_llama(BF16, layers=1).eval()
     twin = copy.deepcopy(model)
